@@ -1,1 +1,241 @@
-//! Placeholder.
+//! The monitor's control protocol: what the runtime asks of one `thaw-vmm` process, and what that answers.
+//!
+//! Owns: requests, replies and events, and their framing with descriptors on a Unix stream socket. Must not know: KVM,
+//! guest memory, tokio. The monitor inherits two descriptors: [`CONTROL_FD`] and [`AGENT_FD`].
+//!
+//! Protocol: the runtime sends one [`Request`] at a time and waits for its [`Reply`]; [`Event`]s may come in between.
+//! When the control socket closes, the monitor ends its VM and exits: no monitor outlives its runtime.
+//!
+//! Framing: `length u32 LE | JSON`, at most [`MESSAGE_BYTES_MAX`]; descriptors travel as `SCM_RIGHTS` with the first
+//! byte of their message, in the order that the request names them.
+#![forbid(unsafe_code)]
+
+pub mod wire;
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// Descriptor number of the control socket in a monitor (Unix stream).
+pub const CONTROL_FD: i32 = 3;
+/// Descriptor number of the agent channel in a monitor (Unix stream): the guest's vsock stream, byte for byte.
+pub const AGENT_FD: i32 = 4;
+/// Largest JSON message, bytes.
+pub const MESSAGE_BYTES_MAX: usize = 1024 * 1024;
+/// Most descriptors with one message.
+pub const FDS_MAX: usize = 16;
+/// Most virtual CPUs of a VM.
+pub const VCPU_COUNT_MAX: u8 = 4;
+/// Most disks of a VM.
+pub const DISK_COUNT_MAX: usize = 8;
+
+/// From the runtime to the monitor.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "snake_case")]
+pub enum Request {
+    /// Make a VM and start its kernel. Descriptors: kernel, initramfs (if any), then one for each disk, all readable.
+    Boot(BootRequest),
+    /// Make a VM from a snapshot and leave it paused. Descriptors: the snapshot, then one for each disk with
+    /// [`DiskSource::Descriptor`].
+    Restore(RestoreRequest),
+    /// Run the VM. Bytes already waiting in the agent channel are in the guest's receive queue before its first instruction.
+    Resume,
+    /// Stop all vCPUs and finish what the devices have begun.
+    Pause,
+    /// Write the paused VM as a snapshot. Descriptor: an empty writable file. It is complete and synced on `Done`; naming
+    /// (renaming) it is the caller's part. The VM stays paused.
+    Save(SaveRequest),
+    /// Ask for the console's tail and the timings so far.
+    Status,
+    /// End the VM and the process. The reply is the last message.
+    Quit,
+}
+
+/// A VM from a kernel.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BootRequest {
+    /// 1 to [`VCPU_COUNT_MAX`].
+    pub vcpu_count: u8,
+    /// Guest memory, MiB, 64 to 10,240.
+    pub memory_mib: u32,
+    /// Kernel command line, printable ASCII, at most 2,047 bytes.
+    pub command_line: String,
+    /// An initramfs descriptor follows the kernel's.
+    pub has_initramfs: bool,
+    /// In order: the guest's /dev/vda, /dev/vdb, …
+    pub disks: Vec<Disk>,
+}
+
+/// A VM from a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RestoreRequest {
+    /// As many as the snapshot was taken with, in the same order.
+    pub disks: Vec<Disk>,
+}
+
+/// One block device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Disk {
+    /// The serial number the guest sees, at most 20 ASCII bytes.
+    pub id: String,
+    /// What the guest may do.
+    pub access: DiskAccess,
+    /// Where the content comes from.
+    #[serde(default)]
+    pub source: DiskSource,
+}
+
+/// What the guest may do with a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskAccess {
+    /// Read only; the file is shared between VMs.
+    ReadOnly,
+    /// Writes go to memory of this VM alone and end with it; the file is never written. Saved into the snapshot.
+    CopyOnWrite,
+}
+
+/// Where a disk's content comes from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskSource {
+    /// The whole file behind the next descriptor.
+    #[default]
+    Descriptor,
+    /// The snapshot's own disk section for this disk (restore only).
+    Snapshot,
+}
+
+/// What goes into a snapshot beside the machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SaveRequest {
+    /// JSON document for the snapshot's metadata section.
+    pub metadata: serde_json::Value,
+}
+
+/// Answer to a [`Request`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "snake_case")]
+pub enum Reply {
+    /// Done.
+    Done,
+    /// Saved: what it took.
+    Saved(Saved),
+    /// Answer to [`Request::Status`].
+    Status(Status),
+    /// Not done. After a failed boot, restore or resume the only sensible request is `Quit`.
+    Failed(Failure),
+}
+
+/// A snapshot as written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Saved {
+    /// Length of the file, bytes.
+    pub file_bytes: u64,
+    /// Bytes that are not holes.
+    pub stored_bytes: u64,
+    /// Identity of the snapshot: hexadecimal blake3.
+    pub digest: String,
+}
+
+/// The monitor's view of its VM.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// The last bytes the guest wrote to its serial console, lossy UTF-8, at most 64 KiB.
+    pub console: String,
+    /// When things happened.
+    pub timings: Timings,
+}
+
+/// Moments on this host's `CLOCK_MONOTONIC`, nanoseconds; `None` for what has not happened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Timings {
+    /// `Boot` or `Restore` arrived.
+    pub claimed_ns: Option<u64>,
+    /// VM, interrupt chips and vCPUs exist.
+    pub vm_made_ns: Option<u64>,
+    /// Guest memory is mapped.
+    pub memory_mapped_ns: Option<u64>,
+    /// vCPU, interrupt chip, clock and device state is set; the VM is paused and ready.
+    pub state_set_ns: Option<u64>,
+    /// The newest `Resume` arrived.
+    pub resume_ns: Option<u64>,
+    /// The first vCPU entered the guest after the newest `Resume`: the guest's first instruction.
+    pub first_instruction_ns: Option<u64>,
+    /// The first byte from the agent reached the host after the newest `Resume`.
+    pub first_agent_byte_ns: Option<u64>,
+}
+
+/// Why a request was not carried out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// The whole chain of causes, for people.
+    pub message: String,
+    /// Whose fault.
+    pub fault: Fault,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Failure {}
+
+/// Whose fault a failure is; picks log level and status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Fault {
+    /// The request, or a file it names.
+    Caller,
+    /// The guest.
+    Guest,
+    /// This machine or the monitor.
+    Host,
+}
+
+/// From the monitor, unasked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Event {
+    /// The VM ended by itself. Only `Status` and `Quit` are of use afterwards.
+    Exited(Exit),
+}
+
+/// How a VM ended by itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exit {
+    /// What ended it.
+    pub reason: ExitReason,
+    /// For people: the fault's text, or empty.
+    pub detail: String,
+    /// The console's tail, as in [`Status`].
+    pub console: String,
+}
+
+/// What ended a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExitReason {
+    /// The guest powered itself off.
+    Shutdown,
+    /// The guest asked for a reset; the monitor does not reboot guests.
+    Reset,
+    /// The guest's kernel panicked (a reset with `Kernel panic` on the console).
+    Panic,
+    /// The guest did what no well-behaved guest does: broke a device's rules, triple fault, KVM internal error.
+    GuestFault,
+    /// This machine failed the VM: a KVM call or a disk.
+    HostFault,
+}
+
+/// Everything that travels from the monitor to the runtime.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum FromMonitor {
+    /// An answer.
+    Reply(Reply),
+    /// News.
+    Event(Event),
+}
