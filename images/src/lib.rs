@@ -1,1 +1,41 @@
-//! Placeholder.
+//! Everything a guest boots from: kernel, initramfs, runtime root filesystems, function code.
+//!
+//! **Owns** the folders `kernel/`, `initramfs/`, `images/`, `overlay/`, `cache/` and `staging/` of the
+//! state folder (`THAW_HOME`), and how each file in them is made from distribution packages, pinned
+//! wheels and the caller's zip.
+//!
+//! **Must not know** of KVM, of virtual machines, of HTTP, of functions. Nothing here draws or logs:
+//! the caller passes a [`Progress`].
+//!
+//! **Start at** [`ImageStore`].
+//!
+//! **Always holds.**
+//! - An artifact under its final name is complete: it was built in `staging/`, synced and renamed.
+//! - Equal manifests give equal bytes: no time, host name, user or directory order enters an image.
+//! - The host's installed packages never enter an image: packages are resolved against an empty system.
+//! - No step needs root.
+//! - A zip is hostile: [`ImageStore::code_image`] checks every entry before it touches the disk.
+
+#![forbid(unsafe_code)]
+
+mod apt;
+mod digest;
+mod fault;
+mod initramfs;
+mod kernel;
+mod progress;
+mod staging;
+mod store;
+mod tool;
+
+pub use apt::{Package, PackageError};
+pub use fault::{Fault, FileError};
+pub use initramfs::cpio::{Archive as CpioArchive, CpioError};
+pub use initramfs::{Initramfs, InitramfsError};
+pub use kernel::bzimage::{BzImageError, extract_vmlinux};
+pub use kernel::modules::{ModuleError, ModuleInfo, load_order};
+pub use kernel::{Kernel, KernelError};
+pub use progress::{Progress, Quiet};
+pub use staging::StagingError;
+pub use store::ImageStore;
+pub use tool::ToolError;

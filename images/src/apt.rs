@@ -1,0 +1,265 @@
+//! Distribution packages: which ones an image needs, and their files, checked and cached.
+//!
+//! Packages are resolved against an empty system (a private state with no installed package), so
+//! that the answer depends on the package lists alone and not on what this host has installed.
+//! Only the distribution's own packages count; other configured sources are pinned away.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde::{Deserialize, Serialize};
+
+use crate::digest;
+use crate::fault::FileError;
+use crate::progress::Progress;
+use crate::staging::{make_dir, remove_tree};
+use crate::tool::{APT_GET, DPKG_DEB, ToolError};
+
+/// Leaves only packages whose release file says that Debian made them (apt_preferences(5)); of two
+/// records that match, the first counts.
+const PREFERENCES: &str = "Package: *\nPin: release o=Debian\nPin-Priority: 500\n\n\
+    Package: *\nPin: release *\nPin-Priority: -1\n";
+
+/// One package as an image's manifest lists it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Package {
+    /// The package's name.
+    pub name: String,
+    /// Its full version, epoch included.
+    pub version: String,
+    /// SHA-256 of the package file, lower-case hexadecimal.
+    pub sha256: String,
+    /// The name of the package file in the cache.
+    pub file: String,
+}
+
+/// Packages could not be resolved, downloaded or unpacked.
+#[derive(Debug, thiserror::Error)]
+pub enum PackageError {
+    /// The host's package lists are missing or older than the archive.
+    #[error(
+        "the package lists of this machine are missing or out of date: run `apt-get update` as root ({detail})"
+    )]
+    Lists {
+        /// What apt said.
+        detail: String,
+    },
+    /// A program failed.
+    #[error("using the package tools")]
+    Tool(#[from] ToolError),
+    /// A file operation failed.
+    #[error("using the package cache")]
+    File(#[from] FileError),
+    /// apt's answer was not understood.
+    #[error("apt printed a line that is no package file: {line:?}")]
+    Answer {
+        /// The line.
+        line: String,
+    },
+    /// A downloaded file is not what the package lists promise.
+    #[error("the package file {file} has the wrong digest or size")]
+    Corrupt {
+        /// The file's name.
+        file: String,
+    },
+    /// The resolver left out what was asked for.
+    #[error("no package named {name} in the package lists")]
+    Absent {
+        /// What was looked for.
+        name: String,
+    },
+}
+
+/// The private apt state and the package cache under one folder.
+#[derive(Clone, Debug)]
+pub(crate) struct Apt {
+    root: PathBuf,
+}
+
+impl Apt {
+    /// `root` is made if need be.
+    pub(crate) fn new(root: &Path) -> Result<Self, PackageError> {
+        for folder in ["state", "index", "debs"] {
+            make_dir(&root.join(folder))?;
+        }
+        for (name, text) in [("state/status", ""), ("state/preferences", PREFERENCES)] {
+            let path = root.join(name);
+            fs::write(&path, text).map_err(FileError::on("writing", &path))?;
+        }
+        Ok(Self {
+            root: root.to_owned(),
+        })
+    }
+
+    fn configure(&self, command: &mut Command) {
+        let state = self.root.join("state");
+        let path = |name: &str| state.join(name).display().to_string();
+        for option in [
+            format!("Dir::State::status={}", path("status")),
+            format!("Dir::State::extended_states={}", path("extended_states")),
+            format!("Dir::Etc::preferences={}", path("preferences")),
+            format!("Dir::Etc::preferencesparts={}", path("preferences.d")),
+            format!("Dir::Cache={}", self.root.join("index").display()),
+            "Acquire::ForceHash=SHA256".to_owned(),
+            "Acquire::Retries=3".to_owned(),
+            "APT::Architecture=amd64".to_owned(),
+            "APT::Architectures=amd64".to_owned(),
+            "APT::Install-Recommends=false".to_owned(),
+            "APT::Install-Suggests=false".to_owned(),
+            // The download user of root's apt may not enter the cache folder.
+            "APT::Sandbox::User=".to_owned(),
+        ] {
+            command.arg("-o").arg(option);
+        }
+    }
+
+    /// `names` and all they depend on, sorted by name.
+    pub(crate) fn resolve(&self, names: &[&str]) -> Result<Vec<Package>, PackageError> {
+        let answer = APT_GET
+            .run(|command| {
+                self.configure(command);
+                command
+                    .args(["install", "-qq", "-y", "--print-uris"])
+                    .args(names);
+            })
+            .map_err(explain)?;
+        let mut packages = BTreeMap::new();
+        for line in String::from_utf8_lossy(&answer).lines() {
+            let package = parse_uri_line(line).ok_or_else(|| PackageError::Answer {
+                line: line.to_owned(),
+            })?;
+            packages.insert(package.name.clone(), package);
+        }
+        Ok(packages.into_values().collect())
+    }
+
+    /// Makes sure that every package's file is in the cache with the right digest.
+    pub(crate) fn download(
+        &self,
+        packages: &[Package],
+        progress: &mut dyn Progress,
+    ) -> Result<(), PackageError> {
+        let missing: Vec<&Package> = packages.iter().filter(|p| !self.is_cached(p)).collect();
+        progress.detail(&format!(
+            "{} of {} to download",
+            missing.len(),
+            packages.len()
+        ));
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let debs = self.root.join("debs");
+        let incoming = self.root.join("incoming");
+        if incoming.exists() {
+            remove_tree(&incoming).map_err(FileError::on("removing", &incoming))?;
+        }
+        make_dir(&incoming)?;
+        APT_GET
+            .run(|command| {
+                self.configure(command);
+                command.current_dir(&incoming).args(["download", "-qq"]);
+                command.args(missing.iter().map(|p| format!("{}={}", p.name, p.version)));
+            })
+            .map_err(explain)?;
+        for package in missing {
+            let from = incoming.join(&package.file);
+            if digest::file(&from)? != package.sha256 {
+                return Err(PackageError::Corrupt {
+                    file: package.file.clone(),
+                });
+            }
+            let to = debs.join(&package.file);
+            fs::rename(&from, &to).map_err(FileError::on("renaming to", &to))?;
+        }
+        Ok(())
+    }
+
+    fn is_cached(&self, package: &Package) -> bool {
+        digest::file(&self.root.join("debs").join(&package.file))
+            .is_ok_and(|digest| digest == package.sha256)
+    }
+
+    /// Unpacks a package's files into `tree`; runs no maintainer script.
+    pub(crate) fn unpack(&self, package: &Package, tree: &Path) -> Result<(), PackageError> {
+        let file = self.root.join("debs").join(&package.file);
+        DPKG_DEB.run(|command| {
+            command.arg("-x").arg(&file).arg(tree);
+        })?;
+        Ok(())
+    }
+}
+
+/// Tells out-of-date lists, the failure that users meet, from the others.
+fn explain(error: ToolError) -> PackageError {
+    const SIGNS: [&str; 4] = [
+        "Unable to locate package",
+        "has no installation candidate",
+        "404",
+        "was not found",
+    ];
+    let stderr = error.stderr();
+    match stderr
+        .lines()
+        .find(|line| SIGNS.iter().any(|sign| line.contains(sign)))
+    {
+        Some(line) => PackageError::Lists {
+            detail: line.trim().to_owned(),
+        },
+        None => PackageError::Tool(error),
+    }
+}
+
+/// Reads a line of `apt-get --print-uris`: `'URI' NAME_VERSION_ARCH.deb SIZE SHA256:DIGEST`.
+fn parse_uri_line(line: &str) -> Option<Package> {
+    let mut fields = line.rsplitn(4, ' ');
+    let sha256 = fields.next()?.strip_prefix("SHA256:")?;
+    let _size: u64 = fields.next()?.parse().ok()?;
+    let file = fields.next()?;
+    let mut parts = file.strip_suffix(".deb")?.splitn(3, '_');
+    let (name, version, _arch) = (parts.next()?, parts.next()?, parts.next()?);
+    let is_digest = sha256.len() == 64 && sha256.bytes().all(|b| b.is_ascii_hexdigit());
+    if !is_digest || name.is_empty() || name.starts_with('-') || file.contains('/') {
+        return None;
+    }
+    Some(Package {
+        name: name.to_owned(),
+        // apt escapes the epoch's colon in file names.
+        version: version.replace("%3a", ":"),
+        sha256: sha256.to_owned(),
+        file: file.to_owned(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DIGEST: &str = "c4945123d66d0503ba42e2fc0585abc76d0838978c6d277b9cc37a4da25d1a34";
+
+    #[test]
+    fn a_line_with_an_epoch_is_read() {
+        let line =
+            format!("'scheme://host/a_b.deb' libattr1_1%3a2.5.1-4_amd64.deb 22164 SHA256:{DIGEST}");
+        let package = parse_uri_line(&line).unwrap();
+        assert_eq!(package.name, "libattr1");
+        assert_eq!(package.version, "1:2.5.1-4");
+        assert_eq!(package.file, "libattr1_1%3a2.5.1-4_amd64.deb");
+    }
+
+    #[test]
+    fn other_lines_are_refused() {
+        for line in [
+            String::new(),
+            "Reading package lists...".to_owned(),
+            format!("'u' a_1_amd64.deb 1 MD5Sum:{DIGEST}"),
+            format!("'u' a_1_amd64.deb x SHA256:{DIGEST}"),
+            format!("'u' ../a_1_amd64.deb 1 SHA256:{DIGEST}"),
+            format!("'u' -o_1_amd64.deb 1 SHA256:{DIGEST}"),
+        ] {
+            assert_eq!(parse_uri_line(&line), None, "{line}");
+        }
+    }
+}
