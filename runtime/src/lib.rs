@@ -1,1 +1,33 @@
-//! Placeholder.
+//! Sandboxes as a service: freeze a function once, keep restored machines ready, give each invocation one of its own.
+//!
+//! Owns: monitor processes (`thaw-vmm`, one for each VM) from their start to their end, the conversation with the
+//! guest's agent, the pool of ready machines with its queue and its back-off. Must not know: HTTP, Lambda's error
+//! documents, KVM, guest memory (a monitor gets descriptors; the gateway's process never maps a guest).
+//!
+//! Start at [`Runtime`]: [`Runtime::freeze`] makes a snapshot of a booted function, [`Runtime::open_pool`] gives a
+//! [`Pool`], [`Pool::invoke`] runs one request. The decisions are plain state machines without I/O (`pool::core`,
+//! `sandbox::life`), their drivers are beside them.
+//!
+//! Always holds: an invocation sees a VM that was restored from the snapshot and has run nothing else; a dropped
+//! future gives back its place and destroys the VM it had started; no monitor outlives the [`Runtime`].
+#![forbid(unsafe_code)]
+
+mod fault;
+mod freeze;
+mod invocation;
+mod pool;
+mod service;
+
+pub use fault::HostError;
+pub use freeze::{
+    FreezeError, FreezeRequest, FreezeStep, FreezeTimings, Frozen, GUEST_COMMAND_LINE,
+    INIT_LOG_BYTES_MAX, InitFailure,
+};
+pub use invocation::{
+    End, INVOCATION_LOG_BYTES_MAX, Invocation, InvocationTimings, InvokeError, Measure, Outcome,
+    ThrottleReason,
+};
+pub use pool::{OpenPoolError, Pool, PoolSpec, PoolStats};
+pub use service::{Runtime, RuntimeConfig, StartError};
+pub use thaw_agent_protocol::{Configure, RuntimeExit, RuntimeExitCause};
+pub use thaw_vmm_control::{ExitReason, Fault};
