@@ -1,0 +1,376 @@
+//! The devices of one machine: disks, the socket, entropy and the serial console.
+//!
+//! Owns everything that a guest can reach by a register or a queue. Knows nothing of KVM: the machine gives
+//! it exits and eventfds. Start at [`Devices`]. Each virtio device is a register model ([`registers`]), a
+//! shell ([`slot`]) and a backend ([`block`], [`vsock`], [`rng`]); its frozen form is in [`state`].
+//!
+//! **Invariants:** no byte from a guest or a saved state panics; one turn of one device is bounded; nothing
+//! is in flight when a slot's lock is free; vCPU threads never do a device's I/O.
+
+mod block;
+mod config;
+mod fault;
+mod interrupt;
+mod registers;
+mod rng;
+mod serial;
+mod slot;
+pub mod state;
+mod thread;
+mod virtqueue;
+mod vsock;
+
+#[cfg(test)]
+mod tests;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
+
+use block::Block;
+use rng::Rng;
+use serial::Console;
+use slot::{Backend, RestoredTransport, Slot};
+use state::{DeviceStateV1, DevicesStateV1, SlotStateV1};
+use thread::Control;
+use vsock::Vsock;
+
+pub use block::DiskReadError;
+pub use config::{
+    DeviceBuildError, DeviceRestoreError, DevicesConfig, DiskAccess, DiskConfig, SlotError,
+};
+pub use fault::{DeviceFault, DeviceName, GuestFault};
+pub use registers::RegistersError;
+pub use serial::{CONSOLE_BYTES_MAX, SerialError};
+pub use thread::{DevicePauseError, DeviceStartError, DeviceThread};
+pub use vsock::{AGENT_PORT, HOST_CID, VsockError};
+
+/// Guest physical address of the first virtio-mmio window.
+pub const MMIO_BASE: u64 = 0xd000_0000;
+/// Length of one window.
+pub const MMIO_WINDOW_BYTES: u64 = 0x1000;
+/// GSI of the first window; window n has this plus n.
+pub const MMIO_GSI_BASE: u32 = 5;
+/// Windows that fit: GSIs 5 to 20.
+pub const MMIO_WINDOWS_MAX: usize = 16;
+/// GSI of the serial console.
+pub const SERIAL_GSI: u32 = 4;
+/// First port of the serial console (8 ports).
+pub const SERIAL_PORT: u16 = serial::PORT;
+
+/// One virtio-mmio window, for ACPI, irqfd and ioeventfd.
+#[derive(Debug)]
+pub struct MmioWindow {
+    /// Guest physical address.
+    pub base: u64,
+    /// Bytes.
+    pub length: u64,
+    /// Global system interrupt, edge-triggered.
+    pub gsi: u32,
+    /// Written when the device interrupts; for KVM's irqfd.
+    pub interrupt: EventFd,
+    /// Queue index and its eventfd; for KVM's ioeventfd at `notify_address()`, 4 bytes, datamatch = index.
+    pub notify: Vec<(u32, EventFd)>,
+}
+
+impl MmioWindow {
+    /// Guest physical address of QueueNotify.
+    pub fn notify_address(&self) -> u64 {
+        self.base + registers::NOTIFY_OFFSET
+    }
+}
+
+/// What the socket device shares with the outside.
+#[derive(Debug, Default)]
+struct AgentClock {
+    /// CLOCK_MONOTONIC in nanoseconds; 0 while no byte has passed.
+    first_byte_ns: AtomicU64,
+}
+
+/// All devices of one machine, shared by the vCPU threads and the device thread.
+#[derive(Debug)]
+pub struct Devices {
+    slots: Vec<Slot>,
+    disk_count: usize,
+    console: Mutex<Console>,
+    faults: Arc<Faults>,
+    clock: Arc<AgentClock>,
+    control: Control,
+}
+
+use fault::Faults;
+
+/// Takes a lock that a panicking thread may have left: the state behind it is checked on every use anyway.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Devices {
+    /// Builds fresh devices, running. `memory` must be the guest's whole RAM.
+    ///
+    /// # Errors
+    /// The configuration is out of limits or the host refused a descriptor.
+    pub fn new(
+        config: DevicesConfig,
+        memory: GuestMemoryMmap,
+    ) -> Result<Arc<Self>, DeviceBuildError> {
+        config.check()?;
+        let DevicesConfig { disks, guest_cid, agent_stream } = config;
+        let disk_count = disks.len();
+        let faults = Arc::new(Faults::default());
+        let clock = Arc::new(AgentClock::default());
+        let mut backends = Vec::with_capacity(disk_count + 2);
+        for (index, disk) in disks.into_iter().enumerate() {
+            let block = Block::new(index, disk)?;
+            backends.push((DeviceName::Disk(index), Backend::Block(Box::new(block))));
+        }
+        let vsock = Vsock::new(guest_cid, agent_stream, faults.clone(), clock.clone())?;
+        backends.push((DeviceName::Vsock, Backend::Vsock(Box::new(vsock))));
+        backends.push((DeviceName::Rng, Backend::Rng(Rng::new(Instant::now()))));
+        let slots = backends
+            .into_iter()
+            .map(|(name, backend)| Slot::new(name, backend, memory.clone(), faults.clone()))
+            .collect::<Result<_, _>>()
+            .map_err(DeviceBuildError::EventFd)?;
+        let console = Mutex::new(Console::new().map_err(DeviceBuildError::EventFd)?);
+        let control = Control::new(false).map_err(DeviceBuildError::EventFd)?;
+        Ok(Arc::new(Self { slots, disk_count, console, faults, clock, control }))
+    }
+
+    /// Builds the devices that `state` describes, **paused**: call [`Devices::start`], [`Devices::prime`] and
+    /// [`Devices::resume`] in this order before the vCPUs run. `memory` must already hold the guest's RAM. A
+    /// copy-on-write disk begins with an empty delta: its file must hold the merged content.
+    ///
+    /// # Errors
+    /// The state does not fit the configuration, or no device could have produced it.
+    pub fn restore(
+        config: DevicesConfig,
+        memory: GuestMemoryMmap,
+        state: DevicesStateV1,
+    ) -> Result<Arc<Self>, DeviceRestoreError> {
+        config.check()?;
+        let DevicesConfig { disks, guest_cid, agent_stream } = config;
+        let DevicesStateV1 { serial, slots: saved } = state;
+        let disk_count = disks.len();
+        if saved.len() != disk_count + 2 {
+            let expected = disk_count + 2;
+            return Err(DeviceRestoreError::SlotCount { found: saved.len(), expected });
+        }
+        let faults = Arc::new(Faults::default());
+        let clock = Arc::new(AgentClock::default());
+        let mut disks = disks.into_iter();
+        let mut agent_stream = Some(agent_stream);
+        let mut slots = Vec::with_capacity(saved.len());
+        for (index, slot) in saved.into_iter().enumerate() {
+            let SlotStateV1 { registers, interrupt_status, queues, device } = slot;
+            let disk = disks.next();
+            let (name, backend) = match (index, disk, device) {
+                (_, Some(disk), DeviceStateV1::Block(state)) => {
+                    let block = Block::restore(index, disk, state)?;
+                    (DeviceName::Disk(index), Backend::Block(Box::new(block)))
+                }
+                (_, None, DeviceStateV1::Vsock(state)) if index == disk_count => {
+                    let stream = agent_stream.take().expect("one index equals the disk count");
+                    let shared = (faults.clone(), clock.clone());
+                    let vsock = Vsock::restore(guest_cid, stream, shared, state)?;
+                    (DeviceName::Vsock, Backend::Vsock(Box::new(vsock)))
+                }
+                (_, None, DeviceStateV1::Rng(state::RngStateV1 {})) if index == disk_count + 1 => {
+                    (DeviceName::Rng, Backend::Rng(Rng::new(Instant::now())))
+                }
+                _ => return Err(DeviceRestoreError::SlotKind { slot: index }),
+            };
+            let transport = RestoredTransport { registers, interrupt_status, queues };
+            let restored = (transport, memory.clone());
+            slots.push(Slot::restore(name, backend, restored, faults.clone())?);
+        }
+        let console = Mutex::new(Console::try_from(serial)?);
+        let control = Control::new(true).map_err(DeviceBuildError::EventFd)?;
+        Ok(Arc::new(Self { slots, disk_count, console, faults, clock, control }))
+    }
+
+    /// The windows in order: disks, vsock, rng.
+    ///
+    /// # Errors
+    /// An eventfd could not be duplicated.
+    pub fn mmio_windows(&self) -> Result<Vec<MmioWindow>, DeviceBuildError> {
+        let mut windows = Vec::with_capacity(self.slots.len());
+        let mut base = MMIO_BASE;
+        for (gsi, slot) in (MMIO_GSI_BASE..).zip(&self.slots) {
+            let mut notify = Vec::with_capacity(slot.notify().len());
+            for (queue, event) in (0..).zip(slot.notify()) {
+                notify.push((queue, event.try_clone().map_err(DeviceBuildError::EventFd)?));
+            }
+            let interrupt =
+                slot.interrupt().event().try_clone().map_err(DeviceBuildError::EventFd)?;
+            windows.push(MmioWindow { base, length: MMIO_WINDOW_BYTES, gsi, interrupt, notify });
+            base += MMIO_WINDOW_BYTES;
+        }
+        Ok(windows)
+    }
+
+    /// The serial console's interrupt, for an irqfd on [`SERIAL_GSI`].
+    ///
+    /// # Errors
+    /// The eventfd could not be duplicated.
+    pub fn serial_interrupt(&self) -> Result<EventFd, DeviceBuildError> {
+        lock(&self.console).event().try_clone().map_err(DeviceBuildError::EventFd)
+    }
+
+    fn window(&self, address: u64) -> Option<(&Slot, u64)> {
+        let offset = address.checked_sub(MMIO_BASE)?;
+        let index = usize::try_from(offset / MMIO_WINDOW_BYTES).ok()?;
+        Some((self.slots.get(index)?, offset % MMIO_WINDOW_BYTES))
+    }
+
+    /// A vCPU's MMIO read exit; addresses that are nobody's read as all ones, as on a PC's bus.
+    pub fn mmio_read(&self, address: u64, data: &mut [u8]) {
+        match self.window(address) {
+            Some((slot, offset)) => slot.mmio_read(offset, data),
+            None => data.fill(0xff),
+        }
+    }
+
+    /// A vCPU's MMIO write exit; addresses that are nobody's are ignored.
+    pub fn mmio_write(&self, address: u64, data: &[u8]) {
+        if let Some((slot, offset)) = self.window(address) {
+            slot.mmio_write(offset, data);
+        }
+    }
+
+    /// A vCPU's port read exit; false if the port is not ours.
+    pub fn pio_read(&self, port: u16, data: &mut [u8]) -> bool {
+        let Some(offset) = serial_offset(port) else {
+            return false;
+        };
+        lock(&self.console).read(offset, data);
+        true
+    }
+
+    /// A vCPU's port write exit; false if the port is not ours.
+    pub fn pio_write(&self, port: u16, data: &[u8]) -> bool {
+        let Some(offset) = serial_offset(port) else {
+            return false;
+        };
+        lock(&self.console).write(offset, data);
+        true
+    }
+
+    /// The last [`CONSOLE_BYTES_MAX`] bytes that the guest wrote to the serial console.
+    pub fn console_tail(&self) -> Vec<u8> {
+        lock(&self.console).tail()
+    }
+
+    /// Starts the one thread that serves queues and the agent stream. Faults, also earlier ones, go to `faults`.
+    ///
+    /// # Errors
+    /// It runs already, or the host refused epoll or a thread.
+    pub fn start(
+        self: &Arc<Self>,
+        faults: Sender<DeviceFault>,
+    ) -> Result<DeviceThread, DeviceStartError> {
+        self.faults.connect(faults);
+        thread::start(self)
+    }
+
+    /// Stops serving: the device thread finishes its turn, serves what is queued, and parks. Call it with every
+    /// vCPU stopped; what is still queued is served on [`Devices::resume`], here or in a restored machine.
+    ///
+    /// # Errors
+    /// The device thread did not park within 10 s, or it has died.
+    pub fn pause(&self) -> Result<(), DevicePauseError> {
+        self.control.pause()?;
+        self.serve_all();
+        Ok(())
+    }
+
+    /// Quiesced and paused only: moves what the host has already written to the agent stream into the guest's
+    /// receive queue, so that it lies there when the vCPUs first run.
+    pub fn prime(&self) {
+        self.slots[self.disk_count].serve();
+    }
+
+    /// Serves again. Repeats every interrupt that the guest has not acknowledged and looks at every queue, so
+    /// that neither an interrupt nor a notification is lost with the machine that was saved. Call it after the
+    /// interrupt chip's state is set and the irqfds are registered, before the vCPUs run.
+    pub fn resume(&self) {
+        for slot in &self.slots {
+            slot.interrupt().resend();
+            slot.kick_all();
+        }
+        lock(&self.console).resend();
+        self.control.resume();
+    }
+
+    /// The state of all devices. Quiesced and paused only.
+    pub fn save(&self) -> DevicesStateV1 {
+        let Self { slots, disk_count: _, console, faults: _, clock: _, control } = self;
+        assert!(control.is_paused(), "devices are saved while paused");
+        DevicesStateV1 {
+            serial: lock(console).save(),
+            slots: slots.iter().map(Slot::save).collect(),
+        }
+    }
+
+    /// CLOCK_MONOTONIC in nanoseconds when the first byte from the guest since [`Devices::resume`], or since
+    /// the start, was handed to the agent stream; `None` if none was yet.
+    pub fn first_agent_byte_ns(&self) -> Option<u64> {
+        Some(self.clock.first_byte_ns.load(Ordering::Acquire)).filter(|&ns| ns != 0)
+    }
+
+    /// Number of disks.
+    pub fn disk_count(&self) -> usize {
+        self.disk_count
+    }
+
+    fn with_disk<T>(&self, disk: usize, look: impl FnOnce(&mut Block) -> T) -> Option<T> {
+        let slot = self.slots[..self.disk_count].get(disk)?;
+        slot.with_backend(|backend| match backend {
+            Backend::Block(block) => Some(look(block)),
+            Backend::Vsock(_) | Backend::Rng(_) => None,
+        })
+    }
+
+    /// Length of a disk in bytes and how the guest may use it; `None` if there is no such disk.
+    pub fn disk(&self, disk: usize) -> Option<(u64, DiskAccess)> {
+        self.with_disk(disk, |block| (block.length(), block.access()))
+    }
+
+    /// Byte ranges of a copy-on-write disk that the guest has written since it was built or rewound,
+    /// ascending, 4 KiB aligned except at the disk's end. Quiesced only.
+    pub fn disk_written_runs(&self, disk: usize) -> Vec<std::ops::Range<u64>> {
+        self.with_disk(disk, |block| block.written_runs()).unwrap_or_default()
+    }
+
+    /// Reads merged content (base plus delta) of a disk. Quiesced only.
+    ///
+    /// # Errors
+    /// No such disk, a range beyond its end, or the host's file failed.
+    pub fn disk_read_at(
+        &self,
+        disk: usize,
+        offset: u64,
+        into: &mut [u8],
+    ) -> Result<(), DiskReadError> {
+        self.with_disk(disk, |block| block.read_at(offset, into))
+            .unwrap_or(Err(DiskReadError::NoDisk { disk }))
+    }
+
+    /// One bounded turn for every device; when the next one is due.
+    fn serve_all(&self) -> Option<Instant> {
+        let now = Instant::now();
+        let mut due = None;
+        for slot in &self.slots {
+            due = thread::earliest(due, slot.serve(), now);
+        }
+        due
+    }
+}
+
+fn serial_offset(port: u16) -> Option<u16> {
+    port.checked_sub(serial::PORT).filter(|&offset| offset < serial::PORT_COUNT)
+}
