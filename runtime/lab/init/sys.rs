@@ -1,0 +1,154 @@
+//! The system calls that the standard library does not offer. All unsafe code of the init is here.
+
+use std::{
+    ffi::{CString, c_char, c_int, c_long, c_ulong, c_void},
+    fs::File,
+    io,
+    os::fd::{AsRawFd, FromRawFd, RawFd},
+};
+
+/// Kill, from signal(7).
+pub const SIGKILL: i32 = 9;
+/// mount(2): bind mount.
+pub const MS_BIND: c_ulong = 4096;
+/// mount(2): move a mount.
+pub const MS_MOVE: c_ulong = 8192;
+
+const SYS_FINIT_MODULE: c_long = 313; // arch/x86/entry/syscalls/syscall_64.tbl
+const RLIMIT_NOFILE: c_int = 7;
+
+unsafe extern "C" {
+    fn mount(
+        source: *const c_char,
+        target: *const c_char,
+        kind: *const c_char,
+        flags: c_ulong,
+        data: *const c_void,
+    ) -> c_int;
+    fn syscall(number: c_long, ...) -> c_long;
+    fn ioctl(fd: c_int, request: c_ulong, ...) -> c_int;
+    #[link_name = "kill"]
+    fn c_kill(pid: c_int, signal: c_int) -> c_int;
+    fn waitpid(pid: c_int, status: *mut c_int, options: c_int) -> c_int;
+    fn clock_settime(clock: c_int, time: *const [i64; 2]) -> c_int;
+    fn setrlimit(resource: c_int, limit: *const [u64; 2]) -> c_int;
+    #[link_name = "sync"]
+    fn c_sync();
+}
+
+/// mount(2).
+pub fn mount_at(
+    source: &str,
+    target: &[u8],
+    kind: &str,
+    flags: c_ulong,
+    data: &str,
+) -> io::Result<()> {
+    mount_bytes(source.as_bytes(), target, kind, flags, data)
+}
+
+/// mount(2) with a source that is any path.
+pub fn mount_bytes(
+    source: &[u8],
+    target: &[u8],
+    kind: &str,
+    flags: c_ulong,
+    data: &str,
+) -> io::Result<()> {
+    let (source, target, kind, data) = (
+        CString::new(source)?,
+        CString::new(target)?,
+        CString::new(kind)?,
+        CString::new(data)?,
+    );
+    // SAFETY: four NUL-terminated strings that outlive the call.
+    check(
+        unsafe {
+            mount(
+                source.as_ptr(),
+                target.as_ptr(),
+                kind.as_ptr(),
+                flags,
+                data.as_ptr().cast(),
+            )
+        }
+        .into(),
+    )
+    .map(drop)
+}
+
+/// finit_module(2) without parameters.
+pub fn load_module(file: &File) -> io::Result<()> {
+    // SAFETY: an open file, a NUL-terminated empty string, no flags.
+    check(unsafe { syscall(SYS_FINIT_MODULE, file.as_raw_fd(), c"".as_ptr(), 0) }).map(drop)
+}
+
+/// ioctl(2) with a plain number.
+pub fn ioctl_number(file: &impl AsRawFd, request: c_ulong, number: c_ulong) -> io::Result<c_int> {
+    // SAFETY: callers use requests that take a number, never a pointer.
+    check(unsafe { ioctl(file.as_raw_fd(), request, number) }.into())
+        .map(|value| c_int::try_from(value).unwrap_or(0))
+}
+
+/// ioctl(2) with a buffer that is at least as large as what the request reads or writes.
+pub fn ioctl_buffer(file: &impl AsRawFd, request: c_ulong, buffer: &mut [u8]) -> io::Result<()> {
+    // SAFETY: callers pass a buffer of the request's size; it outlives the call.
+    check(unsafe { ioctl(file.as_raw_fd(), request, buffer.as_mut_ptr()) }.into()).map(drop)
+}
+
+/// Takes over a descriptor that an ioctl just made.
+pub fn own(fd: RawFd) -> File {
+    // SAFETY: the caller got `fd` from the kernel a moment ago and nobody else holds it.
+    unsafe { File::from_raw_fd(fd) }
+}
+
+/// kill(2).
+pub fn kill(pid: i32, signal: i32) -> io::Result<()> {
+    // SAFETY: no memory is passed.
+    check(unsafe { c_kill(pid, signal) }.into()).map(drop)
+}
+
+/// waitpid(2) for any child: its process id and status; `None` when there are no children.
+pub fn wait_any() -> Option<(i32, i32)> {
+    let mut status = 0;
+    loop {
+        // SAFETY: `status` is a valid place for an int.
+        match check(unsafe { waitpid(-1, &raw mut status, 0) }.into()) {
+            Ok(pid) => return i32::try_from(pid).ok().map(|pid| (pid, status)),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => return None,
+        }
+    }
+}
+
+/// Sets the wall clock to nanoseconds since 1970.
+pub fn set_clock(unix_nanos: u64) -> io::Result<()> {
+    let part = |value: u64| i64::try_from(value).unwrap_or(0);
+    let time = [
+        part(unix_nanos / 1_000_000_000),
+        part(unix_nanos % 1_000_000_000),
+    ];
+    // SAFETY: `time` has the layout of struct timespec on 64-bit Linux; CLOCK_REALTIME is 0.
+    check(unsafe { clock_settime(0, &raw const time) }.into()).map(drop)
+}
+
+/// Raises the limit on open files for every process to come.
+pub fn allow_open_files(count: u64) -> io::Result<()> {
+    let limit = [count, count];
+    // SAFETY: the pair has the layout of struct rlimit on 64-bit Linux.
+    check(unsafe { setrlimit(RLIMIT_NOFILE, &raw const limit) }.into()).map(drop)
+}
+
+/// sync(2).
+pub fn sync() {
+    // SAFETY: takes nothing, returns nothing.
+    unsafe { c_sync() }
+}
+
+fn check(result: c_long) -> io::Result<c_long> {
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
+}

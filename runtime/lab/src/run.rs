@@ -1,0 +1,458 @@
+//! One run: boot (with a deadline, and again when it hangs), start the command once, pass streams and signals, end everything.
+
+use crate::{
+    LabRun, PortForward,
+    artifacts::{Artifacts, NotBuilt},
+    clock,
+    machine::{Machine, MachineError},
+    protocol::{self, HostMessage, InitMessage},
+    qemu::{self, Plan},
+    streams::{self, StoppableInput, Stream},
+};
+use std::{
+    ffi::OsString,
+    fs::File,
+    io::{self, Read, Write},
+    net::TcpListener,
+    os::unix::{ffi::OsStringExt, net::UnixStream},
+    path::PathBuf,
+    sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel},
+    thread,
+    time::{Duration, Instant, SystemTime},
+};
+
+/// Boots tried before giving up: about one in ten used to hang before the causes were found.
+const BOOT_ATTEMPTS_MAX: u32 = 3;
+/// A cold boot takes 3.3 to 5.3 s on two idle cores and 12 s on busy ones.
+const BOOT_LIMIT: Duration = Duration::from_secs(60);
+/// Plugging, mounting and starting the command take well under a second.
+const START_LIMIT: Duration = Duration::from_secs(30);
+/// The init says every 5 s that it lives.
+const SILENCE_LIMIT: Duration = Duration::from_secs(90);
+/// A control message is taken at once by a living lab.
+const SEND_LIMIT: Duration = Duration::from_secs(10);
+/// Fresh randomness handed to the lab.
+const ENTROPY_BYTES: usize = 64;
+const SIGTERM: i32 = 15;
+
+/// Why a run failed. The command's own failure is an exit code, not one of these.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// [`crate::Lab::build`] has not been called.
+    #[error(transparent)]
+    NotBuilt(#[from] NotBuilt),
+    /// The machine could not be started.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// The caller asked for something impossible.
+    #[error("{0}")]
+    Request(String),
+    /// A writable folder.
+    #[error("cannot use writable folder {}", path.display())]
+    Writable {
+        /// The folder.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// A forwarded port.
+    #[error("cannot listen on 127.0.0.1:{port}")]
+    Port {
+        /// The port.
+        port: u16,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// No boot came up.
+    #[error("the lab did not come up in {attempts} attempts; the end of its console:\n{console}")]
+    Boot {
+        /// Boots tried.
+        attempts: u32,
+        /// Last lines.
+        console: String,
+    },
+    /// The command could not be started: `code` is 127 if it does not exist, else 126.
+    #[error("{why}")]
+    Command {
+        /// Exit code that a shell would give.
+        code: i32,
+        /// What failed.
+        why: String,
+    },
+    /// The time limit passed.
+    #[error("the command was ended after its time limit of {} s", .0.as_secs())]
+    TimeLimit(Duration),
+    /// QEMU ended or the lab fell silent while the command ran.
+    #[error("the lab {how}; the end of its console:\n{console}")]
+    Lost {
+        /// What happened.
+        how: &'static str,
+        /// Last lines.
+        console: String,
+    },
+    /// A local system call.
+    #[error("cannot {act}")]
+    Io {
+        /// What was being done.
+        act: &'static str,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// What the driver hears. Messages of an earlier attempt's lab are told apart by the attempt's number.
+enum Event {
+    Init(u32, InitMessage),
+    Gone(u32),
+    StreamEnd,
+    Signal(i32),
+}
+
+/// How an attempt to get the command started ended.
+enum Attempt {
+    Started(Machine),
+    /// Worth another attempt; the console's end.
+    Failed(String),
+    /// A signal came first.
+    Signalled(i32),
+}
+
+/// See [`crate::Lab::run`].
+pub fn run(
+    artifacts: &Artifacts,
+    mut run: LabRun,
+    notice: &mut dyn FnMut(&str),
+) -> Result<i32, RunError> {
+    let start = start_message(artifacts, &run)?;
+    check_ports(&run.forwards)?;
+    let plan = Plan {
+        kernel: artifacts.kernel.clone(),
+        initrd: artifacts.initrd.clone(),
+        memory_mib: run.memory_mib,
+        cpu_count: run.cpu_count,
+        tsc_khz: clock::tsc_khz(5, Duration::from_millis(20)),
+        forwards: run.forwards.clone(),
+    };
+    let (sender, events) = channel();
+    if let Some(signals) = run.signals.take() {
+        let sender = sender.clone();
+        thread::spawn(move || {
+            signals
+                .iter()
+                .try_for_each(|signal| sender.send(Event::Signal(signal)))
+        });
+    }
+    let mut driver = Driver {
+        attempt: 0,
+        sender,
+        events,
+        start,
+    };
+    let mut console = String::new();
+    while driver.attempt < BOOT_ATTEMPTS_MAX {
+        driver.attempt += 1;
+        match driver.boot(&plan)? {
+            Attempt::Started(machine) => return driver.drive(machine, run),
+            Attempt::Signalled(signal) => return Ok(128 + signal),
+            Attempt::Failed(tail) => {
+                notice(&format!(
+                    "boot {} of the lab did not come up",
+                    driver.attempt
+                ));
+                console = tail;
+            }
+        }
+    }
+    Err(RunError::Boot {
+        attempts: driver.attempt,
+        console,
+    })
+}
+
+fn start_message(artifacts: &Artifacts, run: &LabRun) -> Result<protocol::Start, RunError> {
+    if run.command.is_empty() {
+        return Err(RunError::Request("no command to run in the lab".to_owned()));
+    }
+    if run.memory_mib < 512 || run.cpu_count == 0 {
+        return Err(RunError::Request(format!(
+            "a lab of {} MiB and {} processors is too small",
+            run.memory_mib, run.cpu_count
+        )));
+    }
+    let absolute = |path: &PathBuf| {
+        path.canonicalize().map_err(|source| RunError::Writable {
+            path: path.clone(),
+            source,
+        })
+    };
+    let writable = run
+        .writable
+        .iter()
+        .map(absolute)
+        .collect::<Result<Vec<_>, _>>()?;
+    let bytes = |path: PathBuf| path.into_os_string().into_vec();
+    let pair = |(key, value): &(OsString, OsString)| {
+        [key.clone(), value.clone()].join("=".as_ref()).into_vec()
+    };
+    Ok(protocol::Start {
+        cwd: bytes(std::path::absolute(&run.cwd).unwrap_or_else(|_| run.cwd.clone())),
+        command: run
+            .command
+            .iter()
+            .cloned()
+            .map(OsString::into_vec)
+            .collect(),
+        env: run.env.iter().map(pair).collect(),
+        writable: writable.into_iter().map(bytes).collect(),
+        modules: artifacts
+            .modules
+            .canonicalize()
+            .map(bytes)
+            .unwrap_or_default(),
+        ..protocol::Start::default()
+    })
+}
+
+/// A port already taken is the caller's affair, not a boot to try again.
+fn check_ports(forwards: &[PortForward]) -> Result<(), RunError> {
+    for &PortForward { host: port, .. } in forwards {
+        TcpListener::bind(("127.0.0.1", port)).map_err(|source| RunError::Port { port, source })?;
+    }
+    Ok(())
+}
+
+struct Driver {
+    attempt: u32,
+    sender: Sender<Event>,
+    events: Receiver<Event>,
+    start: protocol::Start,
+}
+
+impl Driver {
+    fn boot(&mut self, plan: &Plan) -> Result<Attempt, RunError> {
+        let mut machine =
+            Machine::start(plan, Machine::memory(plan.memory_mib)?, qemu::Start::Boot)?;
+        self.listen(&machine)?;
+        match self.await_init(&mut machine, BOOT_LIMIT)? {
+            Heard::Message(InitMessage::Booted) => {}
+            Heard::Signal(signal) => return Ok(Attempt::Signalled(signal)),
+            Heard::Message(_) | Heard::Nothing => {
+                return Ok(Attempt::Failed(machine.console.tail()));
+            }
+        }
+        self.send_start(machine)
+    }
+
+    /// Hands over the command; the answer decides between once and again.
+    fn send_start(&mut self, mut machine: Machine) -> Result<Attempt, RunError> {
+        self.start.entropy = fresh_entropy()?;
+        let since_1970 = SystemTime::now()
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .unwrap_or_default();
+        self.start.unix_nanos = u64::try_from(since_1970.as_nanos()).unwrap_or_default();
+        if HostMessage::Start(self.start.clone())
+            .write(&mut machine.control)
+            .is_err()
+        {
+            return Ok(Attempt::Failed(machine.console.tail()));
+        }
+        Ok(match self.await_init(&mut machine, START_LIMIT)? {
+            Heard::Message(InitMessage::Started) => Attempt::Started(machine),
+            Heard::Signal(signal) => Attempt::Signalled(signal),
+            Heard::Message(_) | Heard::Nothing => Attempt::Failed(machine.console.tail()),
+        })
+    }
+
+    fn listen(&self, machine: &Machine) -> Result<(), RunError> {
+        let failed = |source| RunError::Io {
+            act: "use the control socket",
+            source,
+        };
+        machine
+            .control
+            .set_write_timeout(Some(SEND_LIMIT))
+            .map_err(failed)?;
+        let mut control = machine.control.try_clone().map_err(failed)?;
+        let (sender, attempt) = (self.sender.clone(), self.attempt);
+        thread::spawn(move || {
+            while let Ok(message) = InitMessage::read(&mut control) {
+                if sender.send(Event::Init(attempt, message)).is_err() {
+                    return;
+                }
+            }
+            let _ = sender.send(Event::Gone(attempt)); // nobody listens after the run
+        });
+        Ok(())
+    }
+
+    fn await_init(&mut self, machine: &mut Machine, limit: Duration) -> Result<Heard, RunError> {
+        let end = Instant::now() + limit;
+        loop {
+            match self
+                .events
+                .recv_timeout(end.saturating_duration_since(Instant::now()))
+            {
+                Ok(Event::Init(attempt, InitMessage::Failed(code, why)))
+                    if attempt == self.attempt =>
+                {
+                    return Err(RunError::Command { code, why });
+                }
+                Ok(Event::Init(attempt, message)) if attempt == self.attempt => {
+                    return Ok(Heard::Message(message));
+                }
+                Ok(Event::Gone(attempt)) if attempt == self.attempt => {
+                    settle(machine);
+                    return Ok(Heard::Nothing);
+                }
+                Ok(Event::Signal(signal)) => return Ok(Heard::Signal(signal)),
+                Ok(_) => {}
+                Err(_) => return Ok(Heard::Nothing),
+            }
+        }
+    }
+
+    /// From the command's start to its end.
+    fn drive(&mut self, mut machine: Machine, run: LabRun) -> Result<i32, RunError> {
+        let mut open_streams = 2;
+        self.receive(&machine.stdout, streams::writer(run.stdout, io::stdout()))?;
+        self.receive(&machine.stderr, streams::writer(run.stderr, io::stderr()))?;
+        let _stopper = send_stdin(&machine.stdin, run.stdin)?;
+        let mut ending = Ending::default();
+        let mut code = None;
+        let limit = run.time_limit.map(|limit| (limit, Instant::now() + limit));
+        let mut heard = Instant::now();
+        loop {
+            if let (Some(code), 0) = (code, open_streams) {
+                return ending.result(code);
+            }
+            let limit_end = limit.filter(|_| ending.cut.is_none()).map(|(_, end)| end);
+            let next = [Some(heard + SILENCE_LIMIT), limit_end, ending.cut]
+                .into_iter()
+                .flatten()
+                .min()
+                .unwrap_or(heard);
+            match self
+                .events
+                .recv_timeout(next.saturating_duration_since(Instant::now()))
+            {
+                Ok(Event::Init(attempt, message)) if attempt == self.attempt => {
+                    heard = Instant::now();
+                    match message {
+                        InitMessage::Exited(ended) => code = Some(ended),
+                        InitMessage::Failed(code, why) => {
+                            return Err(RunError::Command { code, why });
+                        }
+                        InitMessage::Booted | InitMessage::Started | InitMessage::Alive => {}
+                    }
+                }
+                Ok(Event::Gone(attempt)) if attempt == self.attempt && code.is_none() => {
+                    settle(&mut machine);
+                    return Err(RunError::Lost {
+                        how: "ended before the command did",
+                        console: machine.console.tail(),
+                    });
+                }
+                Ok(Event::Signal(signal)) => {
+                    ending.begin(signal, run.grace);
+                    // A lab that takes no message is ended by the grace period.
+                    let _ = HostMessage::Signal(signal).write(&mut machine.control);
+                }
+                Ok(Event::StreamEnd) => open_streams -= 1,
+                Ok(Event::Init(..) | Event::Gone(_)) | Err(RecvTimeoutError::Disconnected) => {}
+                Err(RecvTimeoutError::Timeout) => {
+                    let now = Instant::now();
+                    if ending.cut.is_some_and(|cut| cut <= now) {
+                        return ending.result(137);
+                    }
+                    if let Some((limit, end)) =
+                        limit.filter(|&(_, end)| end <= now && ending.cut.is_none())
+                    {
+                        let _ = end;
+                        ending.over = Some(limit);
+                        ending.begin(SIGTERM, run.grace);
+                        let _ = HostMessage::Signal(SIGTERM).write(&mut machine.control);
+                    } else if heard + SILENCE_LIMIT <= now && code.is_none() {
+                        return Err(RunError::Lost {
+                            how: "hangs",
+                            console: machine.console.tail(),
+                        });
+                    } else if code.is_some() {
+                        heard = now; // only our own reader is slow
+                    }
+                }
+            }
+        }
+    }
+
+    fn receive(&self, port: &UnixStream, mut to: Box<dyn Write + Send>) -> Result<(), RunError> {
+        let mut port = port.try_clone().map_err(|source| RunError::Io {
+            act: "use a stream socket",
+            source,
+        })?;
+        let sender = self.sender.clone();
+        thread::spawn(move || {
+            let _ = protocol::copy_from_chunks(&mut port, &mut to); // an early end shows on the control socket
+            let _ = sender.send(Event::StreamEnd); // nobody listens after the run
+        });
+        Ok(())
+    }
+}
+
+enum Heard {
+    Message(InitMessage),
+    Signal(i32),
+    Nothing,
+}
+
+/// The way to the end after a signal or the time limit.
+#[derive(Default)]
+struct Ending {
+    /// When the lab is ended whatever the command does.
+    cut: Option<Instant>,
+    /// The limit that passed.
+    over: Option<Duration>,
+}
+
+impl Ending {
+    fn begin(&mut self, _signal: i32, grace: Duration) {
+        self.cut.get_or_insert_with(|| Instant::now() + grace);
+    }
+
+    fn result(&self, code: i32) -> Result<i32, RunError> {
+        self.over
+            .map_or(Ok(code), |limit| Err(RunError::TimeLimit(limit)))
+    }
+}
+
+fn send_stdin(port: &UnixStream, source: Stream) -> Result<io::PipeWriter, RunError> {
+    let failed = |source| RunError::Io {
+        act: "use the input socket",
+        source,
+    };
+    let mut port = port.try_clone().map_err(failed)?;
+    let (mut input, stopper) = StoppableInput::new(source).map_err(failed)?;
+    thread::spawn(move || protocol::copy_into_chunks(&mut input, &mut port));
+    Ok(stopper)
+}
+
+/// Gives a QEMU that has closed its sockets a moment to end, so that its last words are on the console.
+fn settle(machine: &mut Machine) {
+    let end = Instant::now() + Duration::from_secs(1);
+    while !machine.has_ended() && Instant::now() < end {
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn fresh_entropy() -> Result<Vec<u8>, RunError> {
+    let mut entropy = vec![0; ENTROPY_BYTES];
+    File::open("/dev/urandom")
+        .and_then(|mut source| source.read_exact(&mut entropy))
+        .map_err(|source| RunError::Io {
+            act: "read /dev/urandom",
+            source,
+        })?;
+    Ok(entropy)
+}
