@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt as _;
 use thiserror::Error;
 
 use crate::layout::{self, Entry, PAGE_BYTES, SECTION_COUNT_MAX, SectionKind};
-use crate::sparse::{self, CHUNK_BYTES, RunCollector, is_zero};
+use crate::sparse::{self, CHUNK_BYTES, RunCollector, ZERO_PAGE, is_zero};
 use crate::{CpuRecord, Digest, Metadata};
 
 /// Where a sparse section's content comes from: guest memory, a disk.
@@ -180,7 +180,7 @@ impl Writer {
         hasher: &mut blake3::Hasher,
         runs: &mut RunCollector,
     ) -> io::Result<()> {
-        let page_bytes = PAGE_BYTES as usize;
+        let page_bytes = ZERO_PAGE.len();
         let mut run_start = None;
         for (index, page) in chunk.chunks(page_bytes).chain([&[][..]]).enumerate() {
             let start = index * page_bytes;
