@@ -113,11 +113,14 @@ impl RunCollector {
     }
 }
 
+/// One page of nothing.
+pub(crate) const ZERO_PAGE: [u8; 4096] = [0; 4096];
+const _: () = assert!(ZERO_PAGE.len() as u64 == PAGE_BYTES);
+
 pub(crate) fn is_zero(bytes: &[u8]) -> bool {
-    const ZEROS: [u8; 4096] = [0; 4096];
     bytes
-        .chunks(ZEROS.len())
-        .all(|chunk| chunk == &ZEROS[..chunk.len()])
+        .chunks(ZERO_PAGE.len())
+        .all(|chunk| chunk == &ZERO_PAGE[..chunk.len()])
 }
 
 /// Calls `each` with consecutive pieces of `range`.
