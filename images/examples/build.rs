@@ -1,4 +1,5 @@
-//! Builds artifacts into a state folder: `build HOME kernel`, `build HOME initramfs AGENT`.
+//! Builds artifacts into a state folder: `build HOME kernel`, `build HOME initramfs AGENT`,
+//! `build HOME runtime NAME`, `build HOME overlay MIB`, `build HOME code ZIP OUT`.
 
 use std::path::Path;
 use std::time::Duration;
@@ -27,7 +28,10 @@ fn main() -> Outcome {
     match words.as_slice() {
         [home, "kernel"] => kernel(&ImageStore::new(*home)),
         [home, "initramfs", agent] => initramfs(&ImageStore::new(*home), Path::new(agent)),
-        _ => Err("usage: build HOME kernel | build HOME initramfs AGENT".into()),
+        [home, "runtime", name] => runtime(&ImageStore::new(*home), name),
+        [home, "overlay", mib] => overlay(&ImageStore::new(*home), mib),
+        [home, "code", zip, out] => code(&ImageStore::new(*home), zip, Path::new(out)),
+        _ => Err("usage: build HOME kernel | initramfs AGENT | runtime NAME | overlay MIB | code ZIP OUT".into()),
     }
 }
 
@@ -40,5 +44,21 @@ fn kernel(store: &ImageStore) -> Outcome {
 fn initramfs(store: &ImageStore, agent: &Path) -> Outcome {
     let kernel = store.kernel(&mut Print)?;
     println!("{}", store.initramfs(&kernel, agent)?.path.display());
+    Ok(())
+}
+
+fn runtime(store: &ImageStore, name: &str) -> Outcome {
+    let image = store.runtime(name.parse()?, &mut Print)?;
+    println!("{} {}", image.digest, image.rootfs.display());
+    Ok(())
+}
+
+fn overlay(store: &ImageStore, mib: &str) -> Outcome {
+    println!("{}", store.overlay(mib.parse()?)?.display());
+    Ok(())
+}
+
+fn code(store: &ImageStore, zip: &str, out: &Path) -> Outcome {
+    println!("{:?}", store.code_image(&std::fs::read(zip)?, out)?);
     Ok(())
 }

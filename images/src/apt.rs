@@ -5,7 +5,8 @@
 //! Only the distribution's own packages count; other configured sources are pinned away.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -14,8 +15,8 @@ use serde::{Deserialize, Serialize};
 use crate::digest;
 use crate::fault::FileError;
 use crate::progress::Progress;
-use crate::staging::{make_dir, remove_tree};
-use crate::tool::{APT_GET, DPKG_DEB, ToolError};
+use crate::staging::{lock_file, make_dir, remove_tree};
+use crate::tool::{APT_GET, DPKG_DEB, TAR, ToolError};
 
 /// Leaves only packages whose release file says that Debian made them (apt_preferences(5)); of two
 /// records that match, the first counts.
@@ -74,14 +75,19 @@ pub enum PackageError {
 }
 
 /// The private apt state and the package cache under one folder.
-#[derive(Clone, Debug)]
+///
+/// Locked for as long as this lives, because several stores may share the folder.
+#[derive(Debug)]
 pub(crate) struct Apt {
     root: PathBuf,
+    _lock: File,
 }
 
 impl Apt {
     /// `root` is made if need be.
     pub(crate) fn new(root: &Path) -> Result<Self, PackageError> {
+        make_dir(root)?;
+        let _lock = lock_file(&root.join("lock"))?;
         for folder in ["state", "index", "debs"] {
             make_dir(&root.join(folder))?;
         }
@@ -91,7 +97,13 @@ impl Apt {
         }
         Ok(Self {
             root: root.to_owned(),
+            _lock,
         })
+    }
+
+    /// The cache folder.
+    pub(crate) fn root(&self) -> &Path {
+        &self.root
     }
 
     fn configure(&self, command: &mut Command) {
@@ -182,13 +194,38 @@ impl Apt {
             .is_ok_and(|digest| digest == package.sha256)
     }
 
-    /// Unpacks a package's files into `tree`; runs no maintainer script.
-    pub(crate) fn unpack(&self, package: &Package, tree: &Path) -> Result<(), PackageError> {
+    /// Unpacks a package's files into `tree`; runs no maintainer script. `scratch` is overwritten.
+    ///
+    /// Where the tree has a link to a folder (the merged `/bin`), the files go where it points;
+    /// `dpkg-deb --extract` would replace the link.
+    pub(crate) fn unpack(
+        &self,
+        package: &Package,
+        scratch: &Path,
+        tree: &Path,
+    ) -> Result<(), PackageError> {
         let file = self.root.join("debs").join(&package.file);
-        DPKG_DEB.run(|command| {
-            command.arg("-x").arg(&file).arg(tree);
+        let archive = DPKG_DEB.run(|command| {
+            command.arg("--fsys-tarfile").arg(&file);
         })?;
-        Ok(())
+        fs::write(scratch, archive).map_err(FileError::on("writing", scratch))?;
+        TAR.run(|command| {
+            command.args(["--extract", "--keep-directory-symlink", "--no-same-owner"]);
+            command
+                .arg("--file")
+                .arg(scratch)
+                .arg("--directory")
+                .arg(tree);
+        })
+        .map_err(
+            |error| match error.stderr().contains("No space left on device") {
+                true => FileError::on("unpacking into", tree)(ErrorKind::StorageFull.into()).into(),
+                false => PackageError::Tool(error),
+            },
+        )?;
+        fs::remove_file(scratch)
+            .map_err(FileError::on("removing", scratch))
+            .map_err(PackageError::File)
     }
 }
 

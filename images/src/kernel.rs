@@ -153,7 +153,7 @@ pub(crate) fn build(
     step(progress, "unpack the kernel", |progress| {
         let tree = staging.path().join("package");
         make_dir(&tree)?;
-        apt.unpack(&package, &tree)?;
+        apt.unpack(&package, &staging.path().join("package.tar"), &tree)?;
         let out = staging.path().join("kernel");
         let release = release(&tree, &package)?;
         write_images(&tree, &release, &out)?;

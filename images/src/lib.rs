@@ -19,23 +19,36 @@
 #![forbid(unsafe_code)]
 
 mod apt;
+mod code;
 mod digest;
+mod erofs;
 mod fault;
 mod initramfs;
 mod kernel;
+mod overlay;
 mod progress;
+mod runtime;
 mod staging;
 mod store;
 mod tool;
+mod unzip;
 
 pub use apt::{Package, PackageError};
+pub use code::{CodeError, CodeImage};
+pub use erofs::ErofsError;
 pub use fault::{Fault, FileError};
 pub use initramfs::cpio::{Archive as CpioArchive, CpioError};
 pub use initramfs::{Initramfs, InitramfsError};
-pub use kernel::bzimage::{BzImageError, extract_vmlinux};
+pub use kernel::bzimage::{BzImageError, VMLINUX_BYTES_MAX, extract_vmlinux};
 pub use kernel::modules::{ModuleError, ModuleInfo, load_order};
 pub use kernel::{Kernel, KernelError};
+pub use overlay::{OVERLAY_MIB_MAX, OVERLAY_MIB_MIN, OverlayError};
 pub use progress::{Progress, Quiet};
+pub use runtime::{
+    Contents, ImageError, LdCacheError, RuntimeImage, RuntimeManifest, RuntimeName, UnknownRuntime,
+    WheelError, WheelRecord,
+};
 pub use staging::StagingError;
 pub use store::ImageStore;
 pub use tool::ToolError;
+pub use unzip::UnzipError;

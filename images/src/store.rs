@@ -4,10 +4,13 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use crate::apt::{Apt, PackageError};
+use crate::code::{self, CodeError, CodeImage};
 use crate::fault::FileError;
 use crate::initramfs::{self, Initramfs, InitramfsError};
 use crate::kernel::{self, Kernel, KernelError};
+use crate::overlay::{self, OVERLAY_MIB_MAX, OVERLAY_MIB_MIN, OverlayError};
 use crate::progress::Progress;
+use crate::runtime::{self, ImageError, RuntimeImage, RuntimeName};
 use crate::staging::{Staging, StagingError, lock_file, make_dir};
 
 /// All that guests boot from, below one state folder.
@@ -18,13 +21,27 @@ use crate::staging::{Staging, StagingError, lock_file, make_dir};
 #[derive(Clone, Debug)]
 pub struct ImageStore {
     root: PathBuf,
+    cache: PathBuf,
 }
 
 impl ImageStore {
     /// A store in `root` (`THAW_HOME`), which is made on the first build.
     #[must_use]
     pub fn new(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into() }
+        let root = root.into();
+        Self {
+            cache: root.join("cache"),
+            root,
+        }
+    }
+
+    /// The same store with its downloads in another folder, which several stores may share.
+    #[must_use]
+    pub fn with_cache(self, cache: impl Into<PathBuf>) -> Self {
+        Self {
+            cache: cache.into(),
+            ..self
+        }
     }
 
     /// The folder given to [`ImageStore::new`].
@@ -63,12 +80,63 @@ impl ImageStore {
         })
     }
 
+    /// The root file system of a runtime (`images/<name>/`); builds it when there is none, or when
+    /// Thaw's recipe for it has changed.
+    ///
+    /// # Errors
+    /// When packages or wheels cannot be had, a program is missing, or the disk is full.
+    pub fn runtime(
+        &self,
+        name: RuntimeName,
+        progress: &mut dyn Progress,
+    ) -> Result<RuntimeImage, ImageError> {
+        let folder = self.root.join("images").join(name.as_str());
+        if let Some(image) = runtime::open(&folder, name) {
+            return Ok(image);
+        }
+        let _lock = self.lock()?;
+        if let Some(image) = runtime::open(&folder, name) {
+            return Ok(image);
+        }
+        let (apt, staging) = (self.apt()?, self.staging()?);
+        runtime::build(&folder, name, &apt, &staging, progress)
+    }
+
+    /// A formatted, empty, sparse ext4 file system of `size_mib` (`overlay/`): the template that
+    /// each sandbox gets a copy of for its writes.
+    ///
+    /// # Errors
+    /// When the size is out of range, mkfs.ext4 is missing, or the disk is full.
+    pub fn overlay(&self, size_mib: u32) -> Result<PathBuf, OverlayError> {
+        if !(OVERLAY_MIB_MIN..=OVERLAY_MIB_MAX).contains(&size_mib) {
+            return Err(OverlayError::Size { mib: size_mib });
+        }
+        let path = self.root.join("overlay").join(format!("{size_mib}.ext4"));
+        if !path.is_file() {
+            overlay::build(&path, size_mib, &self.staging()?)?;
+        }
+        Ok(path)
+    }
+
+    /// Makes a function's zip into the read-only image `out`; what was there is replaced.
+    ///
+    /// Deterministic: equal zips give equal bytes. Files keep their permission bits, and everyone
+    /// may read them; times and owners are dropped.
+    ///
+    /// # Errors
+    /// The caller's fault: a zip that is broken, empty, too large (262 144 000 bytes unpacked,
+    /// 100 000 entries) or has an unfit entry (a name or link out of the folder, a device, a name
+    /// twice, encryption). The host's: a program is missing, the disk is full.
+    pub fn code_image(&self, zip: &[u8], out: &Path) -> Result<CodeImage, CodeError> {
+        code::build(zip, out, &self.staging()?)
+    }
+
     pub(crate) fn staging(&self) -> Result<Staging, StagingError> {
         Staging::new(&self.root.join("staging"))
     }
 
     fn apt(&self) -> Result<Apt, PackageError> {
-        Apt::new(&self.root.join("cache"))
+        Apt::new(&self.cache)
     }
 
     /// Serialises builds among threads and processes; released on drop and by any death.

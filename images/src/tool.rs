@@ -21,6 +21,22 @@ pub(crate) const DPKG_DEB: Tool = Tool {
     name: "dpkg-deb",
     package: "dpkg",
 };
+pub(crate) const MKFS_EROFS: Tool = Tool {
+    name: "mkfs.erofs",
+    package: "erofs-utils",
+};
+pub(crate) const MKFS_EXT4: Tool = Tool {
+    name: "mkfs.ext4",
+    package: "e2fsprogs",
+};
+pub(crate) const PYTHON_PIP: Tool = Tool {
+    name: "python3",
+    package: "python3-pip",
+};
+pub(crate) const TAR: Tool = Tool {
+    name: "tar",
+    package: "tar",
+};
 
 /// A host program that is missing or failed.
 #[derive(Debug, thiserror::Error)]

@@ -1,0 +1,97 @@
+//! A function's code: from the caller's zip to the read-only image mounted at /var/task.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use sha2::{Digest, Sha256};
+
+use crate::digest;
+use crate::erofs::{self, ErofsError};
+use crate::fault::{Fault, FileError};
+use crate::staging::{Staging, StagingError, install};
+use crate::unzip::{self, Limits, UnzipError};
+
+/// Lambda's limit on a function's unpacked code, and ours on its files and folders.
+const LIMITS: Limits = Limits {
+    bytes_max: 262_144_000,
+    entries_max: 100_000,
+};
+
+/// A function's code on disk, as the guest's block device has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CodeImage {
+    /// A read-only erofs image.
+    pub path: PathBuf,
+    /// SHA-256 of the image, hexadecimal.
+    pub digest: String,
+    /// SHA-256 of the zip, base64: the Lambda API's `CodeSha256`.
+    pub code_sha256: String,
+    /// Length of the zip in bytes: the Lambda API's `CodeSize`.
+    pub code_size: u64,
+    /// Bytes of all files, unpacked.
+    pub unzipped_size: u64,
+}
+
+/// A zip could not be made into an image.
+#[derive(Debug, thiserror::Error)]
+pub enum CodeError {
+    /// The zip is unfit, or could not be unpacked here. The text is meant for the caller.
+    #[error(transparent)]
+    Unzip(#[from] UnzipError),
+    /// The file system could not be packed.
+    #[error("packing a function's code")]
+    Erofs(#[from] ErofsError),
+    /// A file operation failed.
+    #[error("storing a function's code")]
+    File(#[from] FileError),
+    /// No scratch folder.
+    #[error("storing a function's code")]
+    Staging(#[from] StagingError),
+}
+
+impl CodeError {
+    /// Whose fault it is: the caller's if the zip is unfit.
+    #[must_use]
+    pub const fn fault(&self) -> Fault {
+        match self {
+            Self::Unzip(error) => error.fault(),
+            Self::Erofs(_) | Self::File(_) | Self::Staging(_) => Fault::Host,
+        }
+    }
+}
+
+/// Makes the image `out` of `zip`, by way of scratch space.
+pub(crate) fn build(zip: &[u8], out: &Path, staging: &Staging) -> Result<CodeImage, CodeError> {
+    let tree = staging.path().join("task");
+    let unzipped_size = unzip::plan(zip, LIMITS)?.extract(&tree)?;
+    let zip_digest = Sha256::digest(zip);
+    let image = staging.path().join("code.erofs");
+    erofs::pack(&tree, &image, &erofs::uuid_of(&zip_digest))?;
+    let digest = digest::file(&image)?;
+    install_across(&image, out)?;
+    Ok(CodeImage {
+        path: out.to_owned(),
+        digest,
+        code_sha256: STANDARD.encode(zip_digest),
+        code_size: u64::try_from(zip.len()).unwrap_or(u64::MAX),
+        unzipped_size,
+    })
+}
+
+/// Renames; where `out` is on another file system, copies beside it first.
+fn install_across(image: &Path, out: &Path) -> Result<(), FileError> {
+    match install(image, out) {
+        Err(FileError::Other { source, .. })
+            if source.kind() == std::io::ErrorKind::CrossesDevices =>
+        {
+            let mut name = out.as_os_str().to_owned();
+            name.push(".partial");
+            let partial = PathBuf::from(name);
+            fs::copy(image, &partial).map_err(FileError::on("writing", &partial))?;
+            install(&partial, out)
+        }
+        other => other,
+    }
+}

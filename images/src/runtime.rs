@@ -1,0 +1,336 @@
+//! Base images: the root file systems that functions run in.
+
+mod assemble;
+mod ldcache;
+mod recipe;
+mod wheels;
+
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::apt::{Apt, Package, PackageError};
+use crate::digest;
+use crate::erofs::{self, ErofsError};
+use crate::fault::{Fault, FileError};
+use crate::progress::{Progress, step};
+use crate::staging::{Staging, StagingError, install, make_dir};
+use crate::tool::ToolError;
+use crate::unzip::UnzipError;
+pub use ldcache::LdCacheError;
+use recipe::Recipe;
+use wheels::Wheel;
+pub use wheels::WheelError;
+
+const MANIFEST: &str = "manifest.json";
+const ROOTFS: &str = "rootfs.erofs";
+
+/// The runtimes that Thaw has an image for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum RuntimeName {
+    /// Runs any executable named `bootstrap`.
+    Provided,
+    /// Python 3.11 with its Lambda runtime client.
+    Python311,
+}
+
+/// A name that no image has.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("unknown runtime {name:?}: there are {}", RuntimeName::ALL.map(RuntimeName::as_str).join(" and "))]
+pub struct UnknownRuntime {
+    /// The name.
+    pub name: String,
+}
+
+impl RuntimeName {
+    /// Every runtime.
+    pub const ALL: [Self; 2] = [Self::Provided, Self::Python311];
+
+    /// The name as the Lambda API spells it.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Provided => "provided",
+            Self::Python311 => "python3.11",
+        }
+    }
+}
+
+impl fmt::Display for RuntimeName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for RuntimeName {
+    type Err = UnknownRuntime;
+
+    fn from_str(name: &str) -> Result<Self, UnknownRuntime> {
+        match name {
+            // The versioned names differ in the distribution below, which `provided` hides.
+            "provided" | "provided.al2" | "provided.al2023" => Ok(Self::Provided),
+            "python3.11" => Ok(Self::Python311),
+            _ => Err(UnknownRuntime {
+                name: name.to_owned(),
+            }),
+        }
+    }
+}
+
+impl TryFrom<String> for RuntimeName {
+    type Error = UnknownRuntime;
+
+    fn try_from(name: String) -> Result<Self, UnknownRuntime> {
+        name.parse()
+    }
+}
+
+impl From<RuntimeName> for String {
+    fn from(name: RuntimeName) -> Self {
+        name.as_str().to_owned()
+    }
+}
+
+/// A runtime's root file system on disk, complete.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RuntimeImage {
+    /// The runtime.
+    pub name: RuntimeName,
+    /// A read-only erofs image.
+    pub rootfs: PathBuf,
+    /// SHA-256 of the image, hexadecimal.
+    pub digest: String,
+    /// What it was made of.
+    pub manifest: RuntimeManifest,
+}
+
+/// What an image was made of, and what came out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RuntimeManifest {
+    /// All that decides the image's bytes.
+    pub contents: Contents,
+    /// SHA-256 of the image, hexadecimal.
+    pub sha256: String,
+    /// Length of the image in bytes.
+    pub size: u64,
+}
+
+/// All that decides an image's bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Contents {
+    /// The runtime.
+    pub runtime: RuntimeName,
+    /// SHA-256 of the recipe; another recipe means that the image is built anew.
+    pub recipe: String,
+    /// Distribution packages, sorted by name.
+    pub packages: Vec<Package>,
+    /// Python wheels.
+    pub wheels: Vec<WheelRecord>,
+}
+
+/// One wheel as an image's manifest lists it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WheelRecord {
+    /// The file's name, which holds project, version and tags.
+    pub file: String,
+    /// SHA-256 of the file, hexadecimal.
+    pub sha256: String,
+}
+
+/// A runtime's image could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// Packages could not be had.
+    #[error("getting the packages of an image")]
+    Package(#[from] PackageError),
+    /// Wheels could not be had.
+    #[error("getting the python wheels of an image")]
+    Wheel(#[from] WheelError),
+    /// A wheel could not be unpacked.
+    #[error("unpacking the python wheel {file}")]
+    Unzip {
+        /// The wheel.
+        file: String,
+        /// Why.
+        #[source]
+        source: UnzipError,
+    },
+    /// The loader's cache could not be written.
+    #[error("indexing the shared libraries of an image")]
+    LdCache(#[from] LdCacheError),
+    /// A program failed.
+    #[error("building an image")]
+    Tool(#[from] ToolError),
+    /// The file system could not be packed.
+    #[error("packing an image")]
+    Erofs(#[from] ErofsError),
+    /// A file operation failed.
+    #[error("building an image")]
+    File(#[from] FileError),
+    /// No scratch folder.
+    #[error("building an image")]
+    Staging(#[from] StagingError),
+    /// The finished image is not there.
+    #[error("the image {} vanished while it was built", path.display())]
+    Vanished {
+        /// Where it should be.
+        path: PathBuf,
+    },
+}
+
+impl ImageError {
+    /// Base images hold nothing of the caller's.
+    #[must_use]
+    pub const fn fault(&self) -> Fault {
+        Fault::Host
+    }
+}
+
+/// The image in `folder`, if there is a complete one of today's recipe. Reads the manifest alone.
+pub(crate) fn open(folder: &Path, name: RuntimeName) -> Option<RuntimeImage> {
+    let text = fs::read(folder.join(MANIFEST)).ok()?;
+    let manifest: RuntimeManifest = serde_json::from_slice(&text).ok()?;
+    let rootfs = folder.join(ROOTFS);
+    let size = fs::metadata(&rootfs).ok()?.len();
+    let is_current = manifest.contents.recipe == Recipe::of(name).digest()
+        && manifest.contents.runtime == name
+        && manifest.size == size;
+    is_current.then(|| RuntimeImage {
+        name,
+        rootfs,
+        digest: manifest.sha256.clone(),
+        manifest,
+    })
+}
+
+/// Builds the image of `name` in scratch space and puts it at `folder`.
+pub(crate) fn build(
+    folder: &Path,
+    name: RuntimeName,
+    apt: &Apt,
+    staging: &Staging,
+    progress: &mut dyn Progress,
+) -> Result<RuntimeImage, ImageError> {
+    let recipe = Recipe::of(name);
+    let packages = step(progress, "resolve packages", |progress| {
+        let packages = resolve(&recipe, apt)?;
+        progress.detail(&format!("{} packages", packages.len()));
+        Ok::<_, ImageError>(packages)
+    })?;
+    step(progress, "download packages", |progress| {
+        apt.download(&packages, progress)?;
+        wheels::download(&apt.root().join("wheels"), &recipe.wheels, progress)?;
+        Ok::<_, ImageError>(())
+    })?;
+    let tree = staging.path().join("root");
+    step(progress, "unpack packages", |_| {
+        assemble::unpack(&recipe, &packages, apt, staging, &tree)
+    })?;
+    step(progress, "finish the root file system", |progress| {
+        assemble::finish(&recipe, &tree, progress)
+    })?;
+    let contents = Contents {
+        runtime: name,
+        recipe: recipe.digest(),
+        packages,
+        wheels: recipe.wheels.iter().map(Wheel::record).collect(),
+    };
+    step(progress, "pack the image", |progress| {
+        let out = staging.path().join("image");
+        make_dir(&out)?;
+        let rootfs = out.join(ROOTFS);
+        let seed = serde_json::to_vec(&contents).expect("a manifest has string keys only");
+        erofs::pack(&tree, &rootfs, &erofs::uuid_of(&seed))?;
+        let size = fs::metadata(&rootfs)
+            .map_err(FileError::on("reading", &rootfs))?
+            .len();
+        progress.detail(&format!("{} MiB", size >> 20));
+        let manifest = RuntimeManifest {
+            contents,
+            sha256: digest::file(&rootfs)?,
+            size,
+        };
+        let text = serde_json::to_vec_pretty(&manifest).expect("a manifest has string keys only");
+        let path = out.join(MANIFEST);
+        fs::write(&path, text).map_err(FileError::on("writing", &path))?;
+        install(&out, folder)?;
+        open(folder, name).ok_or_else(|| ImageError::Vanished {
+            path: folder.to_owned(),
+        })
+    })
+}
+
+/// The packages of the recipe and what they depend on, less what only installing needs.
+fn resolve(recipe: &Recipe, apt: &Apt) -> Result<Vec<Package>, ImageError> {
+    let mut packages = apt.resolve(&recipe.packages)?;
+    for wanted in &recipe.packages {
+        if !packages.iter().any(|package| package.name == *wanted) {
+            return Err(PackageError::Absent {
+                name: (*wanted).to_owned(),
+            }
+            .into());
+        }
+    }
+    packages.retain(|package| !recipe.without.contains(&package.name.as_str()));
+    Ok(packages)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_read_back_and_versioned_provided_names_are_known() {
+        for name in RuntimeName::ALL {
+            assert_eq!(name.to_string().parse(), Ok(name));
+        }
+        assert_eq!("provided.al2023".parse(), Ok(RuntimeName::Provided));
+        let json = serde_json::to_string(&RuntimeName::Python311).unwrap();
+        assert_eq!(json, "\"python3.11\"");
+        assert_eq!(
+            serde_json::from_str::<RuntimeName>(&json).unwrap(),
+            RuntimeName::Python311
+        );
+    }
+
+    #[test]
+    fn an_unknown_name_is_refused_with_those_that_exist() {
+        let error = "cobol".parse::<RuntimeName>().unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "unknown runtime \"cobol\": there are provided and python3.11"
+        );
+    }
+
+    #[test]
+    fn an_image_of_another_recipe_does_not_count() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join(ROOTFS), "12345").unwrap();
+        let manifest = |recipe: String, size| RuntimeManifest {
+            contents: Contents {
+                runtime: RuntimeName::Provided,
+                recipe,
+                packages: Vec::new(),
+                wheels: Vec::new(),
+            },
+            sha256: String::new(),
+            size,
+        };
+        let is_found = |manifest: &RuntimeManifest| {
+            let text = serde_json::to_vec(manifest).unwrap();
+            fs::write(folder.path().join(MANIFEST), text).unwrap();
+            open(folder.path(), RuntimeName::Provided).is_some()
+        };
+        let recipe = Recipe::of(RuntimeName::Provided).digest();
+        assert!(is_found(&manifest(recipe.clone(), 5)));
+        assert!(!is_found(&manifest(recipe, 6)));
+        assert!(!is_found(&manifest("another".to_owned(), 5)));
+    }
+}

@@ -1,0 +1,219 @@
+//! What each runtime's image is made of, as data: an image is built anew when any of it changes.
+
+use serde::Serialize;
+
+use super::RuntimeName;
+use super::wheels::{AWSLAMBDARIC, Wheel};
+use crate::digest;
+
+/// Goes up when code, not data, changes what comes out.
+const FORMAT: u32 = 1;
+
+/// A base image.
+#[derive(Debug, Serialize)]
+pub(super) struct Recipe {
+    format: u32,
+    /// Packages to install with all they depend on.
+    pub(super) packages: Vec<&'static str>,
+    /// Packages of that closure to leave out: only maintainer scripts use them, and none is run.
+    pub(super) without: Vec<&'static str>,
+    /// Paths to remove after unpacking.
+    pub(super) remove: Vec<&'static str>,
+    /// Folders to make: path, permission bits.
+    pub(super) folders: Vec<(&'static str, u32)>,
+    /// Files to write: path, permission bits, text.
+    pub(super) files: Vec<(&'static str, u32, &'static str)>,
+    /// Symbolic links to make: path, target.
+    pub(super) links: Vec<(&'static str, &'static str)>,
+    /// Unpacked into /var/runtime.
+    pub(super) wheels: Vec<Wheel>,
+    /// Folders whose Python files are compiled ahead, by the image's own Python.
+    pub(super) compile: Vec<&'static str>,
+}
+
+const BASE_PACKAGES: [&str; 21] = [
+    "base-files",
+    "bash",
+    "ca-certificates",
+    "coreutils",
+    "curl",
+    "dash",
+    "findutils",
+    "grep",
+    "gzip",
+    "hostname",
+    "libc-bin",
+    "libgcc-s1",
+    "libstdc++6",
+    "mawk",
+    "mount",
+    "procps",
+    "sed",
+    "tar",
+    "tzdata",
+    // Satisfies "the file system is merged" without the Perl program that would merge it.
+    "usr-is-merged",
+    "util-linux",
+];
+
+const WITHOUT: [&str; 4] = ["debconf", "dpkg", "init-system-helpers", "usr-is-merged"];
+
+/// Documentation, translations, and the trees of services that a guest does not run.
+const REMOVE: [&str; 26] = [
+    "etc/cron.d",
+    "etc/cron.daily",
+    "etc/dpkg",
+    "etc/init.d",
+    "etc/pam.conf",
+    "etc/pam.d",
+    "usr/lib/systemd",
+    "usr/lib/udev",
+    "usr/lib/x86_64-linux-gnu/gconv",
+    "usr/share/base-files",
+    "usr/share/bash-completion",
+    "usr/share/bug",
+    "usr/share/debconf",
+    "usr/share/doc",
+    "usr/share/doc-base",
+    "usr/share/gdb",
+    "usr/share/info",
+    "usr/share/lintian",
+    "usr/share/locale",
+    "usr/share/man",
+    "usr/share/menu",
+    "usr/share/pixmaps",
+    "usr/share/polkit-1",
+    "usr/share/zoneinfo/right",
+    "var/cache",
+    "var/lib/dpkg",
+];
+
+/// The file system is merged (bin is usr/bin), as the distribution's own installer sets it up.
+pub(super) const MERGED: [(&str, &str); 4] = [
+    ("bin", "usr/bin"),
+    ("lib", "usr/lib"),
+    ("lib64", "usr/lib64"),
+    ("sbin", "usr/sbin"),
+];
+
+const FOLDERS: [(&str, u32); 17] = [
+    ("dev", 0o755),
+    ("etc", 0o755),
+    ("home/sbx_user1051", 0o755),
+    ("mnt", 0o755),
+    ("opt", 0o755),
+    ("proc", 0o755),
+    ("root", 0o755),
+    ("run", 0o755),
+    ("run/lock", 0o1777),
+    ("srv", 0o755),
+    ("sys", 0o755),
+    ("tmp", 0o1777),
+    ("var/cache", 0o755),
+    ("var/log", 0o755),
+    ("var/runtime", 0o755),
+    ("var/task", 0o755),
+    ("var/tmp", 0o1777),
+];
+
+/// The user and group numbers are those that functions see on Lambda.
+const PASSWD: &str = "root:x:0:0:root:/root:/bin/bash
+daemon:x:1:1:daemon:/usr/sbin:/usr/sbin/nologin
+nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin
+sbx_user1051:x:993:990::/home/sbx_user1051:/usr/sbin/nologin
+";
+const GROUP: &str = "root:x:0:
+daemon:x:1:
+tty:x:5:
+sbx_user1051:x:990:
+nogroup:x:65534:
+";
+const NSSWITCH: &str = "passwd: files
+group: files
+shadow: files
+hosts: files dns
+networks: files
+protocols: files
+services: files
+";
+const HOSTS: &str = "127.0.0.1 localhost
+::1 localhost ip6-localhost ip6-loopback
+";
+
+const FILES: [(&str, u32, &str); 8] = [
+    ("etc/group", 0o644, GROUP),
+    ("etc/hostname", 0o644, "localhost\n"),
+    ("etc/hosts", 0o644, HOSTS),
+    // Empty means "not set up yet" (machine-id(5)): each sandbox gets its own after restore.
+    ("etc/machine-id", 0o444, ""),
+    ("etc/nsswitch.conf", 0o644, NSSWITCH),
+    ("etc/passwd", 0o644, PASSWD),
+    ("etc/resolv.conf", 0o644, ""),
+    ("etc/timezone", 0o644, "Etc/UTC\n"),
+];
+
+/// What maintainer scripts would link.
+const LINKS: [(&str, &str); 9] = [
+    ("etc/localtime", "/usr/share/zoneinfo/Etc/UTC"),
+    ("etc/mtab", "/proc/self/mounts"),
+    ("usr/bin/awk", "mawk"),
+    ("usr/bin/sh", "dash"),
+    ("usr/bin/which", "which.debianutils"),
+    // The environment of a function says LANG=en_US.UTF-8; the C locale's tables serve it.
+    ("usr/lib/locale/en_US.utf8", "C.utf8"),
+    // OpenSSL's default file; without it clients would look for a folder of hashed names.
+    ("usr/lib/ssl/cert.pem", "/etc/ssl/certs/ca-certificates.crt"),
+    ("var/lock", "/run/lock"),
+    ("var/run", "/run"),
+];
+
+const PYTHON_REMOVE: [&str; 7] = [
+    "usr/lib/python3.11/config-3.11-x86_64-linux-gnu",
+    "usr/lib/python3.11/ensurepip",
+    "usr/lib/python3.11/idlelib",
+    "usr/lib/python3.11/pydoc_data",
+    "usr/lib/python3.11/test",
+    "usr/share/applications",
+    "usr/share/python3",
+];
+
+/// Paths in the order of Lambda: layers, then the runtime; the function's folder is the current
+/// folder, which `-m` puts first.
+const PYTHON_BOOTSTRAP: &str = "#!/bin/sh
+PYTHONPATH=\"${PYTHONPATH:+$PYTHONPATH:}/opt/python/lib/python3.11/site-packages:/opt/python:/var/runtime\"
+export PYTHONPATH
+exec /usr/bin/python3.11 -m awslambdaric \"$_HANDLER\"
+";
+
+impl Recipe {
+    /// The recipe of a runtime's image.
+    pub(super) fn of(name: RuntimeName) -> Self {
+        let mut recipe = Self {
+            format: FORMAT,
+            packages: BASE_PACKAGES.to_vec(),
+            without: WITHOUT.to_vec(),
+            remove: REMOVE.to_vec(),
+            folders: FOLDERS.to_vec(),
+            files: FILES.to_vec(),
+            links: LINKS.to_vec(),
+            wheels: Vec::new(),
+            compile: Vec::new(),
+        };
+        if name == RuntimeName::Python311 {
+            recipe.packages.push("python3.11");
+            recipe.remove.extend(PYTHON_REMOVE);
+            recipe
+                .files
+                .push(("var/runtime/bootstrap", 0o755, PYTHON_BOOTSTRAP));
+            recipe.links.push(("usr/bin/python3", "python3.11"));
+            recipe.wheels.extend(AWSLAMBDARIC);
+            recipe.compile.extend(["usr/lib/python3.11", "var/runtime"]);
+        }
+        recipe
+    }
+
+    /// SHA-256 of everything above.
+    pub(super) fn digest(&self) -> String {
+        digest::bytes(&serde_json::to_vec(self).expect("a recipe has no maps"))
+    }
+}
