@@ -19,17 +19,22 @@ mod clock;
 mod console;
 mod kernel;
 mod machine;
+mod monitor;
 mod process;
 pub mod protocol;
 mod qemu;
 mod run;
+mod saved;
 pub mod signals;
 mod streams;
 mod tools;
 
 pub use artifacts::BuildError;
 pub use kernel::KernelError;
-pub use run::RunError;
+pub use machine::MachineError;
+pub use monitor::MonitorError;
+pub use run::{RunError, SaveError};
+pub use saved::StateError;
 pub use streams::Stream;
 pub use tools::MissingTool;
 
@@ -73,8 +78,19 @@ pub struct LabRun {
     pub stdout: Stream,
     /// Where its errors go.
     pub stderr: Stream,
+    /// How the lab starts.
+    pub start: StartMode,
     /// Signals to pass to the command; the first one starts the grace period. See [`signals::of_this_process`].
     pub signals: Option<Receiver<i32>>,
+}
+
+/// How a lab comes to life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StartMode {
+    /// From the saved state if there is one, else by booting.
+    Resume,
+    /// By booting.
+    Boot,
 }
 
 /// `127.0.0.1:host` leads to port `lab` in the lab.
@@ -102,6 +118,7 @@ impl LabRun {
             stdin: Stream::Null,
             stdout: Stream::Inherit,
             stderr: Stream::Inherit,
+            start: StartMode::Resume,
             signals: None,
         }
     }
@@ -116,6 +133,12 @@ impl Lab {
     /// Fetches the kernel and makes the initramfs, unless they are there and current. Concurrent builders wait for each other.
     pub fn build(&self, progress: &mut dyn FnMut(&str)) -> Result<(), BuildError> {
         artifacts::build(&self.cache, progress)
+    }
+
+    /// Boots a lab of this size once and saves it, so that later runs of the same size resume it instead of booting. Does nothing if that has
+    /// been done. A failure costs no more than time: runs boot then.
+    pub fn save(&self, memory_mib: u32, cpu_count: u8, progress: &mut dyn FnMut(&str)) -> Result<(), SaveError> {
+        run::save(&artifacts::current(&self.cache)?, memory_mib, cpu_count, progress)
     }
 
     /// Starts the lab, runs the command and ends the lab. Returns the command's exit code, 128 + n after signal n.

@@ -10,7 +10,7 @@ use std::{
     process::ExitCode,
     time::Duration,
 };
-use thaw_lab::{Lab, LabRun, PortForward, RunError, Stream, signals};
+use thaw_lab::{Lab, LabRun, PortForward, RunError, StartMode, Stream, signals};
 
 /// Run a command on an emulated KVM host: this machine's files, a real /dev/kvm, about ten times slower
 #[derive(Debug, Parser)]
@@ -34,6 +34,9 @@ struct Arguments {
     /// Pass standard input on
     #[arg(short, long)]
     interactive: bool,
+    /// Boot instead of resuming a saved state
+    #[arg(long)]
+    boot: bool,
     /// Folder for the lab's files
     #[arg(long, value_name = "DIR")]
     cache: Option<PathBuf>,
@@ -81,6 +84,9 @@ fn run(arguments: Arguments) -> Result<i32, Failure> {
     let mut notice = |text: &str| eprintln!("thaw-lab: {text}");
     lab.build(&mut notice)
         .map_err(|error| failed(error.into()))?;
+    if !arguments.boot && let Err(error) = lab.save(arguments.memory, arguments.cpus, &mut notice) {
+        notice(&format!("no saved state, booting instead: {error}"));
+    }
     let cwd = std::env::current_dir().map_err(|error| failed(error.into()))?;
     let run = LabRun {
         writable: arguments.writable,
@@ -93,6 +99,7 @@ fn run(arguments: Arguments) -> Result<i32, Failure> {
         } else {
             Stream::Null
         },
+        start: if arguments.boot { StartMode::Boot } else { StartMode::Resume },
         signals: Some(signals),
         ..LabRun::new(arguments.command, cwd)
     };

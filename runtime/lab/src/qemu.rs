@@ -20,7 +20,7 @@ pub struct Plan {
 }
 
 /// Descriptors that QEMU inherits: guest memory and one end each of connected sockets.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Descriptors {
     pub memory: RawFd,
     pub monitor: RawFd,

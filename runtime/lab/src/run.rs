@@ -1,12 +1,13 @@
 //! One run: boot (with a deadline, and again when it hangs), start the command once, pass streams and signals, end everything.
 
 use crate::{
-    LabRun, PortForward,
+    LabRun, PortForward, StartMode,
     artifacts::{Artifacts, NotBuilt},
     clock,
     machine::{Machine, MachineError},
     protocol::{self, HostMessage, InitMessage},
     qemu::{self, Plan},
+    saved::{SavedState, StateError},
     streams::{self, StoppableInput, Stream},
 };
 use std::{
@@ -103,6 +104,32 @@ pub enum RunError {
     },
 }
 
+/// Why a state could not be saved.
+#[derive(Debug, thiserror::Error)]
+pub enum SaveError {
+    /// [`crate::Lab::build`] has not been called.
+    #[error(transparent)]
+    NotBuilt(#[from] NotBuilt),
+    /// The lab to be saved did not boot.
+    #[error(transparent)]
+    Boot(#[from] RunError),
+    /// The machine could not be started.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// Saving.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// The lock file.
+    #[error("cannot lock {}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+}
+
 /// What the driver hears. Messages of an earlier attempt's lab are told apart by the attempt's number.
 enum Event {
     Init(u32, InitMessage),
@@ -128,14 +155,8 @@ pub fn run(
 ) -> Result<i32, RunError> {
     let start = start_message(artifacts, &run)?;
     check_ports(&run.forwards)?;
-    let plan = Plan {
-        kernel: artifacts.kernel.clone(),
-        initrd: artifacts.initrd.clone(),
-        memory_mib: run.memory_mib,
-        cpu_count: run.cpu_count,
-        tsc_khz: clock::tsc_khz(5, Duration::from_millis(20)),
-        forwards: run.forwards.clone(),
-    };
+    let mut plan = plan(artifacts, run.memory_mib, run.cpu_count);
+    plan.forwards.clone_from(&run.forwards);
     let (sender, events) = channel();
     if let Some(signals) = run.signals.take() {
         let sender = sender.clone();
@@ -151,6 +172,15 @@ pub fn run(
         events,
         start,
     };
+    let saved = SavedState::of(&plan)?;
+    if run.start == StartMode::Resume && saved.exists() {
+        match driver.resume(&plan, &saved)? {
+            Attempt::Started(machine) => return driver.drive(machine, run),
+            Attempt::Signalled(signal) => return Ok(128 + signal),
+            Attempt::Failed(why) => notice(&format!("the saved lab did not resume, booting: {why}")),
+        }
+    }
+    driver.attempt = 0;
     let mut console = String::new();
     while driver.attempt < BOOT_ATTEMPTS_MAX {
         driver.attempt += 1;
@@ -170,6 +200,49 @@ pub fn run(
         attempts: driver.attempt,
         console,
     })
+}
+
+/// The command line's clock must be right even when the machine is busy: five rounds of 20 ms.
+fn plan(artifacts: &Artifacts, memory_mib: u32, cpu_count: u8) -> Plan {
+    let tsc_khz = clock::tsc_khz(5, Duration::from_millis(20));
+    Plan {
+        kernel: artifacts.kernel.clone(),
+        initrd: artifacts.initrd.clone(),
+        memory_mib,
+        cpu_count,
+        tsc_khz,
+        forwards: Vec::new(),
+    }
+}
+
+/// See [`crate::Lab::save`].
+pub fn save(artifacts: &Artifacts, memory_mib: u32, cpu_count: u8, progress: &mut dyn FnMut(&str)) -> Result<(), SaveError> {
+    let mut plan = plan(artifacts, memory_mib, cpu_count);
+    let saved = SavedState::of(&plan)?;
+    let lock = artifacts.folder.join("saving");
+    let failed = |source| SaveError::Io { path: lock.clone(), source };
+    let file = File::create(&lock).map_err(failed)?;
+    if saved.exists() {
+        return Ok(());
+    }
+    file.lock().map_err(failed)?; // freed when `file` is closed
+    if saved.exists() {
+        return Ok(());
+    }
+    progress("booting the lab once, to resume it from now on");
+    let mut console = String::new();
+    for attempt in 1..=BOOT_ATTEMPTS_MAX {
+        let (sender, events) = channel();
+        let mut driver = Driver { attempt, sender, events, start: protocol::Start::default() };
+        plan.tsc_khz = clock::tsc_khz(5, Duration::from_millis(20));
+        let mut machine = Machine::start(&plan, Machine::memory(memory_mib)?, qemu::Start::BootToSave)?;
+        driver.listen(&machine)?;
+        match driver.await_init(&mut machine, BOOT_LIMIT)? {
+            Heard::Message(InitMessage::Booted) => return Ok(saved.save(&machine, plan.tsc_khz)?),
+            Heard::Message(_) | Heard::Signal(_) | Heard::Nothing => console = machine.console.tail(),
+        }
+    }
+    Err(RunError::Boot { attempts: BOOT_ATTEMPTS_MAX, console }.into())
 }
 
 fn start_message(artifacts: &Artifacts, run: &LabRun) -> Result<protocol::Start, RunError> {
@@ -244,6 +317,18 @@ impl Driver {
             }
         }
         self.send_start(machine)
+    }
+
+    fn resume(&mut self, plan: &Plan, saved: &SavedState) -> Result<Attempt, RunError> {
+        self.attempt = u32::MAX; // never the number of a boot
+        match saved.resume(plan) {
+            Ok(machine) => {
+                self.listen(&machine)?;
+                self.send_start(machine)
+            }
+            Err(StateError::Machine(error)) => Err(error.into()),
+            Err(error) => Ok(Attempt::Failed(chain(&error))),
+        }
     }
 
     /// Hands over the command; the answer decides between once and again.
@@ -444,6 +529,12 @@ fn settle(machine: &mut Machine) {
     while !machine.has_ended() && Instant::now() < end {
         thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// An error and its causes in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 fn fresh_entropy() -> Result<Vec<u8>, RunError> {
