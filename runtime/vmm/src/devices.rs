@@ -119,7 +119,11 @@ impl Devices {
         memory: GuestMemoryMmap,
     ) -> Result<Arc<Self>, DeviceBuildError> {
         config.check()?;
-        let DevicesConfig { disks, guest_cid, agent_stream } = config;
+        let DevicesConfig {
+            disks,
+            guest_cid,
+            agent_stream,
+        } = config;
         let disk_count = disks.len();
         let faults = Arc::new(Faults::default());
         let clock = Arc::new(AgentClock::default());
@@ -138,7 +142,14 @@ impl Devices {
             .map_err(DeviceBuildError::EventFd)?;
         let console = Mutex::new(Console::new().map_err(DeviceBuildError::EventFd)?);
         let control = Control::new(false).map_err(DeviceBuildError::EventFd)?;
-        Ok(Arc::new(Self { slots, disk_count, console, faults, clock, control }))
+        Ok(Arc::new(Self {
+            slots,
+            disk_count,
+            console,
+            faults,
+            clock,
+            control,
+        }))
     }
 
     /// Builds the devices that `state` describes, **paused**: call [`Devices::start`], [`Devices::prime`] and
@@ -153,12 +164,22 @@ impl Devices {
         state: DevicesStateV1,
     ) -> Result<Arc<Self>, DeviceRestoreError> {
         config.check()?;
-        let DevicesConfig { disks, guest_cid, agent_stream } = config;
-        let DevicesStateV1 { serial, slots: saved } = state;
+        let DevicesConfig {
+            disks,
+            guest_cid,
+            agent_stream,
+        } = config;
+        let DevicesStateV1 {
+            serial,
+            slots: saved,
+        } = state;
         let disk_count = disks.len();
         if saved.len() != disk_count + 2 {
             let expected = disk_count + 2;
-            return Err(DeviceRestoreError::SlotCount { found: saved.len(), expected });
+            return Err(DeviceRestoreError::SlotCount {
+                found: saved.len(),
+                expected,
+            });
         }
         let faults = Arc::new(Faults::default());
         let clock = Arc::new(AgentClock::default());
@@ -166,7 +187,12 @@ impl Devices {
         let mut agent_stream = Some(agent_stream);
         let mut slots = Vec::with_capacity(saved.len());
         for (index, slot) in saved.into_iter().enumerate() {
-            let SlotStateV1 { registers, interrupt_status, queues, device } = slot;
+            let SlotStateV1 {
+                registers,
+                interrupt_status,
+                queues,
+                device,
+            } = slot;
             let disk = disks.next();
             let (name, backend) = match (index, disk, device) {
                 (_, Some(disk), DeviceStateV1::Block(state)) => {
@@ -174,7 +200,9 @@ impl Devices {
                     (DeviceName::Disk(index), Backend::Block(Box::new(block)))
                 }
                 (_, None, DeviceStateV1::Vsock(state)) if index == disk_count => {
-                    let stream = agent_stream.take().expect("one index equals the disk count");
+                    let stream = agent_stream
+                        .take()
+                        .expect("one index equals the disk count");
                     let shared = (faults.clone(), clock.clone());
                     let vsock = Vsock::restore(guest_cid, stream, shared, state)?;
                     (DeviceName::Vsock, Backend::Vsock(Box::new(vsock)))
@@ -184,13 +212,24 @@ impl Devices {
                 }
                 _ => return Err(DeviceRestoreError::SlotKind { slot: index }),
             };
-            let transport = RestoredTransport { registers, interrupt_status, queues };
+            let transport = RestoredTransport {
+                registers,
+                interrupt_status,
+                queues,
+            };
             let restored = (transport, memory.clone());
             slots.push(Slot::restore(name, backend, restored, faults.clone())?);
         }
         let console = Mutex::new(Console::try_from(serial)?);
         let control = Control::new(true).map_err(DeviceBuildError::EventFd)?;
-        Ok(Arc::new(Self { slots, disk_count, console, faults, clock, control }))
+        Ok(Arc::new(Self {
+            slots,
+            disk_count,
+            console,
+            faults,
+            clock,
+            control,
+        }))
     }
 
     /// The windows in order: disks, vsock, rng.
@@ -205,9 +244,18 @@ impl Devices {
             for (queue, event) in (0..).zip(slot.notify()) {
                 notify.push((queue, event.try_clone().map_err(DeviceBuildError::EventFd)?));
             }
-            let interrupt =
-                slot.interrupt().event().try_clone().map_err(DeviceBuildError::EventFd)?;
-            windows.push(MmioWindow { base, length: MMIO_WINDOW_BYTES, gsi, interrupt, notify });
+            let interrupt = slot
+                .interrupt()
+                .event()
+                .try_clone()
+                .map_err(DeviceBuildError::EventFd)?;
+            windows.push(MmioWindow {
+                base,
+                length: MMIO_WINDOW_BYTES,
+                gsi,
+                interrupt,
+                notify,
+            });
             base += MMIO_WINDOW_BYTES;
         }
         Ok(windows)
@@ -218,7 +266,10 @@ impl Devices {
     /// # Errors
     /// The eventfd could not be duplicated.
     pub fn serial_interrupt(&self) -> Result<EventFd, DeviceBuildError> {
-        lock(&self.console).event().try_clone().map_err(DeviceBuildError::EventFd)
+        lock(&self.console)
+            .event()
+            .try_clone()
+            .map_err(DeviceBuildError::EventFd)
     }
 
     fn window(&self, address: u64) -> Option<(&Slot, u64)> {
@@ -303,12 +354,20 @@ impl Devices {
             slot.kick_all();
         }
         lock(&self.console).resend();
+        self.clock.first_byte_ns.store(0, Ordering::Release);
         self.control.resume();
     }
 
     /// The state of all devices. Quiesced and paused only.
     pub fn save(&self) -> DevicesStateV1 {
-        let Self { slots, disk_count: _, console, faults: _, clock: _, control } = self;
+        let Self {
+            slots,
+            disk_count: _,
+            console,
+            faults: _,
+            clock: _,
+            control,
+        } = self;
         assert!(control.is_paused(), "devices are saved while paused");
         DevicesStateV1 {
             serial: lock(console).save(),
@@ -343,7 +402,8 @@ impl Devices {
     /// Byte ranges of a copy-on-write disk that the guest has written since it was built or rewound,
     /// ascending, 4 KiB aligned except at the disk's end. Quiesced only.
     pub fn disk_written_runs(&self, disk: usize) -> Vec<std::ops::Range<u64>> {
-        self.with_disk(disk, |block| block.written_runs()).unwrap_or_default()
+        self.with_disk(disk, |block| block.written_runs())
+            .unwrap_or_default()
     }
 
     /// Reads merged content (base plus delta) of a disk. Quiesced only.
@@ -372,5 +432,6 @@ impl Devices {
 }
 
 fn serial_offset(port: u16) -> Option<u16> {
-    port.checked_sub(serial::PORT).filter(|&offset| offset < serial::PORT_COUNT)
+    port.checked_sub(serial::PORT)
+        .filter(|&offset| offset < serial::PORT_COUNT)
 }

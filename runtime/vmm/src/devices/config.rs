@@ -57,7 +57,10 @@ impl DevicesConfig {
         if self.guest_cid < 3 || self.guest_cid >= u64::from(u32::MAX) {
             return Err(DeviceBuildError::GuestCid(self.guest_cid));
         }
-        self.disks.iter().enumerate().try_for_each(|(index, disk)| block::check(index, disk))
+        self.disks
+            .iter()
+            .enumerate()
+            .try_for_each(|(index, disk)| block::check(index, disk))
     }
 }
 

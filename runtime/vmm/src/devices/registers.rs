@@ -86,7 +86,13 @@ pub(super) struct QueueRegisters {
 
 impl QueueRegisters {
     fn new(size_max: u16) -> Self {
-        Self { size: size_max, ready: false, descriptors: 0, available: 0, used: 0 }
+        Self {
+            size: size_max,
+            ready: false,
+            descriptors: 0,
+            available: 0,
+            used: 0,
+        }
     }
 }
 
@@ -104,7 +110,11 @@ pub(super) struct Registers {
 
 impl Registers {
     pub(super) fn new(identity: Identity) -> Self {
-        let queues = identity.queue_size_max.iter().map(|&max| QueueRegisters::new(max)).collect();
+        let queues = identity
+            .queue_size_max
+            .iter()
+            .map(|&max| QueueRegisters::new(max))
+            .collect();
         Self {
             identity,
             status: 0,
@@ -129,10 +139,6 @@ impl Registers {
         self.status & (DRIVER_OK | NEEDS_RESET | FAILED) == DRIVER_OK
     }
 
-    pub(super) fn needs_reset(&self) -> bool {
-        self.status & NEEDS_RESET != 0
-    }
-
     /// Marks the device broken; true if the driver must be told by an interrupt (2.1.2: only after DRIVER_OK).
     pub(super) fn fail(&mut self) -> bool {
         self.status |= NEEDS_RESET;
@@ -149,12 +155,12 @@ impl Registers {
             mmio::VIRTIO_MMIO_DEVICE_FEATURES => {
                 half(self.identity.features, self.device_features_select)
             }
-            mmio::VIRTIO_MMIO_QUEUE_NUM_MAX => {
-                self.selected().map_or(0, |index| u32::from(self.identity.queue_size_max[index]))
-            }
-            mmio::VIRTIO_MMIO_QUEUE_READY => {
-                self.selected().map_or(0, |index| u32::from(self.queues[index].ready))
-            }
+            mmio::VIRTIO_MMIO_QUEUE_NUM_MAX => self
+                .selected()
+                .map_or(0, |index| u32::from(self.identity.queue_size_max[index])),
+            mmio::VIRTIO_MMIO_QUEUE_READY => self
+                .selected()
+                .map_or(0, |index| u32::from(self.queues[index].ready)),
             mmio::VIRTIO_MMIO_INTERRUPT_STATUS => interrupt_status,
             mmio::VIRTIO_MMIO_STATUS => self.status,
             // No shared memory: the length of a region that does not exist reads as -1 (4.2.2).
@@ -183,7 +189,9 @@ impl Registers {
     }
 
     fn selected(&self) -> Option<usize> {
-        usize::try_from(self.queue_select).ok().filter(|&index| index < self.queues.len())
+        usize::try_from(self.queue_select)
+            .ok()
+            .filter(|&index| index < self.queues.len())
     }
 
     fn notify(&self, value: u32) -> Effect {
@@ -221,7 +229,10 @@ impl Registers {
             return Effect::None;
         }
         let mut wanted = value;
-        if wanted & FEATURES_OK != 0 && self.status & FEATURES_OK == 0 && !self.features_acceptable() {
+        if wanted & FEATURES_OK != 0
+            && self.status & FEATURES_OK == 0
+            && !self.features_acceptable()
+        {
             // 3.1.1 step 5: the driver reads back and finds its features refused.
             wanted &= !FEATURES_OK;
         }
@@ -233,7 +244,11 @@ impl Registers {
         }
         let started = stage & DRIVER_OK != 0 && self.status & DRIVER_OK == 0;
         self.status = wanted;
-        if started && self.is_active() { Effect::Activate } else { Effect::None }
+        if started && self.is_active() {
+            Effect::Activate
+        } else {
+            Effect::None
+        }
     }
 
     /// 4.2.2: a queue is set up after FEATURES_OK and before DRIVER_OK, and frozen once ready.
@@ -249,7 +264,11 @@ impl Registers {
         if offset == mmio::VIRTIO_MMIO_QUEUE_READY {
             let newly = value & 1 == 1 && !queue.ready;
             queue.ready = value & 1 == 1;
-            return if newly { Effect::QueueReady(index) } else { Effect::None };
+            return if newly {
+                Effect::QueueReady(index)
+            } else {
+                Effect::None
+            };
         }
         if queue.ready {
             return Effect::None;
@@ -278,7 +297,9 @@ fn features_acceptable(identity: &Identity, features: u64) -> bool {
 
 /// A queue size that 2.7 allows: a power of two within the device's maximum.
 fn queue_size(value: u32, size_max: u16) -> Option<u16> {
-    u16::try_from(value).ok().filter(|size| size.is_power_of_two() && *size <= size_max)
+    u16::try_from(value)
+        .ok()
+        .filter(|size| size.is_power_of_two() && *size <= size_max)
 }
 
 fn half(value: u64, select: u32) -> u32 {
@@ -370,9 +391,23 @@ impl Registers {
         } = self;
         let queues = queues
             .iter()
-            .map(|&QueueRegisters { size, ready, descriptors, available, used }| {
-                QueueRegistersStateV1 { size, ready, descriptors, available, used }
-            })
+            .map(
+                |&QueueRegisters {
+                     size,
+                     ready,
+                     descriptors,
+                     available,
+                     used,
+                 }| {
+                    QueueRegistersStateV1 {
+                        size,
+                        ready,
+                        descriptors,
+                        available,
+                        used,
+                    }
+                },
+            )
             .collect();
         RegistersStateV1 {
             status: *status,
@@ -399,18 +434,36 @@ impl TryFrom<(Identity, RegistersStateV1)> for Registers {
         }
         let expected = identity.queue_size_max.len();
         if state.queues.len() != expected {
-            return Err(RegistersError::QueueCount { found: state.queues.len(), expected });
+            return Err(RegistersError::QueueCount {
+                found: state.queues.len(),
+                expected,
+            });
         }
         let mut queues = Vec::with_capacity(expected);
         for (index, queue) in state.queues.iter().enumerate() {
             if queue_size(u32::from(queue.size), identity.queue_size_max[index]).is_none() {
-                return Err(RegistersError::QueueSize { queue: index, size: queue.size });
+                return Err(RegistersError::QueueSize {
+                    queue: index,
+                    size: queue.size,
+                });
             }
             if queue.ready && !negotiated {
                 return Err(RegistersError::Status(state.status));
             }
-            let &QueueRegistersStateV1 { size, ready, descriptors, available, used } = queue;
-            queues.push(QueueRegisters { size, ready, descriptors, available, used });
+            let &QueueRegistersStateV1 {
+                size,
+                ready,
+                descriptors,
+                available,
+                used,
+            } = queue;
+            queues.push(QueueRegisters {
+                size,
+                ready,
+                descriptors,
+                available,
+                used,
+            });
         }
         Ok(Self {
             identity,

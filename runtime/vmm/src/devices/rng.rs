@@ -37,7 +37,10 @@ pub(super) struct Rng {
 
 impl Rng {
     pub(super) fn new(now: Instant) -> Self {
-        Self { tokens: BURST_BYTES, refilled: now }
+        Self {
+            tokens: BURST_BYTES,
+            refilled: now,
+        }
     }
 
     /// The driver reset the device; the allowance stays, or resets would evade the limit.
@@ -69,7 +72,11 @@ impl Rng {
                 return Ok(Turn::At(now + Duration::from_millis(10)));
             }
             let Some(chain) = queue.pop(memory)? else {
-                return Ok(if queue.rearm(memory)? { Turn::Again } else { Turn::Idle });
+                return Ok(if queue.rearm(memory)? {
+                    Turn::Again
+                } else {
+                    Turn::Idle
+                });
             };
             let mut bytes = [0; REQUEST_BYTES_MAX];
             let wanted = chain.writable.length().min(REQUEST_BYTES_MAX);
@@ -79,7 +86,10 @@ impl Rng {
             // The host's pool is initialised long before a machine starts; a short or failed read
             // leaves the guest with what was read, never with old bytes.
             let count = getrandom(&mut bytes[..wanted], GetRandomFlags::empty()).unwrap_or(0);
-            chain.writable.write(memory, 0, &bytes[..count]).map_err(|_| queue.buffer_fault())?;
+            chain
+                .writable
+                .write(memory, 0, &bytes[..count])
+                .map_err(|_| queue.buffer_fault())?;
             queue.complete(memory, &chain, count)?;
             self.tokens -= count;
         }
@@ -88,7 +98,10 @@ impl Rng {
 
     pub(super) fn save(&self) -> RngStateV1 {
         // A restored machine starts with a full allowance: the bucket limits cost, it holds no secret.
-        let Self { tokens: _, refilled: _ } = self;
+        let Self {
+            tokens: _,
+            refilled: _,
+        } = self;
         RngStateV1 {}
     }
 }

@@ -66,7 +66,9 @@ impl std::fmt::Debug for Console {
 impl Console {
     pub(super) fn new() -> io::Result<Self> {
         let line = Line(EventFd::new(EFD_NONBLOCK)?);
-        Ok(Self { serial: Serial::new(line, Tail::default()) })
+        Ok(Self {
+            serial: Serial::new(line, Tail::default()),
+        })
     }
 
     pub(super) fn event(&self) -> &EventFd {

@@ -57,7 +57,10 @@ impl Backend {
             Self::Vsock(vsock) => vsock.config_space(),
             Self::Rng(_) => Vec::new(),
         };
-        let Some(rest) = usize::try_from(offset).ok().and_then(|offset| space.get(offset..)) else {
+        let Some(rest) = usize::try_from(offset)
+            .ok()
+            .and_then(|offset| space.get(offset..))
+        else {
             return;
         };
         let length = rest.len().min(data.len());
@@ -126,7 +129,17 @@ impl Slot {
     ) -> io::Result<Self> {
         let registers = Registers::new(backend.identity());
         let queues = SlotCore::no_queues(&registers);
-        Self::assemble(name, SlotCore { registers, queues, backend }, 0, memory, faults)
+        Self::assemble(
+            name,
+            SlotCore {
+                registers,
+                queues,
+                backend,
+            },
+            0,
+            memory,
+            faults,
+        )
     }
 
     fn assemble(
@@ -136,10 +149,20 @@ impl Slot {
         memory: GuestMemoryMmap,
         faults: Arc<Faults>,
     ) -> io::Result<Self> {
-        let notify =
-            core.queues.iter().map(|_| EventFd::new(EFD_NONBLOCK)).collect::<io::Result<_>>()?;
+        let notify = core
+            .queues
+            .iter()
+            .map(|_| EventFd::new(EFD_NONBLOCK))
+            .collect::<io::Result<_>>()?;
         let interrupt = Interrupt::new(interrupt_status)?;
-        Ok(Self { name, interrupt, notify, memory, faults, core: Mutex::new(core) })
+        Ok(Self {
+            name,
+            interrupt,
+            notify,
+            memory,
+            faults,
+            core: Mutex::new(core),
+        })
     }
 
     pub(super) fn interrupt(&self) -> &Interrupt {
@@ -158,11 +181,14 @@ impl Slot {
     /// 4.2.2.2: registers are 32 bits wide and aligned; other accesses to them read as zero.
     pub(super) fn mmio_read(&self, offset: u64, data: &mut [u8]) {
         if offset >= CONFIG_OFFSET {
-            lock(&self.core).backend.read_config(offset - CONFIG_OFFSET, data);
+            lock(&self.core)
+                .backend
+                .read_config(offset - CONFIG_OFFSET, data);
             return;
         }
         data.fill(0);
-        let (Ok(register), true) = (u32::try_from(offset), offset % 4 == 0 && data.len() == 4) else {
+        let (Ok(register), true) = (u32::try_from(offset), offset % 4 == 0 && data.len() == 4)
+        else {
             return;
         };
         let status = self.interrupt.status();
@@ -176,9 +202,11 @@ impl Slot {
 
     /// As [`Slot::mmio_read`]; configuration space has no writable field in any of our devices.
     pub(super) fn mmio_write(&self, offset: u64, data: &[u8]) {
-        let (Ok(register), Ok(bytes), true) =
-            (u32::try_from(offset), <[u8; 4]>::try_from(data), offset % 4 == 0 && offset < CONFIG_OFFSET)
-        else {
+        let (Ok(register), Ok(bytes), true) = (
+            u32::try_from(offset),
+            <[u8; 4]>::try_from(data),
+            offset % 4 == 0 && offset < CONFIG_OFFSET,
+        ) else {
             return;
         };
         let value = u32::from_le_bytes(bytes);
@@ -212,7 +240,13 @@ impl Slot {
     }
 
     fn build_queue(&self, registers: &Registers, index: usize) -> Result<VirtQueue, GuestFault> {
-        VirtQueue::new(index, registers.queues()[index], registers.event_idx(), 0, &self.memory)
+        VirtQueue::new(
+            index,
+            registers.queues()[index],
+            registers.event_idx(),
+            0,
+            &self.memory,
+        )
     }
 
     fn activate(&self, core: &mut SlotCore) -> Result<(), GuestFault> {
@@ -233,7 +267,10 @@ impl Slot {
         if core.registers.fail() {
             self.interrupt.raise_config();
         }
-        self.faults.report(DeviceFault::Guest { device: self.name, cause });
+        self.faults.report(DeviceFault::Guest {
+            device: self.name,
+            cause,
+        });
     }
 
     fn kick(&self, queue: usize) {
@@ -261,16 +298,19 @@ impl Slot {
         if !core.registers.is_active() {
             return Turn::Idle;
         }
-        let outcome = core.backend.serve(&mut core.queues, &self.memory).and_then(|turn| {
-            let mut raise = false;
-            for queue in core.queues.iter_mut().flatten() {
-                raise |= queue.take_interrupt(&self.memory)?;
-            }
-            if raise {
-                self.interrupt.raise_queue();
-            }
-            Ok(turn)
-        });
+        let outcome = core
+            .backend
+            .serve(&mut core.queues, &self.memory)
+            .and_then(|turn| {
+                let mut raise = false;
+                for queue in core.queues.iter_mut().flatten() {
+                    raise |= queue.take_interrupt(&self.memory)?;
+                }
+                if raise {
+                    self.interrupt.raise_queue();
+                }
+                Ok(turn)
+            });
         match outcome {
             Ok(turn) => turn,
             Err(cause) => {
@@ -282,13 +322,27 @@ impl Slot {
 
     /// Quiesced only.
     pub(super) fn save(&self) -> SlotStateV1 {
-        let Self { name: _, interrupt, notify: _, memory: _, faults: _, core } = self;
+        let Self {
+            name: _,
+            interrupt,
+            notify: _,
+            memory: _,
+            faults: _,
+            core,
+        } = self;
         let core = lock(core);
-        let SlotCore { registers, queues, backend } = &*core;
+        let SlotCore {
+            registers,
+            queues,
+            backend,
+        } = &*core;
         SlotStateV1 {
             registers: registers.save(),
             interrupt_status: interrupt.status(),
-            queues: queues.iter().map(|queue| queue.as_ref().map(VirtQueue::save)).collect(),
+            queues: queues
+                .iter()
+                .map(|queue| queue.as_ref().map(VirtQueue::save))
+                .collect(),
             device: backend.save(),
         }
     }
@@ -300,8 +354,15 @@ impl Slot {
         (state, memory): (RestoredTransport, GuestMemoryMmap),
         faults: Arc<Faults>,
     ) -> Result<Self, DeviceRestoreError> {
-        let refuse = |reason| DeviceRestoreError::Slot { device: name, reason };
-        let RestoredTransport { registers, interrupt_status, queues: saved } = state;
+        let refuse = |reason| DeviceRestoreError::Slot {
+            device: name,
+            reason,
+        };
+        let RestoredTransport {
+            registers,
+            interrupt_status,
+            queues: saved,
+        } = state;
         let registers = Registers::try_from((backend.identity(), registers))
             .map_err(|e| refuse(SlotError::Registers(e)))?;
         if interrupt_status & !STATUS_MASK != 0 {
@@ -323,7 +384,11 @@ impl Slot {
                 queues[index] = Some(queue);
             }
         }
-        let core = SlotCore { registers, queues, backend };
+        let core = SlotCore {
+            registers,
+            queues,
+            backend,
+        };
         Self::assemble(name, core, interrupt_status, memory, faults)
             .map_err(|e| DeviceRestoreError::Build(super::DeviceBuildError::EventFd(e)))
     }

@@ -3,12 +3,12 @@
 
 use serde::{Deserialize, Serialize};
 
-pub use super::block::BlockStateV1;
+pub use super::block::{BlockStateV1, DiskAccessStateV1};
 pub use super::registers::{QueueRegistersStateV1, RegistersStateV1};
 pub use super::rng::RngStateV1;
 pub use super::serial::SerialStateV1;
 pub use super::virtqueue::VirtQueueStateV1;
-pub use super::vsock::VsockStateV1;
+pub use super::vsock::{ChannelStateV1, ConnectionStateV1, ReplyStateV1};
 
 /// Every device of one machine. Encoded with postcard by the snapshot writer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,7 +38,7 @@ pub enum DeviceStateV1 {
     /// A disk.
     Block(BlockStateV1),
     /// The socket device.
-    Vsock(VsockStateV1),
+    Vsock(ChannelStateV1),
     /// The entropy device.
     Rng(RngStateV1),
 }

@@ -69,9 +69,17 @@ pub(super) struct Control {
 
 impl Control {
     pub(super) fn new(paused: bool) -> io::Result<Self> {
-        let state = State { life: Life::NotStarted, pause: paused, stop: false };
+        let state = State {
+            life: Life::NotStarted,
+            pause: paused,
+            stop: false,
+        };
         let wake = EventFd::new(EFD_NONBLOCK)?;
-        Ok(Self { state: Mutex::new(state), changed: Condvar::new(), wake })
+        Ok(Self {
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            wake,
+        })
     }
 
     fn wake(&self) {
@@ -118,7 +126,10 @@ impl Control {
         while state.pause && !state.stop {
             state.life = Life::Parked;
             self.changed.notify_all();
-            state = self.changed.wait(state).unwrap_or_else(std::sync::PoisonError::into_inner);
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(std::sync::PoisonError::into_inner);
         }
         state.life = Life::Running;
         !state.stop
@@ -147,7 +158,9 @@ impl DeviceThread {
         control.stop();
         let (state, timeout) = control
             .changed
-            .wait_timeout_while(lock(&control.state), PARK_DEADLINE, |s| s.life != Life::Ended)
+            .wait_timeout_while(lock(&control.state), PARK_DEADLINE, |s| {
+                s.life != Life::Ended
+            })
             .unwrap_or_else(std::sync::PoisonError::into_inner);
         drop(state);
         if timeout.timed_out() {
@@ -193,7 +206,11 @@ pub(super) fn start(devices: &Arc<Devices>) -> Result<DeviceThread, DeviceStartE
             return Err(DeviceStartError::Started);
         }
         // Parked, not running: a pause that comes before the thread's first step need not wait for it.
-        state.life = if state.pause { Life::Parked } else { Life::Running };
+        state.life = if state.pause {
+            Life::Parked
+        } else {
+            Life::Running
+        };
     }
     let shared = devices.clone();
     let body = move || {
@@ -202,12 +219,17 @@ pub(super) fn start(devices: &Arc<Devices>) -> Result<DeviceThread, DeviceStartE
             shared.faults.report(DeviceFault::Thread(error));
         }
     };
-    let spawned = std::thread::Builder::new().name("devices".into()).spawn(body);
+    let spawned = std::thread::Builder::new()
+        .name("devices".into())
+        .spawn(body);
     let handle = spawned.map_err(|error| {
         devices.control.ended();
         DeviceStartError::Host(error)
     })?;
-    Ok(DeviceThread { devices: devices.clone(), handle: Some(handle) })
+    Ok(DeviceThread {
+        devices: devices.clone(),
+        handle: Some(handle),
+    })
 }
 
 fn watch(devices: &Devices) -> io::Result<Epoll> {
@@ -228,7 +250,8 @@ fn watch(devices: &Devices) -> io::Result<Epoll> {
     if let Some(fd) = agent {
         // Edge-triggered: the device reads and writes until it would block, or stops on purpose when the
         // guest has no room and goes on when the guest notifies.
-        let events = EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
+        let events =
+            EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
         add(fd, events, TOKEN_AGENT)?;
     }
     Ok(epoll)
@@ -266,7 +289,10 @@ fn note(devices: &Devices, event: &EpollEvent, ready: &mut [bool; MMIO_WINDOWS_M
         TOKEN_WAKE => drop(devices.control.wake.read()),
         TOKEN_AGENT => {
             let window = devices.disk_count;
-            if event.event_set().intersects(EventSet::READ_HANG_UP | EventSet::HANG_UP) {
+            if event
+                .event_set()
+                .intersects(EventSet::READ_HANG_UP | EventSet::HANG_UP)
+            {
                 devices.slots[window].with_backend(|backend| match backend {
                     Backend::Vsock(vsock) => vsock.note_hangup(),
                     Backend::Block(_) | Backend::Rng(_) => {}
@@ -288,6 +314,9 @@ fn timeout_ms(due: Option<Instant>) -> i32 {
     let Some(due) = due else {
         return -1;
     };
-    let wait = due.saturating_duration_since(Instant::now()).as_micros().div_ceil(1000);
+    let wait = due
+        .saturating_duration_since(Instant::now())
+        .as_micros()
+        .div_ceil(1000);
     i32::try_from(wait).unwrap_or(i32::MAX)
 }

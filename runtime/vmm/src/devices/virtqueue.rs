@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{
-    Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryError, Permissions, VolatileSlice,
+    Bytes, GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryMmap, Permissions, VolatileSlice,
 };
 
 use super::fault::GuestFault;
@@ -53,7 +53,10 @@ impl Buffers {
             let to = end.min(start);
             (from < to).then(|| Segment {
                 address: GuestAddress(
-                    segment.address.0.saturating_add((from - segment_start) as u64),
+                    segment
+                        .address
+                        .0
+                        .saturating_add((from - segment_start) as u64),
                 ),
                 length: to - from,
             })
@@ -102,9 +105,12 @@ impl Buffers {
     ) -> Result<(), E> {
         let mut done = 0u64;
         for piece in self.pieces(offset, length) {
-            for slice in
-                GuestMemory::get_slices(memory, piece.address, piece.length, Permissions::ReadWrite)?
-            {
+            for slice in GuestMemory::get_slices(
+                memory,
+                piece.address,
+                piece.length,
+                Permissions::ReadWrite,
+            )? {
                 let slice = slice?;
                 let slice_length = slice.len() as u64;
                 act(slice, done)?;
@@ -143,12 +149,24 @@ impl VirtQueue {
         position: u16,
         memory: &GuestMemoryMmap,
     ) -> Result<Self, GuestFault> {
-        let QueueRegisters { size, ready: _, descriptors, available, used } = registers;
+        let QueueRegisters {
+            size,
+            ready: _,
+            descriptors,
+            available,
+            used,
+        } = registers;
         let broken = |_| GuestFault::QueueAddress { queue: index };
         let mut queue = Queue::new(size).map_err(broken)?;
-        queue.try_set_desc_table_address(GuestAddress(descriptors)).map_err(broken)?;
-        queue.try_set_avail_ring_address(GuestAddress(available)).map_err(broken)?;
-        queue.try_set_used_ring_address(GuestAddress(used)).map_err(broken)?;
+        queue
+            .try_set_desc_table_address(GuestAddress(descriptors))
+            .map_err(broken)?;
+        queue
+            .try_set_avail_ring_address(GuestAddress(available))
+            .map_err(broken)?;
+        queue
+            .try_set_used_ring_address(GuestAddress(used))
+            .map_err(broken)?;
         queue.set_event_idx(event_idx);
         queue.set_next_avail(position);
         queue.set_next_used(position);
@@ -157,11 +175,18 @@ impl VirtQueue {
         if available == 0 || !queue.is_valid(memory) {
             return Err(GuestFault::QueueAddress { queue: index });
         }
-        Ok(Self { index, queue, completed: false })
+        Ok(Self {
+            index,
+            queue,
+            completed: false,
+        })
     }
 
     fn ring_fault(&self, source: virtio_queue::Error) -> GuestFault {
-        GuestFault::Ring { queue: self.index, source }
+        GuestFault::Ring {
+            queue: self.index,
+            source,
+        }
     }
 
     /// Takes the next chain, or `None` when the driver has made no other available.
@@ -183,7 +208,8 @@ impl VirtQueue {
             if count >= DESCRIPTORS_MAX {
                 return Err(GuestFault::Chain { queue });
             }
-            if !GuestMemory::check_range(memory, descriptor.addr(), length, Permissions::ReadWrite) {
+            if !GuestMemory::check_range(memory, descriptor.addr(), length, Permissions::ReadWrite)
+            {
                 return Err(GuestFault::Buffer { queue });
             }
             if descriptor.is_write_only() {
@@ -196,7 +222,11 @@ impl VirtQueue {
             }
             complete = !descriptor.has_next();
         }
-        if complete { Ok(Some(chain)) } else { Err(GuestFault::Chain { queue }) }
+        if complete {
+            Ok(Some(chain))
+        } else {
+            Err(GuestFault::Chain { queue })
+        }
     }
 
     /// Gives a chain back with `written` bytes placed in its writable buffers.
@@ -207,14 +237,18 @@ impl VirtQueue {
         written: usize,
     ) -> Result<(), GuestFault> {
         let written = u32::try_from(written).expect("a chain holds less than 4 GiB");
-        self.queue.add_used(memory, chain.head, written).map_err(|e| self.ring_fault(e))?;
+        self.queue
+            .add_used(memory, chain.head, written)
+            .map_err(|e| self.ring_fault(e))?;
         self.completed = true;
         Ok(())
     }
 
     /// Asks the driver to notify the next buffer; true if one came meanwhile (2.7.10).
     pub(super) fn rearm(&mut self, memory: &GuestMemoryMmap) -> Result<bool, GuestFault> {
-        self.queue.enable_notification(memory).map_err(|e| self.ring_fault(e))
+        self.queue
+            .enable_notification(memory)
+            .map_err(|e| self.ring_fault(e))
     }
 
     /// Whether the driver wants an interrupt for what was completed since the last call.
@@ -222,7 +256,9 @@ impl VirtQueue {
         if !std::mem::take(&mut self.completed) {
             return Ok(false);
         }
-        self.queue.needs_notification(memory).map_err(|e| self.ring_fault(e))
+        self.queue
+            .needs_notification(memory)
+            .map_err(|e| self.ring_fault(e))
     }
 
     pub(super) fn too_small(&self) -> GuestFault {
@@ -235,10 +271,23 @@ impl VirtQueue {
 
     /// The position in both rings: they agree because nothing is in flight.
     pub(super) fn save(&self) -> VirtQueueStateV1 {
-        let Self { index: _, queue, completed } = self;
-        assert!(!completed, "interrupts are decided before the lock is released");
-        assert_eq!(queue.next_avail(), queue.next_used(), "no chain is in flight");
-        VirtQueueStateV1 { position: queue.next_used() }
+        let Self {
+            index: _,
+            queue,
+            completed,
+        } = self;
+        assert!(
+            !completed,
+            "interrupts are decided before the lock is released"
+        );
+        assert_eq!(
+            queue.next_avail(),
+            queue.next_used(),
+            "no chain is in flight"
+        );
+        VirtQueueStateV1 {
+            position: queue.next_used(),
+        }
     }
 }
 
@@ -248,4 +297,3 @@ pub struct VirtQueueStateV1 {
     /// Next index of the available and of the used ring.
     pub position: u16,
 }
-
