@@ -1,4 +1,5 @@
 //! The format against damage: every byte, every length, and a golden file.
+#![expect(clippy::unwrap_used, reason = "a failed test says where")]
 
 use std::fs;
 use std::io;
