@@ -65,11 +65,8 @@ pub enum HostError {
         /// What was asked.
         request: &'static str,
         /// What came.
-        reply: String,
+        reply: &'static str,
     },
-    /// The agent channel's socket failed.
-    #[error("agent channel failed")]
-    AgentChannel(#[source] io::Error),
     /// The kernel's random generator failed.
     #[error("cannot get random bytes")]
     Random(#[source] io::Error),

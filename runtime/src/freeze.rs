@@ -1,19 +1,37 @@
 //! Freezing: boot a function's VM, wait until it is ready for its first request, write it down.
 
+mod drive;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
 use thaw_agent_protocol::{Configure, RuntimeExit};
+use thaw_snapshot::Metadata;
 use thaw_vmm_control::{ExitReason, Fault};
 use thiserror::Error;
 
 use crate::HostError;
 
+pub(crate) use self::drive::{freeze, open};
+
 /// Most bytes of output kept from a function's initialisation; of more, the newest are kept behind a note.
 pub const INIT_LOG_BYTES_MAX: usize = 256 * 1024;
 
-/// Command line of every guest kernel.
-pub const GUEST_COMMAND_LINE: &str = "console=ttyS0";
+/// Command line of every guest kernel. Options are those of the kernel's
+/// `Documentation/admin-guide/kernel-parameters.txt`; each is here for a reason:
+///
+/// - `console=ttyS0 8250.nr_uarts=1`: the monitor's one serial port, and no probing for three that are not there.
+/// - `quiet loglevel=4`: each character on the console costs an exit to the monitor; warnings and worse still come.
+/// - `panic=-1 reboot=t`: a panic resets at once, by triple fault, which the monitor sees as the guest's end. Without them
+///   a panicked guest would spin until its invocation times out.
+/// - `oops=panic`: a kernel that went wrong answers no requests.
+/// - `random.trust_cpu=on`: the generator is ready at once; each clone is reseeded from the host after its thaw.
+/// - `i8042.noaux i8042.nomux i8042.nopnp i8042.dumbkbd`: no keyboard controller to wait for.
+/// - `pci=off`: the monitor has no PCI bus; devices are described by ACPI.
+///
+/// Mitigations stay as the kernel chooses: what runs in the guest is not trusted by its own kernel either.
+pub const GUEST_COMMAND_LINE: &str = "console=ttyS0 8250.nr_uarts=1 quiet loglevel=4 panic=-1 reboot=t oops=panic \
+     random.trust_cpu=on i8042.noaux i8042.nomux i8042.nopnp i8042.dumbkbd pci=off";
 
 /// What to freeze, and where to.
 #[derive(Clone, Debug)]
@@ -34,8 +52,8 @@ pub struct FreezeRequest {
     pub memory_mib: u32,
     /// What the agent starts.
     pub configure: Configure,
-    /// JSON document for the snapshot's metadata section.
-    pub metadata: serde_json::Value,
+    /// The snapshot's metadata; agent version, processor count and memory size are filled in here.
+    pub metadata: Metadata,
     /// Final name of the snapshot file. It is there in full or not at all.
     pub output: PathBuf,
     /// Longest time from the start of the VM to the agent's first message.

@@ -5,18 +5,25 @@
 //! documents, KVM, guest memory (a monitor gets descriptors; the gateway's process never maps a guest).
 //!
 //! Start at [`Runtime`]: [`Runtime::freeze`] makes a snapshot of a booted function, [`Runtime::open_pool`] gives a
-//! [`Pool`], [`Pool::invoke`] runs one request. The decisions are plain state machines without I/O (`pool::core`,
+//! [`Pool`], [`Pool::invoke`] runs one request. The decisions are plain state machines without I/O (`pool::schedule`,
 //! `sandbox::life`), their drivers are beside them.
 //!
 //! Always holds: an invocation sees a VM that was restored from the snapshot and has run nothing else; a dropped
 //! future gives back its place and destroys the VM it had started; no monitor outlives the [`Runtime`].
 #![forbid(unsafe_code)]
 
-mod fault;
+mod service;
+
 mod freeze;
 mod invocation;
 mod pool;
-mod service;
+
+mod channel;
+mod fault;
+mod monitor;
+mod sandbox;
+mod tail;
+mod vm;
 
 pub use fault::HostError;
 pub use freeze::{

@@ -1,14 +1,23 @@
 //! The runtime: what all pools and freezes share.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use thiserror::Error;
+use tokio::runtime::Handle;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
 
+use crate::freeze::freeze;
+use crate::monitor::Spawner;
+use crate::pool::WeakPool;
 use crate::{
     FreezeError, FreezeRequest, FreezeStep, Frozen, HostError, OpenPoolError, Pool, PoolSpec,
 };
+
+/// Longest wait for killed processes to be gone.
+const GONE_LIMIT: Duration = Duration::from_secs(30);
 
 /// Configuration of a [`Runtime`].
 #[derive(Clone, Debug)]
@@ -54,20 +63,48 @@ pub enum StartError {
     Thread(#[source] std::io::Error),
 }
 
-/// Makes snapshots and pools. Clones are the same runtime.
+/// Makes snapshots and pools. Clones are the same runtime; with the last of them and of its pools every monitor ends.
 #[derive(Clone, Debug)]
 pub struct Runtime {
-    config: Arc<RuntimeConfig>,
+    shared: Arc<Shared>,
+}
+
+/// What all pools and freezes share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) config: RuntimeConfig,
+    pub(crate) spawner: Spawner,
+    pub(crate) restores: Semaphore,
+    pub(crate) tokio: Handle,
+    stop: CancellationToken,
+    pools: Mutex<Vec<WeakPool>>,
 }
 
 impl Runtime {
-    /// A runtime; call it inside a tokio runtime.
+    /// A runtime; call it inside a tokio runtime with I/O and time.
     ///
     /// # Errors
     /// Impossible limits, no tokio runtime, no thread.
     pub fn new(config: RuntimeConfig) -> Result<Self, StartError> {
+        if config.restore_concurrency_max == 0 {
+            return Err(StartError::Limits("restore_concurrency_max is 0"));
+        }
+        if config.restore_concurrency_max > Semaphore::MAX_PERMITS {
+            return Err(StartError::Limits("restore_concurrency_max is too large"));
+        }
+        let tokio = Handle::try_current().map_err(|_| StartError::NoTokio)?;
+        let spawner =
+            Spawner::start(config.vmm.clone(), tokio.clone()).map_err(StartError::Thread)?;
+        let shared = Shared {
+            restores: Semaphore::new(config.restore_concurrency_max),
+            config,
+            spawner,
+            tokio,
+            stop: CancellationToken::new(),
+            pools: Mutex::new(Vec::new()),
+        };
         Ok(Self {
-            config: Arc::new(config),
+            shared: Arc::new(shared),
         })
     }
 
@@ -81,8 +118,12 @@ impl Runtime {
         request: FreezeRequest,
         progress: &mut (dyn FnMut(FreezeStep) + Send),
     ) -> Result<Frozen, FreezeError> {
-        let _ = (request, progress, &self.config);
-        Err(HostError::ShutDown.into())
+        let shared = &self.shared;
+        tokio::select! {
+            biased;
+            () = shared.stop.cancelled() => Err(HostError::ShutDown.into()),
+            result = freeze(&shared.spawner, &shared.config, request, progress) => result,
+        }
     }
 
     /// Verifies a snapshot in full, once, keeps its files open, and begins to keep VMs ready.
@@ -90,12 +131,43 @@ impl Runtime {
     /// # Errors
     /// The snapshot is not whole, a file cannot be opened, or the limits are impossible.
     pub async fn open_pool(&self, spec: PoolSpec) -> Result<Pool, OpenPoolError> {
-        let _ = spec;
-        Err(HostError::ShutDown.into())
+        let pool = Pool::open(Arc::clone(&self.shared), spec).await?;
+        let stopped = {
+            let mut pools = self.pools();
+            pools.retain(WeakPool::is_in_use);
+            pools.push(pool.downgrade());
+            // Under the lock: a shutdown sees this pool, or we see the shutdown.
+            self.shared.stop.is_cancelled()
+        };
+        if stopped {
+            pool.close_within(Duration::ZERO).await;
+            return Err(HostError::ShutDown.into());
+        }
+        Ok(pool)
     }
 
-    /// Closes all pools, ends all freezes, and waits until no monitor is left; kills what is left at the deadline.
+    /// Ends all freezes, closes all pools, and returns when no monitor is left. Invocations that run have until
+    /// `deadline`, counted from now.
     pub async fn shutdown(&self, deadline: Duration) {
-        let _ = deadline;
+        self.shared.stop.cancel();
+        let pools: Vec<WeakPool> = std::mem::take(&mut *self.pools());
+        let mut closing = tokio::task::JoinSet::new();
+        for pool in pools.iter().filter_map(WeakPool::upgrade) {
+            closing.spawn(async move { pool.close_within(deadline).await });
+        }
+        while closing.join_next().await.is_some() {}
+        if tokio::time::timeout(GONE_LIMIT, self.shared.spawner.all_gone())
+            .await
+            .is_err()
+        {
+            tracing::error!("a killed monitor does not end");
+        }
+    }
+
+    fn pools(&self) -> std::sync::MutexGuard<'_, Vec<WeakPool>> {
+        self.shared
+            .pools
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,0 +1,341 @@
+//! Drives one freeze: monitor, agent and files, step by step, each with its deadline.
+
+use std::fs::File;
+use std::os::fd::AsFd as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use thaw_agent_protocol::{AgentMessage, HostMessage};
+use thaw_snapshot::PendingFile;
+use thaw_vmm_control::{
+    BootRequest, Disk, DiskAccess, DiskSource, ExitReason, Failure, Fault, Request, SaveRequest,
+};
+use tokio::time::Instant;
+
+use super::{
+    FreezeError, FreezeRequest, FreezeStep, FreezeTimings, Frozen, GUEST_COMMAND_LINE,
+    INIT_LOG_BYTES_MAX, InitFailure,
+};
+use crate::monitor::Spawner;
+use crate::sandbox::DISK_IDS;
+use crate::tail::Tail;
+use crate::vm::{Vm, VmEvent, after};
+use crate::{HostError, RuntimeConfig};
+
+/// What the agent may take over its own limit to report that it was met.
+const INIT_MARGIN: Duration = Duration::from_secs(5);
+/// How long a monitor may take to tell why the agent's channel closed.
+const ORPHAN_LIMIT: Duration = Duration::from_secs(5);
+/// `ENOSPC` and `EDQUOT` as the standard library prints them: the monitor tells its causes as text.
+const NO_SPACE: [&str; 2] = ["(os error 28)", "(os error 122)"];
+
+/// Progress, as the caller of a freeze wants it told.
+type Progress<'a> = &'a mut (dyn FnMut(FreezeStep) + Send);
+
+/// See [`crate::Runtime::freeze`].
+pub(crate) async fn freeze(
+    spawner: &Spawner,
+    config: &RuntimeConfig,
+    request: FreezeRequest,
+    progress: Progress<'_>,
+) -> Result<Frozen, FreezeError> {
+    let files = BootFiles::open(&request).await?;
+    let (monitor, channel) = spawner.spawn().await?;
+    let mut freeze = Freeze {
+        vm: Vm::new(monitor, channel),
+        log: Tail::new(INIT_LOG_BYTES_MAX),
+        config,
+    };
+    let result = freeze.run(request, &files, progress).await;
+    freeze.vm.monitor.end().await;
+    result
+}
+
+/// What a VM boots from.
+struct BootFiles {
+    kernel: File,
+    initramfs: File,
+    disks: [File; 3],
+}
+
+impl BootFiles {
+    async fn open(request: &FreezeRequest) -> Result<Self, HostError> {
+        Ok(Self {
+            kernel: open(&request.kernel).await?,
+            initramfs: open(&request.initramfs).await?,
+            disks: [
+                open(&request.rootfs).await?,
+                open(&request.code).await?,
+                open(&request.overlay).await?,
+            ],
+        })
+    }
+}
+
+/// Opens a file for reading, off the runtime's threads.
+pub(crate) async fn open(path: &Path) -> Result<File, HostError> {
+    match tokio::fs::File::open(path).await {
+        Ok(file) => Ok(file.into_std().await),
+        Err(source) => Err(HostError::File {
+            act: "cannot open",
+            path: path.to_owned(),
+            source,
+        }),
+    }
+}
+
+struct Freeze<'a> {
+    vm: Vm,
+    log: Tail,
+    config: &'a RuntimeConfig,
+}
+
+impl Freeze<'_> {
+    async fn run(
+        &mut self,
+        mut request: FreezeRequest,
+        files: &BootFiles,
+        progress: Progress<'_>,
+    ) -> Result<Frozen, FreezeError> {
+        let started = Instant::now();
+        progress(FreezeStep::Booting);
+        self.boot(&request, files).await?;
+        let agent_version = self
+            .hello(request.boot_limit, after(request.boot_limit))
+            .await?;
+        let up = Instant::now();
+        progress(FreezeStep::AgentUp {
+            agent_version: agent_version.clone(),
+        });
+        let init_limit =
+            Duration::from_millis(request.configure.init_limit_ms).saturating_add(INIT_MARGIN);
+        let configure = std::mem::take(&mut request.configure);
+        self.vm
+            .channel
+            .queue(HostMessage::Configure(configure))
+            .map_err(FreezeError::TooLarge)?;
+        self.vm.channel.push();
+        progress(FreezeStep::RuntimeStarting);
+        self.ready(init_limit, after(init_limit)).await?;
+        let ready = Instant::now();
+        progress(FreezeStep::Ready);
+
+        request.metadata.agent_version = agent_version;
+        request.metadata.vcpu_count = request.vcpu_count;
+        request.metadata.memory_mib = request.memory_mib;
+        let saved = self.save(&request, progress).await?;
+        let timings = FreezeTimings {
+            boot: up - started,
+            init: ready - up,
+            save: ready.elapsed(),
+        };
+        progress(FreezeStep::Saved {
+            file_bytes: saved.file_bytes,
+            stored_bytes: saved.stored_bytes,
+        });
+        Ok(Frozen {
+            snapshot: request.output,
+            digest: saved.digest,
+            file_bytes: saved.file_bytes,
+            stored_bytes: saved.stored_bytes,
+            init_log: self.log.take(),
+            timings,
+        })
+    }
+
+    async fn boot(&mut self, request: &FreezeRequest, files: &BootFiles) -> Result<(), HostError> {
+        let accesses = [
+            DiskAccess::ReadOnly,
+            DiskAccess::ReadOnly,
+            DiskAccess::CopyOnWrite,
+        ];
+        let disks = DISK_IDS
+            .iter()
+            .zip(accesses)
+            .map(|(id, access)| Disk {
+                id: (*id).into(),
+                access,
+                source: DiskSource::Descriptor,
+            })
+            .collect();
+        let boot = Request::Boot(BootRequest {
+            vcpu_count: request.vcpu_count,
+            memory_mib: request.memory_mib,
+            command_line: GUEST_COMMAND_LINE.into(),
+            has_initramfs: true,
+            disks,
+        });
+        let [rootfs, code, overlay] = &files.disks;
+        let fds = [
+            files.kernel.as_fd(),
+            files.initramfs.as_fd(),
+            rootfs.as_fd(),
+            code.as_fd(),
+            overlay.as_fd(),
+        ];
+        self.vm
+            .monitor
+            .command(&boot, &fds, request.boot_limit)
+            .await
+    }
+
+    async fn hello(&mut self, limit: Duration, deadline: Instant) -> Result<String, FreezeError> {
+        match self.message("the guest's boot", limit, deadline).await? {
+            AgentMessage::Hello { agent_version } => Ok(agent_version),
+            other => Err(self.unfit(&other).await),
+        }
+    }
+
+    async fn ready(&mut self, limit: Duration, deadline: Instant) -> Result<(), FreezeError> {
+        match self
+            .message("the function's initialisation", limit, deadline)
+            .await?
+        {
+            AgentMessage::Ready => Ok(()),
+            AgentMessage::InitError(error) => Err(FreezeError::Init(InitFailure {
+                error_type: error.error_type,
+                document: error.payload,
+                log: self.log.take(),
+            })),
+            AgentMessage::RuntimeExit(exit) => Err(FreezeError::RuntimeExit {
+                exit,
+                log: self.log.take(),
+            }),
+            other => Err(self.unfit(&other).await),
+        }
+    }
+
+    /// The agent's next message that is not output.
+    async fn message(
+        &mut self,
+        waiting_for: &'static str,
+        limit: Duration,
+        deadline: Instant,
+    ) -> Result<AgentMessage, FreezeError> {
+        let mut until = deadline;
+        loop {
+            // As timeout_at looks at the clock only when nothing is there, an endless stream of output is cut off here.
+            let event = if Instant::now() < until {
+                tokio::time::timeout_at(until, self.vm.next()).await.ok()
+            } else {
+                None
+            };
+            match event {
+                Some(VmEvent::Agent(AgentMessage::Log { bytes, .. })) => self.log.push(&bytes),
+                Some(VmEvent::Agent(message)) => return Ok(message),
+                Some(VmEvent::AgentClosed) => until = until.min(Instant::now() + ORPHAN_LIMIT),
+                Some(VmEvent::AgentBroken(detail)) => return Err(self.broken(detail).await),
+                Some(VmEvent::Exited(exit)) => return Err(died(exit)),
+                Some(VmEvent::MonitorGone(error)) => return Err(error.into()),
+                // Every request here is awaited where it is made; a stray reply means nothing.
+                Some(VmEvent::Reply(_)) => {}
+                None if until < deadline => {
+                    return Err(self.broken("agent closed its channel".into()).await);
+                }
+                None => {
+                    return Err(FreezeError::TimedOut {
+                        waiting_for,
+                        limit,
+                        log: self.log.take(),
+                        console: self.vm.console(self.config.reply_limit).await,
+                    });
+                }
+            }
+        }
+    }
+
+    async fn save(
+        &mut self,
+        request: &FreezeRequest,
+        progress: Progress<'_>,
+    ) -> Result<thaw_vmm_control::Saved, FreezeError> {
+        let (limit, output) = (self.config.reply_limit, &request.output);
+        let monitor = &mut self.vm.monitor;
+        monitor.command(&Request::Pause, &[], limit).await?;
+        if let Some(exit) = monitor.take_exit() {
+            return Err(died(exit));
+        }
+        progress(FreezeStep::Saving);
+        let pending = {
+            let output = output.clone();
+            blocking(move || PendingFile::create(&output)).await
+        };
+        let pending = pending.map_err(|source| file_error("cannot create", output, source))?;
+        let save = Request::Save(SaveRequest {
+            metadata: serde_json::to_value(&request.metadata).map_err(|source| {
+                HostError::Protocol(thaw_vmm_control::wire::WireError::Malformed(source))
+            })?,
+        });
+        let saved = monitor
+            .save(&save, pending.file().as_fd(), self.config.save_limit)
+            .await
+            .map_err(|error| save_error(error, output))?;
+        blocking(move || pending.commit())
+            .await
+            .map_err(|source| file_error("cannot commit", output, source))?;
+        Ok(saved)
+    }
+
+    async fn unfit(&mut self, message: &AgentMessage) -> FreezeError {
+        let detail = match message {
+            AgentMessage::Fatal { message } => format!("agent cannot go on: {message}"),
+            _ => "agent spoke out of turn".into(),
+        };
+        self.broken(detail).await
+    }
+
+    async fn broken(&mut self, detail: String) -> FreezeError {
+        FreezeError::GuestDied {
+            reason: ExitReason::GuestFault,
+            detail,
+            console: self.vm.console(self.config.reply_limit).await,
+        }
+    }
+}
+
+fn died(exit: thaw_vmm_control::Exit) -> FreezeError {
+    if exit.reason == ExitReason::HostFault {
+        return FreezeError::Host(HostError::Refused {
+            request: "run the guest",
+            source: Failure {
+                message: exit.detail,
+                fault: Fault::Host,
+            },
+        });
+    }
+    FreezeError::GuestDied {
+        reason: exit.reason,
+        detail: exit.detail,
+        console: exit.console,
+    }
+}
+
+fn save_error(error: HostError, output: &Path) -> FreezeError {
+    match &error {
+        HostError::Refused { source, .. }
+            if NO_SPACE.iter().any(|code| source.message.contains(code)) =>
+        {
+            FreezeError::DiskFull {
+                path: output.to_owned(),
+            }
+        }
+        _ => error.into(),
+    }
+}
+
+fn file_error(act: &'static str, output: &Path, source: std::io::Error) -> FreezeError {
+    use std::io::ErrorKind::{QuotaExceeded, StorageFull};
+    let path: PathBuf = output.to_owned();
+    if matches!(source.kind(), StorageFull | QuotaExceeded) {
+        return FreezeError::DiskFull { path };
+    }
+    HostError::File { act, path, source }.into()
+}
+
+async fn blocking<T: Send + 'static>(
+    act: impl FnOnce() -> std::io::Result<T> + Send + 'static,
+) -> std::io::Result<T> {
+    tokio::task::spawn_blocking(act)
+        .await
+        .unwrap_or_else(|error| Err(std::io::Error::other(error)))
+}

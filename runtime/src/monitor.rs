@@ -1,0 +1,406 @@
+//! One monitor process: its start, requests and replies, its end.
+
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use command_fds::{CommandFdExt as _, FdMapping};
+use thaw_vmm_control::wire::{self, Read, Receiver, WireError};
+use thaw_vmm_control::{
+    AGENT_FD, CONTROL_FD, Event, Exit, FromMonitor, Reply, Request, Saved, Status,
+};
+use tokio::io::{AsyncReadExt as _, Interest};
+use tokio::net::UnixStream;
+use tokio::process::{Child, ChildStderr, Command};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
+
+use crate::HostError;
+use crate::channel::AgentChannel;
+use crate::tail::Tail;
+
+/// Most starts waiting for the spawner's thread; more wait in their own tasks.
+const SPAWN_QUEUE_MAX: usize = 16;
+/// Bytes of a monitor's standard error kept for error messages.
+const STDERR_BYTES_MAX: usize = 4096;
+/// How long the last words of a dead monitor are waited for.
+const LAST_WORDS_LIMIT: Duration = Duration::from_millis(500);
+/// Longest wait for a killed process to be gone; tear-down of a large VM takes tens of milliseconds.
+const REAP_LIMIT: Duration = Duration::from_secs(30);
+
+/// Starts monitors, all from one thread: a monitor asks the kernel to be killed when its parent ends, and the kernel
+/// takes the *thread* that forked it for the parent (`PR_SET_PDEATHSIG`, prctl(2)). Tokio's threads come and go.
+#[derive(Debug)]
+pub(crate) struct Spawner {
+    jobs: mpsc::Sender<oneshot::Sender<Result<(Monitor, AgentChannel), HostError>>>,
+    alive: watch::Receiver<usize>,
+}
+
+impl Spawner {
+    /// A spawner of `vmm`. Its thread ends with it.
+    pub(crate) fn start(vmm: PathBuf, tokio: tokio::runtime::Handle) -> io::Result<Self> {
+        let (jobs, mut queue) =
+            mpsc::channel::<oneshot::Sender<Result<_, HostError>>>(SPAWN_QUEUE_MAX);
+        let (count, alive) = watch::channel(0);
+        let count = Arc::new(count);
+        std::thread::Builder::new()
+            .name("thaw-spawner".into())
+            .spawn(move || {
+                let _context = tokio.enter();
+                while let Some(reply) = queue.blocking_recv() {
+                    if !reply.is_closed() {
+                        // Nobody waiting any more: what was started is dropped, and so killed.
+                        let _ = reply.send(Monitor::spawn(&vmm, &count));
+                    }
+                }
+            })?;
+        Ok(Self { jobs, alive })
+    }
+
+    /// A fresh monitor, without a VM, and its agent channel.
+    pub(crate) async fn spawn(&self) -> Result<(Monitor, AgentChannel), HostError> {
+        let (reply, answer) = oneshot::channel();
+        self.jobs
+            .send(reply)
+            .await
+            .map_err(|_| HostError::ShutDown)?;
+        answer.await.map_err(|_| HostError::ShutDown)?
+    }
+
+    /// Returns when no monitor process is left.
+    pub(crate) async fn all_gone(&self) {
+        let mut alive = self.alive.clone();
+        // An error means that the thread and every process' counter are gone.
+        let _ = alive.wait_for(|count| *count == 0).await;
+    }
+}
+
+/// Counts a process until it is reaped.
+#[derive(Debug)]
+struct Counted(Arc<watch::Sender<usize>>);
+
+impl Counted {
+    fn new(count: &Arc<watch::Sender<usize>>) -> Self {
+        count.send_modify(|alive| *alive += 1);
+        Self(Arc::clone(count))
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.send_modify(|alive| *alive -= 1);
+    }
+}
+
+#[derive(Debug)]
+struct Process {
+    child: Child,
+    counted: Counted,
+}
+
+impl Process {
+    async fn end(mut self) {
+        // Fails only for a process that is gone already.
+        let _ = self.child.start_kill();
+        match tokio::time::timeout(REAP_LIMIT, self.child.wait()).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "cannot wait for a monitor"),
+            Err(_) => {
+                tracing::error!(pid = self.child.id(), "killed monitor does not end");
+            }
+        }
+        drop(self.counted);
+    }
+}
+
+/// One monitor process. Dropping it kills the process, in the background.
+///
+/// A request whose future was dropped half-way leaves the control socket out of step: drop the monitor then.
+#[derive(Debug)]
+pub(crate) struct Monitor {
+    control: UnixStream,
+    receiver: Receiver,
+    process: Option<Process>,
+    stderr: Arc<Mutex<Tail>>,
+    stderr_reader: Option<JoinHandle<()>>,
+    exit: Option<Exit>,
+}
+
+impl Monitor {
+    fn spawn(
+        vmm: &Path,
+        count: &Arc<watch::Sender<usize>>,
+    ) -> Result<(Self, AgentChannel), HostError> {
+        let failed = |source| HostError::Spawn {
+            path: vmm.to_owned(),
+            source,
+        };
+        let (control, control_theirs) = socket_pair().map_err(failed)?;
+        let (agent, agent_theirs) = socket_pair().map_err(failed)?;
+        let mut command = Command::new(vmm);
+        command
+            // The gateway's environment may hold secrets; a monitor needs nothing of it.
+            .env_clear()
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true);
+        let mapping = |parent_fd, child_fd| FdMapping {
+            parent_fd,
+            child_fd,
+        };
+        command
+            .fd_mappings(vec![
+                mapping(control_theirs, CONTROL_FD),
+                mapping(agent_theirs, AGENT_FD),
+            ])
+            .map_err(|error| failed(io::Error::other(error)))?;
+        let mut child = command.spawn().map_err(failed)?;
+        let stderr = Arc::new(Mutex::new(Tail::new(STDERR_BYTES_MAX)));
+        let stderr_reader = child
+            .stderr
+            .take()
+            .map(|pipe| tokio::spawn(collect(pipe, Arc::clone(&stderr))));
+        let monitor = Self {
+            control,
+            receiver: Receiver::new(),
+            process: Some(Process {
+                child,
+                counted: Counted::new(count),
+            }),
+            stderr,
+            stderr_reader,
+            exit: None,
+        };
+        Ok((monitor, AgentChannel::new(agent)))
+    }
+
+    /// Process id, for logs and tests.
+    pub(crate) fn pid(&self) -> Option<u32> {
+        self.process.as_ref().and_then(|p| p.child.id())
+    }
+
+    /// Sends a request; the reply comes from [`Self::next`].
+    pub(crate) async fn send(
+        &mut self,
+        request: &Request,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(), HostError> {
+        let bytes = wire::encode(request).map_err(HostError::Protocol)?;
+        let (mut sent, mut fds) = (0, fds);
+        while sent < bytes.len() {
+            let result = self
+                .control
+                .async_io(Interest::WRITABLE, || {
+                    wire::send_some(&self.control, &bytes[sent..], fds)
+                })
+                .await;
+            match result {
+                Ok(count) => {
+                    sent += count;
+                    fds = &[];
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return Err(self.died().await),
+            }
+        }
+        Ok(())
+    }
+
+    /// The monitor's next message. Cancelling loses nothing.
+    pub(crate) async fn next(&mut self) -> Result<FromMonitor, HostError> {
+        loop {
+            match self.receiver.next_message() {
+                Ok(Some((message, _fds))) => return Ok(message),
+                Ok(None) => {}
+                Err(error) => return Err(HostError::Protocol(error)),
+            }
+            let (control, receiver) = (&self.control, &mut self.receiver);
+            let read = control
+                .async_io(Interest::READABLE, || receiver.read_from(control))
+                .await;
+            match read {
+                Ok(Read::Some) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(Read::Closed) => return Err(self.died().await),
+                Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                    return Err(HostError::Protocol(WireError::Socket(error)));
+                }
+                Err(_) => return Err(self.died().await),
+            }
+        }
+    }
+
+    /// Sends a request and waits for its reply; an exit of the guest meanwhile is kept for [`Self::take_exit`].
+    pub(crate) async fn request(
+        &mut self,
+        request: &Request,
+        fds: &[BorrowedFd<'_>],
+        limit: Duration,
+    ) -> Result<Reply, HostError> {
+        let name = name(request);
+        let exchange = async {
+            self.send(request, fds).await?;
+            loop {
+                match self.next().await? {
+                    FromMonitor::Reply(Reply::Failed(source)) => {
+                        return Err(HostError::Refused {
+                            request: name,
+                            source,
+                        });
+                    }
+                    FromMonitor::Reply(reply) => return Ok(reply),
+                    FromMonitor::Event(Event::Exited(exit)) => self.exit = Some(exit),
+                }
+            }
+        };
+        match tokio::time::timeout(limit, exchange).await {
+            Ok(result) => result,
+            Err(_) => Err(HostError::Silent {
+                request: name,
+                limit,
+                stderr: self.reason(),
+            }),
+        }
+    }
+
+    /// A request that is answered by [`Reply::Done`].
+    pub(crate) async fn command(
+        &mut self,
+        request: &Request,
+        fds: &[BorrowedFd<'_>],
+        limit: Duration,
+    ) -> Result<(), HostError> {
+        match self.request(request, fds, limit).await? {
+            Reply::Done => Ok(()),
+            other => Err(unexpected(request, &other)),
+        }
+    }
+
+    /// [`Request::Status`].
+    pub(crate) async fn status(&mut self, limit: Duration) -> Result<Status, HostError> {
+        match self.request(&Request::Status, &[], limit).await? {
+            Reply::Status(status) => Ok(status),
+            other => Err(unexpected(&Request::Status, &other)),
+        }
+    }
+
+    /// The console's tail, or nothing if the monitor does not tell.
+    pub(crate) async fn console(&mut self, limit: Duration) -> String {
+        match self.status(limit).await {
+            Ok(status) => status.console,
+            Err(error) => {
+                tracing::debug!(%error, "no console from the monitor");
+                String::new()
+            }
+        }
+    }
+
+    /// [`Request::Save`].
+    pub(crate) async fn save(
+        &mut self,
+        request: &Request,
+        file: BorrowedFd<'_>,
+        limit: Duration,
+    ) -> Result<Saved, HostError> {
+        match self.request(request, &[file], limit).await? {
+            Reply::Saved(saved) => Ok(saved),
+            other => Err(unexpected(request, &other)),
+        }
+    }
+
+    /// The guest's exit that came while a reply was waited for.
+    pub(crate) fn take_exit(&mut self) -> Option<Exit> {
+        self.exit.take()
+    }
+
+    /// Whether the process still holds its end of the control socket and has said nothing: what is to be expected of a
+    /// paused VM.
+    pub(crate) fn is_quiet(&mut self) -> bool {
+        // Past tokio's readiness on purpose: the socket does not block, and an end that the driver has not seen yet counts.
+        let read = self.receiver.read_from(&self.control);
+        self.exit.is_none()
+            && matches!(read, Err(error) if error.kind() == io::ErrorKind::WouldBlock)
+    }
+
+    /// Kills the process and waits until it is gone.
+    pub(crate) async fn end(mut self) {
+        if let Some(process) = self.process.take() {
+            process.end().await;
+        }
+    }
+
+    fn reason(&self) -> String {
+        self.stderr
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .as_reason()
+    }
+
+    async fn died(&mut self) -> HostError {
+        if let Some(reader) = &mut self.stderr_reader
+            && tokio::time::timeout(LAST_WORDS_LIMIT, reader).await.is_ok()
+        {
+            self.stderr_reader = None;
+        }
+        HostError::Died {
+            stderr: self.reason(),
+        }
+    }
+}
+
+impl Drop for Monitor {
+    fn drop(&mut self) {
+        let Some(mut process) = self.process.take() else {
+            return;
+        };
+        let _ = process.child.start_kill();
+        if let Ok(tokio) = tokio::runtime::Handle::try_current() {
+            tokio.spawn(process.end());
+        }
+    }
+}
+
+/// Our end for tokio, theirs to be inherited. Both are close-on-exec; the mapping lifts that for theirs.
+fn socket_pair() -> io::Result<(UnixStream, OwnedFd)> {
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
+    ours.set_nonblocking(true)?;
+    Ok((UnixStream::from_std(ours)?, theirs.into()))
+}
+
+async fn collect(mut pipe: ChildStderr, tail: Arc<Mutex<Tail>>) {
+    let mut chunk = [0; 1024];
+    while let Ok(count @ 1..) = pipe.read(&mut chunk).await {
+        tail.lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(&chunk[..count]);
+    }
+}
+
+fn name(request: &Request) -> &'static str {
+    match request {
+        Request::Boot(_) => "boot",
+        Request::Restore(_) => "restore",
+        Request::Resume => "resume",
+        Request::Pause => "pause",
+        Request::Save(_) => "save",
+        Request::Status => "tell its status",
+        Request::Quit => "quit",
+    }
+}
+
+fn unexpected(request: &Request, reply: &Reply) -> HostError {
+    let reply = match reply {
+        Reply::Done => "done",
+        Reply::Saved(_) => "saved",
+        Reply::Status(_) => "a status",
+        Reply::Failed(_) => "a failure",
+    };
+    HostError::UnexpectedReply {
+        request: name(request),
+        reply,
+    }
+}

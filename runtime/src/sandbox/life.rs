@@ -1,0 +1,404 @@
+//! The life of one sandbox as a plain state machine: what the VM says goes in, how the invocation ended comes out, once.
+
+use bytes::Bytes;
+use thaw_agent_protocol::{AgentMessage, RESPONSE_BYTES_MAX};
+use thaw_vmm_control::{Exit, ExitReason, Failure, Fault, Reply};
+
+use crate::tail::Tail;
+use crate::vm::VmEvent;
+use crate::{End, HostError, INVOCATION_LOG_BYTES_MAX};
+
+/// A sandbox whose guest has been told its request and is being resumed.
+#[derive(Debug)]
+pub(crate) struct Life {
+    request_id: String,
+    log: Tail,
+    state: State,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// `Resume` is sent.
+    Resuming,
+    /// The guest runs; the agent has not yet said that the clone is unique.
+    Running,
+    /// The clone is unique; its answer is waited for.
+    Thawed,
+    /// The agent's channel is closed; what ended the guest is waited for.
+    Orphaned,
+    /// The verdict is out.
+    Ended,
+}
+
+/// What moves a life on.
+#[derive(Debug)]
+pub(crate) enum Input {
+    /// The VM said something.
+    Vm(VmEvent),
+    /// The invocation's time is over.
+    Deadline,
+    /// The time between [`Step::Orphaned`] and the news of the guest's end is over.
+    GraceOver,
+}
+
+/// What comes of an input.
+#[derive(Debug)]
+pub(crate) enum Step {
+    /// Go on.
+    Continue,
+    /// The agent is gone; give the monitor a bounded time to say why.
+    Orphaned,
+    /// It is over. Comes once.
+    Ended(Result<End, HostError>),
+}
+
+impl Life {
+    pub(crate) fn new(request_id: String) -> Self {
+        Self {
+            request_id,
+            log: Tail::new(INVOCATION_LOG_BYTES_MAX),
+            state: State::Resuming,
+        }
+    }
+
+    /// The output so far.
+    pub(crate) fn take_log(&mut self) -> Vec<u8> {
+        self.log.take()
+    }
+
+    pub(crate) fn step(&mut self, input: Input) -> Step {
+        if self.state == State::Ended {
+            return Step::Continue;
+        }
+        let step = match input {
+            Input::Deadline => Step::Ended(Ok(End::TimedOut)),
+            Input::GraceOver if self.state == State::Orphaned => {
+                guest_fault("agent closed its channel".into())
+            }
+            Input::GraceOver => Step::Continue,
+            Input::Vm(VmEvent::Agent(message)) => self.heard(message),
+            Input::Vm(VmEvent::AgentClosed) => {
+                self.state = State::Orphaned;
+                Step::Orphaned
+            }
+            Input::Vm(VmEvent::AgentBroken(detail)) => guest_fault(detail),
+            Input::Vm(VmEvent::Reply(reply)) => self.replied(reply),
+            Input::Vm(VmEvent::Exited(exit)) => Step::Ended(died(exit)),
+            Input::Vm(VmEvent::MonitorGone(error)) => Step::Ended(Err(error)),
+        };
+        if matches!(step, Step::Ended(_)) {
+            self.state = State::Ended;
+        }
+        step
+    }
+
+    fn replied(&mut self, reply: Reply) -> Step {
+        match reply {
+            Reply::Done => {
+                if self.state == State::Resuming {
+                    self.state = State::Running;
+                }
+                Step::Continue
+            }
+            Reply::Failed(source) => Step::Ended(Err(HostError::Refused {
+                request: "resume",
+                source,
+            })),
+            Reply::Saved(_) | Reply::Status(_) => Step::Ended(Err(HostError::UnexpectedReply {
+                request: "resume",
+                reply: "an answer to another request",
+            })),
+        }
+    }
+
+    fn heard(&mut self, message: AgentMessage) -> Step {
+        let thawed = self.state == State::Thawed;
+        match message {
+            // The reply to `Resume` may be overtaken by the guest, on the other socket.
+            AgentMessage::Thawed => {
+                self.state = State::Thawed;
+                Step::Continue
+            }
+            AgentMessage::Log { bytes, .. } => {
+                self.log.push(&bytes);
+                Step::Continue
+            }
+            // The runtime asks for its next request; there is none.
+            AgentMessage::Ready => Step::Continue,
+            AgentMessage::Response(reply) => {
+                if let Some(broken) = self.not_an_answer(thawed, &reply.request_id) {
+                    return guest_fault(broken);
+                }
+                if reply.payload.len() > RESPONSE_BYTES_MAX {
+                    let bytes = reply.payload.len();
+                    return guest_fault(format!(
+                        "agent sent a response of {bytes} bytes, limit is {RESPONSE_BYTES_MAX}"
+                    ));
+                }
+                Step::Ended(Ok(End::Response {
+                    payload: Bytes::from(reply.payload),
+                    content_type: reply.content_type,
+                }))
+            }
+            AgentMessage::InvocationError(error) => {
+                if let Some(broken) = self.not_an_answer(thawed, &error.request_id) {
+                    return guest_fault(broken);
+                }
+                Step::Ended(Ok(End::FunctionError {
+                    error_type: error.error_type,
+                    document: Bytes::from(error.payload),
+                }))
+            }
+            AgentMessage::RuntimeExit(exit) => Step::Ended(Ok(End::RuntimeExit(exit))),
+            AgentMessage::Fatal { message } => {
+                guest_fault(format!("agent cannot go on: {message}"))
+            }
+            AgentMessage::Hello { .. } => guest_fault("agent started anew after the thaw".into()),
+            AgentMessage::InitError(error) => guest_fault(format!(
+                "agent reported {} after the thaw",
+                error.error_type
+            )),
+        }
+    }
+
+    /// Fail closed: an answer from a clone that never said it was unique is none.
+    fn not_an_answer(&self, thawed: bool, request_id: &str) -> Option<String> {
+        if !thawed {
+            Some("agent answered before it was thawed".into())
+        } else if request_id != self.request_id {
+            Some("agent answered another request".into())
+        } else {
+            None
+        }
+    }
+}
+
+fn guest_fault(detail: String) -> Step {
+    Step::Ended(Ok(End::GuestDied {
+        reason: ExitReason::GuestFault,
+        detail,
+        console: String::new(),
+    }))
+}
+
+fn died(exit: Exit) -> Result<End, HostError> {
+    if exit.reason == ExitReason::HostFault {
+        return Err(HostError::Refused {
+            request: "run the guest",
+            source: Failure {
+                message: exit.detail,
+                fault: Fault::Host,
+            },
+        });
+    }
+    Ok(End::GuestDied {
+        reason: exit.reason,
+        detail: exit.detail,
+        console: exit.console,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use thaw_agent_protocol::{
+        InitError, InvocationError, LogStream, Reply as Answer, RuntimeExit, RuntimeExitCause,
+    };
+    use thaw_vmm_control::Status;
+
+    fn agent(message: AgentMessage) -> Input {
+        Input::Vm(VmEvent::Agent(message))
+    }
+
+    fn answer(request_id: &str, length: usize) -> AgentMessage {
+        AgentMessage::Response(Answer {
+            request_id: request_id.into(),
+            content_type: None,
+            payload: vec![b'x'; length],
+        })
+    }
+
+    fn exit(reason: ExitReason) -> Input {
+        Input::Vm(VmEvent::Exited(Exit {
+            reason,
+            detail: "why".into(),
+            console: "panic".into(),
+        }))
+    }
+
+    fn thawed() -> Life {
+        let mut life = Life::new("r".into());
+        life.step(Input::Vm(VmEvent::Reply(Reply::Done)));
+        life.step(agent(AgentMessage::Thawed));
+        life
+    }
+
+    fn end(step: Step) -> End {
+        match step {
+            Step::Ended(Ok(end)) => end,
+            other => panic!("not ended by the guest: {other:?}"),
+        }
+    }
+
+    fn is_guest_fault(step: Step) -> bool {
+        matches!(
+            end(step),
+            End::GuestDied {
+                reason: ExitReason::GuestFault,
+                ..
+            }
+        )
+    }
+
+    #[test]
+    fn an_answer_after_the_thaw_is_the_end() {
+        let mut life = thawed();
+        life.step(agent(AgentMessage::Log {
+            stream: LogStream::Stdout,
+            bytes: b"a".to_vec(),
+        }));
+        life.step(agent(AgentMessage::Log {
+            stream: LogStream::Stderr,
+            bytes: b"b".to_vec(),
+        }));
+        let payload = Bytes::from_static(b"xx");
+        assert_eq!(
+            end(life.step(agent(answer("r", 2)))),
+            End::Response {
+                payload,
+                content_type: None
+            }
+        );
+        assert_eq!(life.take_log(), b"ab");
+        assert!(matches!(life.step(Input::Deadline), Step::Continue));
+    }
+
+    #[test]
+    fn an_answer_may_overtake_the_reply_to_resume() {
+        let mut life = Life::new("r".into());
+        life.step(agent(AgentMessage::Thawed));
+        life.step(Input::Vm(VmEvent::Reply(Reply::Done)));
+        assert!(matches!(
+            end(life.step(agent(answer("r", 1)))),
+            End::Response { .. }
+        ));
+    }
+
+    #[test]
+    fn an_answer_before_the_thaw_is_a_guest_fault() {
+        let mut life = Life::new("r".into());
+        life.step(Input::Vm(VmEvent::Reply(Reply::Done)));
+        assert!(is_guest_fault(life.step(agent(answer("r", 1)))));
+    }
+
+    #[test]
+    fn an_answer_to_another_request_is_a_guest_fault() {
+        assert!(is_guest_fault(thawed().step(agent(answer("other", 1)))));
+    }
+
+    #[test]
+    fn an_answer_over_the_limit_is_a_guest_fault() {
+        assert!(is_guest_fault(
+            thawed().step(agent(answer("r", RESPONSE_BYTES_MAX + 1)))
+        ));
+        assert!(matches!(
+            end(thawed().step(agent(answer("r", RESPONSE_BYTES_MAX)))),
+            End::Response { .. }
+        ));
+    }
+
+    #[test]
+    fn a_closed_channel_waits_for_the_guests_end_but_not_for_ever() {
+        let mut life = thawed();
+        assert!(matches!(
+            life.step(Input::Vm(VmEvent::AgentClosed)),
+            Step::Orphaned
+        ));
+        assert!(matches!(
+            end(life.step(exit(ExitReason::Panic))),
+            End::GuestDied {
+                reason: ExitReason::Panic,
+                ..
+            }
+        ));
+        let mut life = thawed();
+        life.step(Input::Vm(VmEvent::AgentClosed));
+        assert!(is_guest_fault(life.step(Input::GraceOver)));
+    }
+
+    #[test]
+    fn a_host_fault_and_a_dead_monitor_are_not_the_guests() {
+        assert!(matches!(
+            thawed().step(exit(ExitReason::HostFault)),
+            Step::Ended(Err(HostError::Refused { .. }))
+        ));
+        let gone = Input::Vm(VmEvent::MonitorGone(HostError::Died {
+            stderr: String::new(),
+        }));
+        assert!(matches!(
+            thawed().step(gone),
+            Step::Ended(Err(HostError::Died { .. }))
+        ));
+    }
+
+    fn input() -> impl Strategy<Value = u8> {
+        0u8..16
+    }
+
+    fn make(kind: u8) -> Input {
+        let text = String::new;
+        match kind {
+            0 => agent(AgentMessage::Thawed),
+            1 => agent(AgentMessage::Ready),
+            2 => agent(answer("r", 3)),
+            3 => agent(answer("q", 3)),
+            4 => agent(AgentMessage::InvocationError(InvocationError {
+                request_id: "r".into(),
+                ..InvocationError::default()
+            })),
+            5 => agent(AgentMessage::RuntimeExit(RuntimeExit {
+                cause: RuntimeExitCause::Code(1),
+                out_of_memory: false,
+                request_id: None,
+            })),
+            6 => agent(AgentMessage::InitError(InitError::default())),
+            7 => agent(AgentMessage::Fatal { message: text() }),
+            8 => agent(AgentMessage::Hello {
+                agent_version: text(),
+            }),
+            9 => agent(AgentMessage::Log {
+                stream: LogStream::Stdout,
+                bytes: vec![1; 1000],
+            }),
+            10 => Input::Vm(VmEvent::AgentClosed),
+            11 => Input::Vm(VmEvent::AgentBroken(text())),
+            12 => Input::Vm(VmEvent::Reply(Reply::Status(Status::default()))),
+            13 => Input::Vm(VmEvent::Reply(Reply::Done)),
+            14 => Input::GraceOver,
+            _ => Input::Deadline,
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_life_ends_once_and_never_answers_unthawed(inputs in prop::collection::vec(input(), 0..30)) {
+            let mut life = Life::new("r".into());
+            let (mut ends, mut thawed) = (0, false);
+            for kind in inputs {
+                thawed |= kind == 0;
+                match life.step(make(kind)) {
+                    Step::Ended(Ok(End::Response { .. } | End::FunctionError { .. })) => {
+                        prop_assert!(thawed);
+                        ends += 1;
+                    }
+                    Step::Ended(_) => ends += 1,
+                    Step::Continue | Step::Orphaned => {}
+                }
+            }
+            life.step(Input::Deadline);
+            prop_assert!(ends <= 1);
+            prop_assert_eq!(life.state, State::Ended);
+        }
+    }
+}
