@@ -1,0 +1,250 @@
+//! The Lambda Runtime API on HTTP/1.1: a thin shell that turns requests into [`Call`]s and [`Answer`]s into responses.
+//!
+//! The server lives in the agent so that its TCP connections are frozen together with the client's end. It runs no
+//! timers: a clone may have been asleep for hours, and a keep-alive time-out would then fire at once.
+
+pub(crate) mod body;
+pub(crate) mod render;
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::header::{CONTENT_TYPE, HeaderMap};
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::TokioIo;
+use thaw_agent_protocol::{InitError, InvocationError, RESPONSE_BYTES_MAX, Reply};
+use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, mpsc, oneshot};
+
+use crate::life::{Answer, Call};
+use body::{Received, receive};
+
+/// Where the runtime finds the API: `AWS_LAMBDA_RUNTIME_API`.
+pub const ADDRESS: &str = "127.0.0.1:9001";
+
+/// Connections served at once; more wait to be accepted. Each may hold one body of [`RESPONSE_BYTES_MAX`].
+const CONNECTIONS_MAX: usize = 64;
+
+/// Calls that wait for the driver; more wait in their connections.
+pub(crate) const CALLS_MAX: usize = 16;
+
+const ERROR_TYPE: &str = "lambda-runtime-function-error-type";
+const RESPONSE_MODE: &str = "lambda-runtime-function-response-mode";
+
+/// A call with the way to answer it. Dropping it answers 500.
+pub(crate) struct PendingCall {
+    pub(crate) call: Call,
+    pub(crate) reply: oneshot::Sender<Answer>,
+}
+
+/// What a path and method mean.
+#[derive(Debug, PartialEq, Eq)]
+enum Route<'a> {
+    Next,
+    RestoreNext,
+    Response(&'a str),
+    Error(&'a str),
+    InitError,
+    RestoreError,
+    ExtensionRegister,
+    ExtensionNext,
+    ExtensionError,
+    WrongMethod,
+    Unknown,
+}
+
+impl<'a> Route<'a> {
+    fn of(method: &Method, path: &'a str) -> Self {
+        let (wanted, route) = if let Some(rest) = path.strip_prefix("/2018-06-01/runtime/") {
+            match rest {
+                "invocation/next" => (Method::GET, Self::Next),
+                "restore/next" => (Method::GET, Self::RestoreNext),
+                "init/error" => (Method::POST, Self::InitError),
+                "restore/error" => (Method::POST, Self::RestoreError),
+                _ => match rest
+                    .strip_prefix("invocation/")
+                    .and_then(|r| r.split_once('/'))
+                {
+                    Some((id, "response")) => (Method::POST, Self::Response(id)),
+                    Some((id, "error")) => (Method::POST, Self::Error(id)),
+                    _ => return Self::Unknown,
+                },
+            }
+        } else {
+            match path.strip_prefix("/2020-01-01/extension/") {
+                Some("register") => (Method::POST, Self::ExtensionRegister),
+                Some("event/next") => (Method::GET, Self::ExtensionNext),
+                Some("init/error" | "exit/error") => (Method::POST, Self::ExtensionError),
+                _ => return Self::Unknown,
+            }
+        };
+        if *method == wanted {
+            route
+        } else {
+            Self::WrongMethod
+        }
+    }
+}
+
+/// Serves the API until the driver is gone. Each connection is a task of its own.
+/// `registration` is the body that extensions get.
+pub(crate) async fn serve(
+    listener: TcpListener,
+    calls: mpsc::Sender<PendingCall>,
+    registration: Bytes,
+) {
+    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    while let Ok(place) = Arc::clone(&places).acquire_owned().await {
+        // Accepting fails only for a client that has gone again: descriptors do not run out at this limit.
+        let Ok((stream, _)) = listener.accept().await else {
+            continue;
+        };
+        // Requests and answers are single small writes; waiting to merge them only delays them.
+        let _ = stream.set_nodelay(true);
+        let (calls, registration) = (calls.clone(), registration.clone());
+        tokio::spawn(async move {
+            let service =
+                service_fn(move |request| answer(request, calls.clone(), registration.clone()));
+            let _place = place;
+            // An error here is the client's: it closed early or did not speak HTTP.
+            let _ = hyper::server::conn::http1::Builder::new()
+                .auto_date_header(false)
+                .header_read_timeout(None)
+                .serve_connection(TokioIo::new(stream), service)
+                .await;
+        });
+    }
+}
+
+async fn answer(
+    request: Request<Incoming>,
+    calls: mpsc::Sender<PendingCall>,
+    registration: Bytes,
+) -> Result<Response<Full<Bytes>>, hyper::Error> {
+    let (parts, body) = request.into_parts();
+    let call = match Route::of(&parts.method, parts.uri.path()) {
+        Route::Next => Call::Next,
+        Route::RestoreNext => Call::RestoreNext,
+        Route::Response(id) => response_call(id, &parts.headers, receive(body).await?),
+        Route::Error(id) => error_call(id, &parts.headers, receive(body).await?),
+        Route::InitError => Call::InitError(init_error(&parts.headers, receive(body).await?)),
+        Route::RestoreError => Call::RestoreError(init_error(&parts.headers, receive(body).await?)),
+        Route::ExtensionRegister => {
+            let received = receive(body).await?;
+            return Ok(render::registered(&parts.headers, received, registration));
+        }
+        // Extensions get no events: the only way out of a sandbox is its end.
+        Route::ExtensionNext => return std::future::pending().await,
+        Route::ExtensionError => {
+            receive(body).await?;
+            return Ok(render::accepted());
+        }
+        Route::WrongMethod => return Ok(render::plain(StatusCode::METHOD_NOT_ALLOWED)),
+        Route::Unknown => return Ok(render::plain(StatusCode::NOT_FOUND)),
+    };
+    let (reply, answer) = oneshot::channel();
+    if calls.send(PendingCall { call, reply }).await.is_err() {
+        return Ok(render::plain(StatusCode::INTERNAL_SERVER_ERROR));
+    }
+    Ok(match answer.await {
+        Ok(answer) => render::answer(answer),
+        Err(_) => render::plain(StatusCode::INTERNAL_SERVER_ERROR),
+    })
+}
+
+fn text(headers: &HeaderMap, name: impl hyper::header::AsHeaderName) -> Option<String> {
+    headers
+        .get(name)
+        .map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned())
+}
+
+fn response_call(id: &str, headers: &HeaderMap, received: Received) -> Call {
+    let request_id = id.to_owned();
+    let Received::Whole {
+        mut payload,
+        trailers,
+    } = received
+    else {
+        return Call::TooLarge { request_id };
+    };
+    let streamed =
+        text(headers, RESPONSE_MODE).is_some_and(|m| m.eq_ignore_ascii_case("streaming"));
+    if streamed && let Some(failure) = body::stream_failure(&mut payload, &trailers) {
+        return Call::Error(InvocationError {
+            request_id,
+            error_type: Some(failure.error_type),
+            payload: failure.document,
+        });
+    }
+    Call::Response(Reply {
+        request_id,
+        content_type: text(headers, CONTENT_TYPE),
+        payload,
+    })
+}
+
+fn error_call(id: &str, headers: &HeaderMap, received: Received) -> Call {
+    let request_id = id.to_owned();
+    match received {
+        Received::Whole { payload, .. } => Call::Error(InvocationError {
+            request_id,
+            error_type: text(headers, ERROR_TYPE),
+            payload,
+        }),
+        Received::TooLarge => Call::TooLarge { request_id },
+    }
+}
+
+fn init_error(headers: &HeaderMap, received: Received) -> InitError {
+    let error_type = text(headers, ERROR_TYPE).unwrap_or_else(|| "Runtime.Unknown".into());
+    let payload = match received {
+        Received::Whole { payload, .. } => payload,
+        Received::TooLarge => crate::document::error(
+            &error_type,
+            &format!("the error document is over {RESPONSE_BYTES_MAX} bytes"),
+        ),
+    };
+    InitError {
+        error_type,
+        payload,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_path_of_the_runtime_api_has_its_route() {
+        let get = |path| Route::of(&Method::GET, path);
+        let post = |path| Route::of(&Method::POST, path);
+        assert_eq!(get("/2018-06-01/runtime/invocation/next"), Route::Next);
+        assert_eq!(get("/2018-06-01/runtime/restore/next"), Route::RestoreNext);
+        assert_eq!(
+            post("/2018-06-01/runtime/invocation/a-1/response"),
+            Route::Response("a-1")
+        );
+        assert_eq!(
+            post("/2018-06-01/runtime/invocation/a-1/error"),
+            Route::Error("a-1")
+        );
+        assert_eq!(post("/2018-06-01/runtime/init/error"), Route::InitError);
+        assert_eq!(
+            post("/2018-06-01/runtime/restore/error"),
+            Route::RestoreError
+        );
+        assert_eq!(
+            get("/2018-06-01/runtime/invocation/a-1/response"),
+            Route::WrongMethod
+        );
+        assert_eq!(
+            post("/2018-06-01/runtime/invocation/next"),
+            Route::WrongMethod
+        );
+        assert_eq!(get("/2018-06-01/runtime/invocation/a/b/c"), Route::Unknown);
+        assert_eq!(get("/"), Route::Unknown);
+    }
+}

@@ -1,0 +1,382 @@
+//! The one task that owns a sandbox: waits for what happens, asks [`Life`] what to do, does it.
+
+use std::io;
+use std::time::Duration;
+
+use bytes::Bytes;
+use rustix::process::Signal;
+use serde_json::json;
+use thaw_agent_protocol::{AgentMessage, Configure, HostMessage, LogStream, Thaw};
+use thiserror::Error;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{Signal as SignalStream, SignalKind, signal};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, sleep_until, timeout};
+
+use crate::api::{self, PendingCall};
+use crate::channel::{self, ChannelError, Incoming, Writer};
+use crate::identity::{AdoptError, Machine};
+use crate::life::{Answer, Call, Effect, Life, LifeError};
+use crate::output::Output;
+use crate::process::{self, Host, Runtime};
+
+/// Time that the runtime gets between SIGTERM and SIGKILL.
+const TERMINATE_GRACE: Duration = Duration::from_secs(2);
+
+/// Time for the last message of a failing agent to leave.
+const FATAL_GRACE: Duration = Duration::from_secs(1);
+
+/// Why a sandbox ended before the host asked for it.
+#[derive(Debug, Error)]
+pub enum DriverError {
+    /// The channel is gone, and with it everyone who could ask for anything.
+    #[error("the agent channel ended")]
+    Channel(#[from] ChannelError),
+    /// The host broke the order of messages.
+    #[error("the host's message is out of order")]
+    Life(#[from] LifeError),
+    /// The clone could not be made unique.
+    #[error("making the clone unique")]
+    Adopt(#[from] AdoptError),
+    /// The Runtime API's task is gone.
+    #[error("the Runtime API server ended")]
+    ServerEnded,
+    /// A system call that never fails in a healthy guest failed.
+    #[error("setting up the {what}")]
+    System {
+        /// What was set up.
+        what: &'static str,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Everything that differs between a guest and a test.
+#[derive(Debug)]
+pub struct Settings<M> {
+    /// Where the Runtime API is served; bound before the runtime starts.
+    pub listener: TcpListener,
+    /// How processes run.
+    pub host: Host,
+    /// Whose identity a thaw changes.
+    pub machine: M,
+}
+
+/// The driver of one sandbox's life.
+#[derive(Debug)]
+pub struct Driver<W, M> {
+    life: Life,
+    writer: Writer<W>,
+    messages: mpsc::Receiver<Incoming>,
+    calls: mpsc::Receiver<PendingCall>,
+    server: Option<(TcpListener, mpsc::Sender<PendingCall>)>,
+    host: Host,
+    machine: M,
+    children: SignalStream,
+    runtime: Option<Runtime>,
+    output: Option<Output>,
+    parked: Option<oneshot::Sender<Answer>>,
+    init_limit: Option<Instant>,
+}
+
+enum Event {
+    Message(Option<Incoming>),
+    Call(Option<PendingCall>),
+    Output((LogStream, Vec<u8>)),
+    ChildEnded,
+    InitLimit,
+}
+
+enum Next {
+    GoOn,
+    PowerOff,
+}
+
+impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
+    /// Ready to say hello over a connected channel. Must be called inside a tokio runtime.
+    ///
+    /// # Errors
+    /// The signal handler cannot be set up.
+    pub fn new<R>(reader: R, writer: W, settings: Settings<M>) -> Result<Self, DriverError>
+    where
+        R: AsyncRead + Unpin + Send + 'static,
+    {
+        let (messages_to, messages) = mpsc::channel(channel::MESSAGES_MAX);
+        let (calls_to, calls) = mpsc::channel(api::CALLS_MAX);
+        let children = signal(SignalKind::child()).map_err(|source| DriverError::System {
+            what: "wait for children",
+            source,
+        })?;
+        tokio::spawn(channel::read_messages(reader, messages_to));
+        Ok(Self {
+            life: Life::new(),
+            writer: Writer::new(writer),
+            messages,
+            calls,
+            server: Some((settings.listener, calls_to)),
+            host: settings.host,
+            machine: settings.machine,
+            children,
+            runtime: None,
+            output: None,
+            parked: None,
+            init_limit: None,
+        })
+    }
+
+    /// Lives until the host says `Shutdown`. On an error the host is told, if it still can be.
+    ///
+    /// # Errors
+    /// The sandbox cannot go on.
+    pub async fn run(mut self) -> Result<(), DriverError> {
+        let result = self.live().await;
+        if let Some(runtime) = &self.runtime {
+            runtime.signal(Signal::KILL);
+        }
+        if let Err(error) = &result {
+            let message = chain(error);
+            // The channel may be what failed, or its reader may be stuck; power-off must not wait for it.
+            let _ = timeout(
+                FATAL_GRACE,
+                self.writer.send(AgentMessage::Fatal { message }),
+            )
+            .await;
+        }
+        result
+    }
+
+    async fn live(&mut self) -> Result<(), DriverError> {
+        self.writer
+            .send(AgentMessage::Hello {
+                agent_version: env!("CARGO_PKG_VERSION").into(),
+            })
+            .await?;
+        loop {
+            let event = match self.messages.try_recv() {
+                Ok(message) => Event::Message(Some(message)),
+                Err(_) => {
+                    if self.writer.is_pending() {
+                        // Let a call that was just answered reach the runtime before the host hears of the thaw.
+                        tokio::task::yield_now().await;
+                        self.writer.flush().await?;
+                    }
+                    self.wait().await
+                }
+            };
+            if let Next::PowerOff = self.handle(event).await? {
+                return Ok(());
+            }
+        }
+    }
+
+    async fn wait(&mut self) -> Event {
+        let init_limit = self.init_limit;
+        let silent = self.life.is_frozen();
+        tokio::select! {
+            message = self.messages.recv() => Event::Message(message),
+            call = self.calls.recv() => Event::Call(call),
+            _ = self.children.recv() => Event::ChildEnded,
+            piece = next_output(&mut self.output), if !silent => Event::Output(piece),
+            () = sleep_until(init_limit.unwrap_or_else(Instant::now)), if init_limit.is_some() => Event::InitLimit,
+        }
+    }
+
+    async fn handle(&mut self, event: Event) -> Result<Next, DriverError> {
+        match event {
+            Event::Message(message) => {
+                let (generation, message) = message.unwrap_or(Err(ChannelError::Closed))?;
+                if matches!(message, HostMessage::Invoke(_))
+                    && self.parked.as_ref().is_some_and(oneshot::Sender::is_closed)
+                {
+                    self.parked = None;
+                    self.life.parked_call_lost();
+                }
+                let effects = self.life.host(generation, message)?;
+                self.carry_out(effects, None).await
+            }
+            Event::Call(None) => Err(DriverError::ServerEnded),
+            Event::Call(Some(PendingCall { call, reply })) => self.called(call, reply).await,
+            Event::Output((stream, bytes)) => {
+                self.writer
+                    .send(AgentMessage::Log { stream, bytes })
+                    .await?;
+                Ok(Next::GoOn)
+            }
+            Event::ChildEnded => {
+                let Some(runtime) = &self.runtime else {
+                    return Ok(Next::GoOn);
+                };
+                let Some(cause) = runtime.reap(self.host.reap) else {
+                    return Ok(Next::GoOn);
+                };
+                let effects = self.life.runtime_ended(cause, runtime.ran_out_of_memory());
+                self.carry_out(effects, None).await
+            }
+            Event::InitLimit => {
+                let effects = self.life.init_timed_out();
+                self.carry_out(effects, None).await
+            }
+        }
+    }
+
+    async fn called(
+        &mut self,
+        call: Call,
+        reply: oneshot::Sender<Answer>,
+    ) -> Result<Next, DriverError> {
+        let effects = self.life.call(call);
+        self.carry_out(effects, Some(reply)).await
+    }
+
+    async fn carry_out(
+        &mut self,
+        effects: Vec<Effect>,
+        mut reply: Option<oneshot::Sender<Answer>>,
+    ) -> Result<Next, DriverError> {
+        if !self.life.is_initialising() {
+            self.init_limit = None;
+        }
+        let mut effects = std::collections::VecDeque::from(effects);
+        while let Some(effect) = effects.pop_front() {
+            match effect {
+                Effect::Park => self.parked = reply.take(),
+                // A caller that is gone needs no answer.
+                Effect::Answer(answer) => drop(reply.take().map(|reply| reply.send(answer))),
+                Effect::Wake(answer) => drop(self.parked.take().map(|reply| reply.send(answer))),
+                Effect::Send(message) => {
+                    self.send_output_so_far().await?;
+                    self.writer.send(message).await?;
+                }
+                Effect::Start(configure) => {
+                    if let Err(reason) = self.start(configure)? {
+                        self.init_limit = None;
+                        effects.extend(self.life.start_failed(&reason));
+                    }
+                }
+                Effect::Adopt(generation, thaw) => self.adopt(generation, &thaw)?,
+                Effect::Kill => {
+                    if let Some(runtime) = &self.runtime {
+                        runtime.signal(Signal::KILL);
+                    }
+                }
+                Effect::PowerOff => {
+                    self.stop().await;
+                    return Ok(Next::PowerOff);
+                }
+            }
+        }
+        Ok(Next::GoOn)
+    }
+
+    fn adopt(
+        &mut self,
+        generation: thaw_agent_protocol::Generation,
+        thaw: &Thaw,
+    ) -> Result<(), DriverError> {
+        self.writer.adopt(generation);
+        self.machine.adopt(thaw)?;
+        // Queued, not sent: an invocation that came with the thaw goes first.
+        self.writer.queue(AgentMessage::Thawed)?;
+        Ok(())
+    }
+
+    /// The inner error is the function's own fault.
+    fn start(&mut self, configure: Configure) -> Result<Result<(), String>, DriverError> {
+        let address = self.serve(&configure)?;
+        let mut environment = configure.environment;
+        environment.insert("AWS_LAMBDA_RUNTIME_API".into(), address);
+        let (output, ends) = Output::new(self.host.user).map_err(|source| DriverError::System {
+            what: "pipes for the runtime's output",
+            source,
+        })?;
+        self.output = Some(output);
+        let started = process::find_bootstrap(&configure.bootstrap)
+            .and_then(|bootstrap| Runtime::start(bootstrap, &environment, &self.host, ends));
+        match started {
+            Ok(runtime) => self.runtime = Some(runtime),
+            Err(reason) => return Ok(Err(reason)),
+        }
+        let limit = Duration::from_millis(configure.init_limit_ms);
+        self.init_limit = Instant::now().checked_add(limit);
+        Ok(Ok(()))
+    }
+
+    /// Starts the Runtime API; the runtime is told the address it is at.
+    fn serve(&mut self, configure: &Configure) -> Result<String, DriverError> {
+        let variable = |name: &str| configure.environment.get(name).cloned().unwrap_or_default();
+        let registration = json!({
+            "functionName": variable("AWS_LAMBDA_FUNCTION_NAME"),
+            "functionVersion": variable("AWS_LAMBDA_FUNCTION_VERSION"),
+            "handler": variable("_HANDLER"),
+        });
+        let Some((listener, calls)) = self.server.take() else {
+            return Ok(api::ADDRESS.into());
+        };
+        let address = listener
+            .local_addr()
+            .map_err(|source| DriverError::System {
+                what: "Runtime API",
+                source,
+            })?;
+        let registration = Bytes::from(registration.to_string());
+        tokio::spawn(api::serve(listener, calls, registration));
+        Ok(address.to_string())
+    }
+
+    /// Sends what the runtime has written up to now; what it writes meanwhile can wait.
+    async fn send_output_so_far(&mut self) -> Result<(), DriverError> {
+        let Some(output) = &mut self.output else {
+            return Ok(());
+        };
+        let mut backlog = output.backlog();
+        while let Some((stream, bytes)) = output.take(&mut backlog) {
+            self.writer
+                .send(AgentMessage::Log { stream, bytes })
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// Ends the runtime: SIGTERM, its last output, SIGKILL.
+    async fn stop(&mut self) {
+        let Some(runtime) = &self.runtime else { return };
+        runtime.signal(Signal::TERM);
+        let (children, output, writer) = (&mut self.children, &mut self.output, &mut self.writer);
+        let reap = self.host.reap;
+        let ended = async {
+            while runtime.reap(reap).is_none() {
+                tokio::select! {
+                    _ = children.recv() => {}
+                    (stream, bytes) = next_output(output) => {
+                        // The host may have stopped listening.
+                        let _ = writer.send(AgentMessage::Log { stream, bytes }).await;
+                    }
+                }
+            }
+        };
+        let _ = timeout(TERMINATE_GRACE, ended).await;
+        runtime.signal(Signal::KILL);
+        let _ = timeout(FATAL_GRACE, self.send_output_so_far()).await;
+    }
+}
+
+async fn next_output(output: &mut Option<Output>) -> (LogStream, Vec<u8>) {
+    match output {
+        Some(output) => output.next().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// An error with its causes, on one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}

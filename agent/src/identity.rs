@@ -1,0 +1,129 @@
+//! What makes a clone its own machine: wall clock, kernel generator, host name.
+
+use std::fs::File;
+use std::io;
+use std::time::Duration;
+
+use rustix::time::{ClockId, Timespec};
+use thaw_agent_protocol::Thaw;
+use thiserror::Error;
+
+use crate::sys;
+
+/// Fewest fresh random bytes that a thaw must bring: the generator's key is 256 bits.
+pub const ENTROPY_BYTES_MIN: usize = 32;
+
+/// Longest host name (`__NEW_UTS_LEN` of linux/utsname.h), bytes.
+const HOSTNAME_BYTES_MAX: usize = 64;
+
+/// Why a clone could not be made unique; it must not run anything.
+#[derive(Debug, Error)]
+pub enum AdoptError {
+    /// Too little to make the generator's future differ from the other clones'.
+    #[error("thaw brings {0} random bytes, needed are {ENTROPY_BYTES_MIN} to {max}", max = sys::ENTROPY_BYTES_MAX)]
+    Entropy(usize),
+    /// The wall clock cannot be written as seconds since the epoch.
+    #[error("thaw's wall clock {0} ns is out of range")]
+    Time(u64),
+    /// A name that is empty or over the kernel's limit.
+    #[error("thaw's host name has {0} bytes, the limit is {HOSTNAME_BYTES_MAX}")]
+    Hostname(usize),
+    /// The kernel refused.
+    #[error("setting the clone's {what}")]
+    System {
+        /// What was set.
+        what: &'static str,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The machine whose identity changes on a thaw. Tests put a recorder here: the real one would set their host's clock.
+pub trait Machine {
+    /// Makes this machine the clone that `thaw` describes.
+    ///
+    /// # Errors
+    /// Any part that failed; the machine is then unfit to run a request.
+    fn adopt(&mut self, thaw: &Thaw) -> Result<(), AdoptError>;
+}
+
+/// The virtual machine in which the agent is PID 1.
+#[derive(Debug)]
+pub struct Guest {
+    random: File,
+}
+
+impl Guest {
+    /// Opens what a thaw needs, so that the thaw itself opens nothing.
+    ///
+    /// # Errors
+    /// No `/dev/urandom`.
+    pub fn open() -> io::Result<Self> {
+        let random = File::options().write(true).open("/dev/urandom")?;
+        Ok(Self { random })
+    }
+}
+
+impl Machine for Guest {
+    fn adopt(&mut self, thaw: &Thaw) -> Result<(), AdoptError> {
+        let time = validate(thaw)?;
+        let step = |what| move |source: io::Error| AdoptError::System { what, source };
+        // Entropy first: nothing may be drawn between the clone's first moment and its reseeding.
+        sys::add_entropy(&self.random, &thaw.entropy).map_err(step("random generator"))?;
+        rustix::time::clock_settime(ClockId::Realtime, time)
+            .map_err(|e| step("wall clock")(e.into()))?;
+        rustix::system::sethostname(thaw.hostname.as_bytes())
+            .map_err(|e| step("host name")(e.into()))
+    }
+}
+
+fn validate(thaw: &Thaw) -> Result<Timespec, AdoptError> {
+    let entropy = thaw.entropy.len();
+    if !(ENTROPY_BYTES_MIN..=sys::ENTROPY_BYTES_MAX).contains(&entropy) {
+        return Err(AdoptError::Entropy(entropy));
+    }
+    let hostname = thaw.hostname.len();
+    if !(1..=HOSTNAME_BYTES_MAX).contains(&hostname) {
+        return Err(AdoptError::Hostname(hostname));
+    }
+    Timespec::try_from(Duration::from_nanos(thaw.unix_time_ns))
+        .map_err(|_| AdoptError::Time(thaw.unix_time_ns))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn thaw() -> Thaw {
+        Thaw {
+            unix_time_ns: 1_800_000_000_123_456_789,
+            hostname: "clone-1".into(),
+            entropy: vec![7; 64],
+        }
+    }
+
+    #[test]
+    fn a_complete_thaw_is_valid() {
+        let time = validate(&thaw()).unwrap();
+        assert_eq!((time.tv_sec, time.tv_nsec), (1_800_000_000, 123_456_789));
+    }
+
+    #[test]
+    fn a_thaw_without_enough_entropy_or_a_name_is_refused() {
+        for bytes in [0, 31, 257] {
+            let thaw = Thaw {
+                entropy: vec![1; bytes],
+                ..thaw()
+            };
+            assert!(matches!(validate(&thaw), Err(AdoptError::Entropy(n)) if n == bytes));
+        }
+        for name in [String::new(), "x".repeat(65)] {
+            let thaw = Thaw {
+                hostname: name,
+                ..thaw()
+            };
+            assert!(matches!(validate(&thaw), Err(AdoptError::Hostname(_))));
+        }
+    }
+}

@@ -1,0 +1,464 @@
+//! The life of one sandbox as a plain value: what happened in, what to do out. No sockets, no clocks, no processes.
+//!
+//! ```text
+//! Booted --Configure--> Initialising --next | restore/next--> Idle --Invoke--> Assigned --next--> Running --answer--> Idle
+//! ```
+//! An invocation that finds the runtime already blocked in `/next` skips `Assigned`. Every phase can turn into `Ended`.
+//!
+//! Always holds: nothing runs before the clone is unique. An `Invoke` is accepted only in the generation of the last
+//! `Thaw`, and never in generation 0. Between `Ready` in generation 0 and `Thaw` nothing is written to the channel
+//! (but the end of the runtime), because the snapshot is being taken there: see [`Life::is_frozen`].
+
+use bytes::Bytes;
+use thaw_agent_protocol::{
+    AgentMessage, Configure, Generation, HostMessage, InitError, InvocationError, Invoke, Reply,
+    RuntimeExit, RuntimeExitCause, Thaw,
+};
+use thiserror::Error;
+
+use crate::document;
+
+/// One invocation as the Runtime API hands it out; cheap to clone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Invocation {
+    /// Everything but the payload, which was taken out.
+    pub head: Invoke,
+    /// The event's bytes.
+    pub payload: Bytes,
+}
+
+/// A call of the runtime whose answer depends on the life of the sandbox.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Call {
+    /// `GET …/invocation/next`.
+    Next,
+    /// `GET …/restore/next`.
+    RestoreNext,
+    /// `POST …/invocation/{id}/response`.
+    Response(Reply),
+    /// `POST …/invocation/{id}/response` or `…/error`, over the size limit.
+    TooLarge {
+        /// The id in the path.
+        request_id: String,
+    },
+    /// `POST …/invocation/{id}/error`, or a response whose trailers say that it failed midway.
+    Error(InvocationError),
+    /// `POST …/runtime/init/error`.
+    InitError(InitError),
+    /// `POST …/runtime/restore/error`.
+    RestoreError(InitError),
+}
+
+/// What the Runtime API answers to a [`Call`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// 200 with an invocation.
+    Invocation(Invocation),
+    /// 200, empty: go on after the restore.
+    Restored,
+    /// 202.
+    Accepted,
+    /// 400: no such invocation is running.
+    InvalidRequestId,
+    /// 403: not in this phase.
+    NotAllowed {
+        /// The phase in which the call came.
+        from: &'static str,
+        /// What the call would have led to.
+        to: &'static str,
+    },
+    /// 413.
+    TooLarge,
+}
+
+/// What the driver does next; effects are carried out in order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// Keep the current call without an answer. A call parked earlier is turned away.
+    Park,
+    /// Answer the current call.
+    Answer(Answer),
+    /// Answer the parked call.
+    Wake(Answer),
+    /// Tell the host, after all output written so far.
+    Send(AgentMessage),
+    /// Start the runtime.
+    Start(Configure),
+    /// Become the clone that the host describes, in this generation; tell the host.
+    Adopt(Generation, Thaw),
+    /// End the runtime's processes at once.
+    Kill,
+    /// Power off in good order.
+    PowerOff,
+}
+
+/// The host broke the order of a sandbox's life. The sandbox ends: better no answer than one of the wrong life.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum LifeError {
+    /// An invocation of another life, or before any thaw.
+    #[error("invocation of generation {got} refused in generation {current}")]
+    StaleInvocation {
+        /// Generation of the frame.
+        got: u64,
+        /// Generation of this sandbox.
+        current: u64,
+    },
+    /// A thaw that does not begin a new life.
+    #[error("thaw to generation {got} refused in generation {current}")]
+    StaleThaw {
+        /// Generation of the frame.
+        got: u64,
+        /// Generation of this sandbox.
+        current: u64,
+    },
+    /// A message that has no meaning in this phase.
+    #[error("{message} refused while {phase}")]
+    OutOfOrder {
+        /// The message.
+        message: &'static str,
+        /// The phase.
+        phase: &'static str,
+    },
+}
+
+#[derive(Debug)]
+enum Phase {
+    Booted,
+    Initialising { limit_ms: u64 },
+    Idle { announced: bool },
+    Assigned(Invocation),
+    Running(Invocation),
+    Ended,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Parked {
+    Next,
+    RestoreNext,
+}
+
+/// The life of one sandbox.
+#[derive(Debug)]
+pub struct Life {
+    generation: Generation,
+    phase: Phase,
+    parked: Option<Parked>,
+    answered: Option<String>,
+    restore_error: Option<InitError>,
+}
+
+impl Default for Life {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Life {
+    /// A sandbox that was just booted, in generation 0.
+    pub fn new() -> Self {
+        Self {
+            generation: Generation::default(),
+            phase: Phase::Booted,
+            parked: None,
+            answered: None,
+            restore_error: None,
+        }
+    }
+
+    /// The runtime was started and has not asked for work yet; its init limit holds.
+    pub fn is_initialising(&self) -> bool {
+        matches!(self.phase, Phase::Initialising { .. })
+    }
+
+    /// The snapshot may be taken at any moment: write nothing to the channel, since a clone's host would get the
+    /// second half of a frame whose first half went to the original's.
+    pub fn is_frozen(&self) -> bool {
+        self.generation == Generation(0) && matches!(self.phase, Phase::Idle { announced: true })
+    }
+
+    /// The invocation that is assigned or running.
+    pub fn request_id(&self) -> Option<&str> {
+        match &self.phase {
+            Phase::Assigned(invocation) | Phase::Running(invocation) => {
+                Some(&invocation.head.request_id)
+            }
+            _ => None,
+        }
+    }
+
+    /// A message from the host, from a frame of `generation`.
+    ///
+    /// # Errors
+    /// The message does not belong to this life or phase; end the sandbox.
+    pub fn host(
+        &mut self,
+        generation: Generation,
+        message: HostMessage,
+    ) -> Result<Vec<Effect>, LifeError> {
+        match message {
+            HostMessage::Configure(configure) => self.configure(configure),
+            HostMessage::Thaw(thaw) => self.thaw(generation, thaw),
+            HostMessage::Invoke(invoke) => self.invoke(generation, invoke),
+            HostMessage::Shutdown => {
+                self.phase = Phase::Ended;
+                Ok(vec![Effect::PowerOff])
+            }
+        }
+    }
+
+    /// A call of the runtime.
+    pub fn call(&mut self, call: Call) -> Vec<Effect> {
+        match call {
+            Call::Next => self.next(),
+            Call::RestoreNext => self.restore_next(),
+            Call::Response(reply) => {
+                let id = reply.request_id.clone();
+                self.finish(&id, "InvocationResponse", AgentMessage::Response(reply))
+            }
+            Call::Error(error) => {
+                let id = error.request_id.clone();
+                let message = AgentMessage::InvocationError(error);
+                self.finish(&id, "InvocationErrorResponse", message)
+            }
+            Call::TooLarge { request_id } => {
+                let message = AgentMessage::InvocationError(InvocationError {
+                    request_id: request_id.clone(),
+                    error_type: Some(document::RESPONSE_TOO_LARGE.into()),
+                    payload: document::response_too_large(),
+                });
+                let mut effects = self.finish(&request_id, "InvocationResponse", message);
+                for effect in &mut effects {
+                    if *effect == Effect::Answer(Answer::Accepted) {
+                        *effect = Effect::Answer(Answer::TooLarge);
+                    }
+                }
+                effects
+            }
+            Call::InitError(error) if self.is_initialising() => {
+                self.phase = Phase::Ended;
+                vec![
+                    Effect::Send(AgentMessage::InitError(error)),
+                    Effect::Answer(Answer::Accepted),
+                ]
+            }
+            Call::InitError(_) => self.not_allowed("InitError"),
+            Call::RestoreError(error) => self.restore_failed(error),
+        }
+    }
+
+    /// The call that was parked is gone: its client closed the connection.
+    pub fn parked_call_lost(&mut self) {
+        self.parked = None;
+    }
+
+    /// The runtime process ended.
+    pub fn runtime_ended(&mut self, cause: RuntimeExitCause, out_of_memory: bool) -> Vec<Effect> {
+        if matches!(self.phase, Phase::Ended) {
+            return Vec::new();
+        }
+        let request_id = self.request_id().map(str::to_owned);
+        self.phase = Phase::Ended;
+        vec![
+            Effect::Kill,
+            Effect::Send(AgentMessage::RuntimeExit(RuntimeExit {
+                cause,
+                out_of_memory,
+                request_id,
+            })),
+        ]
+    }
+
+    /// The runtime could not be started; `reason` is for the function's owner.
+    pub fn start_failed(&mut self, reason: &str) -> Vec<Effect> {
+        self.phase = Phase::Ended;
+        vec![Effect::Send(AgentMessage::InitError(InitError {
+            error_type: document::INVALID_ENTRYPOINT.into(),
+            payload: document::error(document::INVALID_ENTRYPOINT, &format!("Error: {reason}")),
+        }))]
+    }
+
+    /// The init limit passed. Nothing happens if the runtime is past its init.
+    pub fn init_timed_out(&mut self) -> Vec<Effect> {
+        let Phase::Initialising { limit_ms } = self.phase else {
+            return Vec::new();
+        };
+        self.phase = Phase::Ended;
+        vec![
+            Effect::Kill,
+            Effect::Send(AgentMessage::InitError(InitError {
+                error_type: document::TIMED_OUT.into(),
+                payload: document::timed_out(limit_ms),
+            })),
+        ]
+    }
+
+    fn configure(&mut self, configure: Configure) -> Result<Vec<Effect>, LifeError> {
+        if !matches!(self.phase, Phase::Booted) {
+            return Err(self.out_of_order("configure"));
+        }
+        self.phase = Phase::Initialising {
+            limit_ms: configure.init_limit_ms,
+        };
+        Ok(vec![Effect::Start(configure)])
+    }
+
+    fn thaw(&mut self, generation: Generation, thaw: Thaw) -> Result<Vec<Effect>, LifeError> {
+        if generation <= self.generation {
+            return Err(LifeError::StaleThaw {
+                got: generation.0,
+                current: self.generation.0,
+            });
+        }
+        if !matches!(self.phase, Phase::Idle { .. } | Phase::Ended) {
+            return Err(self.out_of_order("thaw"));
+        }
+        self.generation = generation;
+        let mut effects = vec![Effect::Adopt(generation, thaw)];
+        if self.parked == Some(Parked::RestoreNext) {
+            self.parked = None;
+            effects.push(Effect::Wake(Answer::Restored));
+        }
+        Ok(effects)
+    }
+
+    fn invoke(
+        &mut self,
+        generation: Generation,
+        mut head: Invoke,
+    ) -> Result<Vec<Effect>, LifeError> {
+        if generation != self.generation || generation == Generation(0) {
+            return Err(LifeError::StaleInvocation {
+                got: generation.0,
+                current: self.generation.0,
+            });
+        }
+        match self.phase {
+            // The runtime ended while the invocation was on its way: RuntimeExit told the host already.
+            Phase::Ended => return Ok(Vec::new()),
+            Phase::Idle { .. } => {}
+            _ => return Err(self.out_of_order("invocation")),
+        }
+        if let Some(error) = self.restore_error.take() {
+            self.phase = Phase::Ended;
+            return Ok(vec![Effect::Send(failed_restore(head.request_id, error))]);
+        }
+        let invocation = Invocation {
+            payload: Bytes::from(std::mem::take(&mut head.payload)),
+            head,
+        };
+        if self.parked == Some(Parked::Next) {
+            self.parked = None;
+            self.phase = Phase::Running(invocation.clone());
+            Ok(vec![Effect::Wake(Answer::Invocation(invocation))])
+        } else {
+            self.phase = Phase::Assigned(invocation);
+            Ok(Vec::new())
+        }
+    }
+
+    fn next(&mut self) -> Vec<Effect> {
+        match &self.phase {
+            Phase::Initialising { .. } | Phase::Idle { announced: false } => {
+                self.park_and_announce(Parked::Next)
+            }
+            Phase::Idle { announced: true } => {
+                self.parked = Some(Parked::Next);
+                vec![Effect::Park]
+            }
+            // Asking again while an invocation runs gets the same one, as on Lambda: the answer may have been lost.
+            Phase::Assigned(invocation) | Phase::Running(invocation) => {
+                let invocation = invocation.clone();
+                self.phase = Phase::Running(invocation.clone());
+                vec![Effect::Answer(Answer::Invocation(invocation))]
+            }
+            Phase::Booted | Phase::Ended => self.not_allowed("Ready"),
+        }
+    }
+
+    fn restore_next(&mut self) -> Vec<Effect> {
+        match self.phase {
+            Phase::Initialising { .. } => self.park_and_announce(Parked::RestoreNext),
+            Phase::Idle { .. } if self.generation == Generation(0) => {
+                self.parked = Some(Parked::RestoreNext);
+                vec![Effect::Park]
+            }
+            // The answer was lost with its connection; the clone is unique all the same.
+            Phase::Idle { .. } | Phase::Assigned(_) => vec![Effect::Answer(Answer::Restored)],
+            _ => self.not_allowed("RestoreReady"),
+        }
+    }
+
+    fn park_and_announce(&mut self, call: Parked) -> Vec<Effect> {
+        self.parked = Some(call);
+        self.phase = Phase::Idle { announced: true };
+        vec![Effect::Park, Effect::Send(AgentMessage::Ready)]
+    }
+
+    fn finish(&mut self, id: &str, to: &'static str, message: AgentMessage) -> Vec<Effect> {
+        match &self.phase {
+            Phase::Running(invocation) if invocation.head.request_id == id => {
+                self.answered = Some(id.to_owned());
+                self.phase = Phase::Idle { announced: false };
+                vec![Effect::Send(message), Effect::Answer(Answer::Accepted)]
+            }
+            Phase::Running(_) | Phase::Assigned(_) => {
+                vec![Effect::Answer(Answer::InvalidRequestId)]
+            }
+            _ if self.answered.as_deref() == Some(id) => self.not_allowed(to),
+            _ => vec![Effect::Answer(Answer::InvalidRequestId)],
+        }
+    }
+
+    fn restore_failed(&mut self, error: InitError) -> Vec<Effect> {
+        let thawed = self.generation != Generation(0);
+        match &self.phase {
+            Phase::Idle { .. } if thawed && self.parked.is_none() => {
+                self.restore_error = Some(error);
+                vec![Effect::Answer(Answer::Accepted)]
+            }
+            Phase::Assigned(invocation) => {
+                let message = failed_restore(invocation.head.request_id.clone(), error);
+                self.phase = Phase::Ended;
+                vec![Effect::Send(message), Effect::Answer(Answer::Accepted)]
+            }
+            _ => self.not_allowed("RestoreError"),
+        }
+    }
+
+    fn not_allowed(&self, to: &'static str) -> Vec<Effect> {
+        vec![Effect::Answer(Answer::NotAllowed {
+            from: self.phase_name(),
+            to,
+        })]
+    }
+
+    fn out_of_order(&self, message: &'static str) -> LifeError {
+        LifeError::OutOfOrder {
+            message,
+            phase: self.phase_name(),
+        }
+    }
+
+    fn phase_name(&self) -> &'static str {
+        match self.phase {
+            Phase::Booted => "Booted",
+            Phase::Initialising { .. } => "Started",
+            Phase::Idle { announced: true } => "Ready",
+            Phase::Idle { announced: false } => "ResponseSent",
+            Phase::Assigned(_) => "Assigned",
+            Phase::Running(_) => "Running",
+            Phase::Ended => "Ended",
+        }
+    }
+}
+
+fn failed_restore(request_id: String, error: InitError) -> AgentMessage {
+    AgentMessage::InvocationError(InvocationError {
+        request_id,
+        error_type: Some(error.error_type),
+        payload: error.payload,
+    })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,91 @@
+//! The order and the generations of frames.
+
+use std::time::Duration;
+
+use thaw_agent::driver::DriverError;
+use thaw_agent_protocol::{AgentMessage, Generation};
+
+use crate::support::Sandbox;
+
+fn frozen() -> (Sandbox, crate::support::Client) {
+    let mut sandbox = Sandbox::idle();
+    let mut client = sandbox.client();
+    client.start_next();
+    assert_eq!(sandbox.message(), AgentMessage::Ready);
+    (sandbox, client)
+}
+
+fn assert_fatal(mut sandbox: Sandbox, words: &str) {
+    let AgentMessage::Fatal { message } = sandbox.message() else {
+        panic!("no fatal message");
+    };
+    assert!(message.contains(words), "{message}");
+    assert!(sandbox.end().is_err());
+}
+
+#[test]
+fn a_thaw_changes_the_generation_of_every_later_frame() {
+    let (mut sandbox, _client) = frozen();
+    sandbox.thaw(77);
+    assert_eq!(sandbox.receive(), (Generation(77), AgentMessage::Thawed));
+    let thaw = sandbox.thaws.try_recv().unwrap();
+    assert_eq!(thaw.hostname, "clone-77");
+    assert_eq!(thaw.entropy, [7; 64]);
+}
+
+#[test]
+fn an_invocation_before_any_thaw_ends_the_sandbox() {
+    let (mut sandbox, _client) = frozen();
+    sandbox.invoke(0, "r1", b"{}");
+    assert_fatal(sandbox, "generation 0");
+}
+
+#[test]
+fn an_invocation_of_another_clone_ends_the_sandbox() {
+    let (mut sandbox, _client) = frozen();
+    sandbox.thaw(2);
+    assert_eq!(sandbox.message(), AgentMessage::Thawed);
+    sandbox.invoke(1, "r1", b"{}");
+    assert_fatal(sandbox, "generation 1 refused in generation 2");
+}
+
+#[test]
+fn a_second_thaw_to_the_same_generation_ends_the_sandbox() {
+    let (mut sandbox, _client) = frozen();
+    sandbox.thaw(2);
+    assert_eq!(sandbox.message(), AgentMessage::Thawed);
+    sandbox.thaw(2);
+    assert_fatal(sandbox, "thaw to generation 2 refused");
+}
+
+#[test]
+fn a_frozen_sandbox_writes_nothing_even_if_its_runtime_does() {
+    let mut sandbox = Sandbox::boot();
+    // The first line is written before the runtime asks for work, the rest while it waits.
+    sandbox.write(
+        "bootstrap",
+        "#!/bin/sh\necho before\n: > started\nwhile :; do echo tick; sleep 0.01; done\n",
+    );
+    sandbox.configure(&["bootstrap"], &[]);
+    sandbox.log_until(thaw_agent_protocol::LogStream::Stdout, "tick");
+    let mut client = sandbox.client();
+    client.start_next();
+    assert_eq!(sandbox.message(), AgentMessage::Ready);
+    sandbox.assert_silent(Duration::from_millis(100));
+    sandbox.thaw(1);
+    assert_eq!(sandbox.message(), AgentMessage::Thawed);
+    sandbox.log_until(thaw_agent_protocol::LogStream::Stdout, "tick");
+}
+
+#[test]
+fn a_closed_channel_ends_the_agent() {
+    let (sandbox, _client) = frozen();
+    sandbox.close();
+    assert!(matches!(sandbox.end(), Err(DriverError::Channel(_))));
+}
+
+#[test]
+fn shutdown_ends_it_without_an_error() {
+    let (sandbox, _client) = frozen();
+    sandbox.shutdown().unwrap();
+}

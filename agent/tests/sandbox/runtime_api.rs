@@ -1,0 +1,314 @@
+//! Statuses, headers and bodies of the Runtime API, byte for byte over a real connection.
+
+use std::time::Duration;
+
+use serde_json::json;
+use thaw_agent_protocol::{AgentMessage, RESPONSE_BYTES_MAX};
+
+use crate::support::{Client, NEXT, Sandbox, response_path};
+
+/// A sandbox in generation 1 whose runtime (this client) waits in `/next`.
+fn thawed() -> (Sandbox, Client) {
+    let mut sandbox = Sandbox::idle();
+    let mut client = sandbox.client();
+    client.start_next();
+    assert_eq!(sandbox.message(), AgentMessage::Ready);
+    sandbox.thaw(1);
+    assert_eq!(sandbox.message(), AgentMessage::Thawed);
+    (sandbox, client)
+}
+
+/// The same, with the invocation `r1` under way.
+fn invoked() -> (Sandbox, Client) {
+    let (mut sandbox, mut client) = thawed();
+    sandbox.invoke(1, "r1", br#"{"n":1}"#);
+    assert_eq!(client.finish().status, 200);
+    (sandbox, client)
+}
+
+#[test]
+fn next_carries_every_header_that_the_clients_need() {
+    let (mut sandbox, mut client) = thawed();
+    sandbox.invoke(1, "r1", br#"{"n":1}"#);
+    let reply = client.finish();
+    assert_eq!(reply.status, 200);
+    assert_eq!(reply.body, br#"{"n":1}"#);
+    let header = |name: &str| reply.headers[name].as_str();
+    assert_eq!(header("content-type"), "application/json");
+    assert_eq!(header("lambda-runtime-aws-request-id"), "r1");
+    assert_eq!(header("lambda-runtime-deadline-ms"), "4000000000000");
+    assert_eq!(header("lambda-runtime-trace-id"), "Root=1-0");
+    assert_eq!(
+        header("lambda-runtime-invoked-function-arn"),
+        "arn:aws:lambda:us-east-1:000000000000:function:f"
+    );
+    assert!(!reply.headers.contains_key("lambda-runtime-client-context"));
+}
+
+#[test]
+fn an_empty_event_becomes_an_empty_object() {
+    let (mut sandbox, mut client) = thawed();
+    sandbox.invoke(1, "r1", b"");
+    assert_eq!(client.finish().body, b"{}");
+}
+
+#[test]
+fn a_response_is_accepted_once_and_forwarded_with_its_content_type() {
+    let (mut sandbox, mut client) = invoked();
+    client.start(
+        "POST",
+        &response_path("r1"),
+        "Content-Type: text/plain\r\n",
+        b"hello",
+    );
+    let AgentMessage::Response(answer) = sandbox.message() else {
+        panic!("no response");
+    };
+    assert_eq!(answer.request_id, "r1");
+    assert_eq!(answer.payload, b"hello");
+    assert_eq!(answer.content_type.as_deref(), Some("text/plain"));
+    let reply = client.finish();
+    assert_eq!(reply.status, 202);
+    assert_eq!(reply.json(), json!({"status": "OK"}));
+    let second = client.post(&response_path("r1"), b"again");
+    assert_eq!(second.status, 403);
+    assert_eq!(second.json()["errorType"], "InvalidStateTransition");
+}
+
+#[test]
+fn a_wrong_id_is_refused_and_harms_nothing() {
+    let (mut sandbox, mut client) = invoked();
+    for path in [
+        response_path("r2"),
+        "/2018-06-01/runtime/invocation/r2/error".into(),
+    ] {
+        let reply = client.post(&path, b"{}");
+        assert_eq!(reply.status, 400);
+        assert_eq!(reply.json()["errorType"], "InvalidRequestID");
+    }
+    assert_eq!(client.post(&response_path("r1"), b"{}").status, 202);
+    assert!(matches!(sandbox.message(), AgentMessage::Response(_)));
+}
+
+#[test]
+fn an_invocation_error_carries_type_and_document() {
+    let (mut sandbox, mut client) = invoked();
+    let document = br#"{"errorMessage":"boom","errorType":"ValueError","stackTrace":[]}"#;
+    client.start(
+        "POST",
+        "/2018-06-01/runtime/invocation/r1/error",
+        "Lambda-Runtime-Function-Error-Type: ValueError\r\n",
+        document,
+    );
+    assert_eq!(client.finish().status, 202);
+    let AgentMessage::InvocationError(error) = sandbox.message() else {
+        panic!("no error");
+    };
+    assert_eq!(error.request_id, "r1");
+    assert_eq!(error.error_type.as_deref(), Some("ValueError"));
+    assert_eq!(error.payload, document);
+}
+
+#[test]
+fn the_largest_response_passes_and_one_byte_more_is_413() {
+    let (mut sandbox, mut client) = invoked();
+    let mut body = vec![b'x'; RESPONSE_BYTES_MAX + 1];
+    client.start("POST", &response_path("r1"), "", &body);
+    let AgentMessage::InvocationError(error) = sandbox.message() else {
+        panic!("no error");
+    };
+    assert_eq!(
+        error.error_type.as_deref(),
+        Some("Function.ResponseSizeTooLarge")
+    );
+    let reply = client.finish();
+    assert_eq!(reply.status, 413);
+    assert_eq!(reply.json()["errorType"], "RequestEntityTooLarge");
+
+    client.start_next();
+    assert_eq!(sandbox.message(), AgentMessage::Ready);
+    sandbox.invoke(1, "r2", b"{}");
+    assert_eq!(client.finish().status, 200);
+    body.pop();
+    client.start("POST", &response_path("r2"), "", &body);
+    let AgentMessage::Response(answer) = sandbox.message() else {
+        panic!("no response");
+    };
+    assert_eq!(answer.payload.len(), RESPONSE_BYTES_MAX);
+    assert_eq!(client.finish().status, 202);
+}
+
+#[test]
+fn a_streamed_response_is_forwarded_whole() {
+    let (mut sandbox, mut client) = invoked();
+    client.raw(
+        format!(
+            "POST {} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\
+             Lambda-Runtime-Function-Response-Mode: streaming\r\n\r\n\
+             3\r\nabc\r\n4\r\ndefg\r\n0\r\n\r\n",
+            response_path("r1")
+        )
+        .as_bytes(),
+    );
+    let AgentMessage::Response(answer) = sandbox.message() else {
+        panic!("no response");
+    };
+    assert_eq!(answer.payload, b"abcdefg");
+    assert_eq!(client.finish().status, 202);
+}
+
+#[test]
+fn a_stream_that_fails_midway_is_an_invocation_error() {
+    let (mut sandbox, mut client) = invoked();
+    client.raw(
+        format!(
+            "POST {} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\
+             Lambda-Runtime-Function-Response-Mode: streaming\r\n\
+             Trailer: Lambda-Runtime-Function-Error-Type, Lambda-Runtime-Function-Error-Body\r\n\r\n\
+             3\r\nabc\r\n0\r\nLambda-Runtime-Function-Error-Type: Oops\r\n\
+             Lambda-Runtime-Function-Error-Body: eyJlcnJvck1lc3NhZ2UiOiJ4In0=\r\n\r\n",
+            response_path("r1")
+        )
+        .as_bytes(),
+    );
+    let AgentMessage::InvocationError(error) = sandbox.message() else {
+        panic!("no error");
+    };
+    assert_eq!(error.error_type.as_deref(), Some("Oops"));
+    assert_eq!(error.payload, br#"{"errorMessage":"x"}"#);
+    assert_eq!(client.finish().status, 202);
+}
+
+#[test]
+fn a_warm_sandbox_answers_again_and_says_when_it_is_idle() {
+    let (mut sandbox, mut client) = thawed();
+    for round in 0..3 {
+        let id = format!("r{round}");
+        sandbox.invoke(1, &id, b"{}");
+        assert_eq!(client.finish().headers["lambda-runtime-aws-request-id"], id);
+        assert_eq!(client.post(&response_path(&id), b"1").status, 202);
+        assert!(matches!(sandbox.message(), AgentMessage::Response(_)));
+        client.start_next();
+        assert_eq!(sandbox.message(), AgentMessage::Ready);
+    }
+}
+
+#[test]
+fn an_init_error_is_accepted_once() {
+    let mut sandbox = Sandbox::idle();
+    let mut client = sandbox.client();
+    let path = "/2018-06-01/runtime/init/error";
+    client.start(
+        "POST",
+        path,
+        "Lambda-Runtime-Function-Error-Type: Runtime.ImportModuleError\r\n",
+        br#"{"errorMessage":"no"}"#,
+    );
+    let AgentMessage::InitError(error) = sandbox.message() else {
+        panic!("no init error");
+    };
+    assert_eq!(error.error_type, "Runtime.ImportModuleError");
+    assert_eq!(error.payload, br#"{"errorMessage":"no"}"#);
+    assert_eq!(client.finish().status, 202);
+    assert_eq!(client.post(path, b"{}").status, 403);
+}
+
+#[test]
+fn an_init_error_after_init_is_refused() {
+    let (_sandbox, mut client) = invoked();
+    let reply = client.post("/2018-06-01/runtime/init/error", b"{}");
+    assert_eq!(reply.status, 403);
+}
+
+#[test]
+fn a_snap_start_runtime_is_frozen_in_restore_next() {
+    let mut sandbox = Sandbox::idle();
+    let mut client = sandbox.client();
+    client.start("GET", "/2018-06-01/runtime/restore/next", "", b"");
+    assert_eq!(sandbox.message(), AgentMessage::Ready);
+    sandbox.thaw(5);
+    sandbox.invoke(5, "r1", b"{}");
+    let reply = client.finish();
+    assert_eq!((reply.status, reply.body.len()), (200, 0));
+    assert_eq!(sandbox.message(), AgentMessage::Thawed);
+    let reply = client.get(NEXT);
+    assert_eq!(reply.headers["lambda-runtime-aws-request-id"], "r1");
+}
+
+#[test]
+fn a_failing_restore_hook_fails_the_invocation() {
+    let mut sandbox = Sandbox::idle();
+    let mut client = sandbox.client();
+    client.start("GET", "/2018-06-01/runtime/restore/next", "", b"");
+    assert_eq!(sandbox.message(), AgentMessage::Ready);
+    sandbox.thaw(5);
+    assert_eq!(sandbox.message(), AgentMessage::Thawed);
+    assert_eq!(client.finish().status, 200);
+    client.start(
+        "POST",
+        "/2018-06-01/runtime/restore/error",
+        "Lambda-Runtime-Function-Error-Type: Runtime.AfterRestoreError\r\n",
+        b"{}",
+    );
+    assert_eq!(client.finish().status, 202);
+    sandbox.invoke(5, "r1", b"{}");
+    let AgentMessage::InvocationError(error) = sandbox.message() else {
+        panic!("no error");
+    };
+    assert_eq!(error.request_id, "r1");
+    assert_eq!(
+        error.error_type.as_deref(),
+        Some("Runtime.AfterRestoreError")
+    );
+}
+
+#[test]
+fn an_extension_without_events_registers_and_waits() {
+    let mut sandbox = Sandbox::idle();
+    let mut client = sandbox.client();
+    let register = |client: &mut Client, body: &[u8]| {
+        let headers = "Lambda-Extension-Name: helper\r\n";
+        client.start("POST", "/2020-01-01/extension/register", headers, body);
+        client.finish()
+    };
+    let reply = register(&mut client, br#"{"events":[]}"#);
+    assert_eq!(reply.status, 200);
+    assert_eq!(reply.headers["lambda-extension-identifier"].len(), 36);
+    assert_eq!(reply.json()["functionName"], "f");
+    let reply = register(&mut client, br#"{"events":["INVOKE"]}"#);
+    assert_eq!(reply.status, 403);
+    client.start("GET", "/2020-01-01/extension/event/next", "", b"");
+    sandbox.assert_silent(Duration::from_millis(50));
+}
+
+#[test]
+fn an_invocation_waits_for_a_runtime_that_lost_its_connection() {
+    let mut sandbox = Sandbox::idle();
+    let mut client = sandbox.client();
+    client.start_next();
+    assert_eq!(sandbox.message(), AgentMessage::Ready);
+    drop(client);
+    let mut client = sandbox.client();
+    // Answered only after the server has seen the first connection close.
+    assert_eq!(client.get("/unknown").status, 404);
+    sandbox.thaw(1);
+    sandbox.invoke(1, "r1", b"{}");
+    assert_eq!(sandbox.message(), AgentMessage::Thawed);
+    assert_eq!(client.get(NEXT).status, 200);
+    // And again, as the first answer could have been lost.
+    assert_eq!(client.get(NEXT).status, 200);
+    assert_eq!(client.post(&response_path("r1"), b"1").status, 202);
+}
+
+#[test]
+fn garbage_costs_its_own_connection_only() {
+    let (mut sandbox, mut client) = invoked();
+    sandbox.client().raw(b"\0\xff\r\n\r\n");
+    sandbox
+        .client()
+        .raw(b"POST /2018-06-01/runtime/invocation/r1/response HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\nx");
+    assert_eq!(client.post("/nowhere", b"").status, 404);
+    assert_eq!(client.post(NEXT, b"").status, 405);
+    assert_eq!(client.post(&response_path("r1"), b"1").status, 202);
+    assert!(matches!(sandbox.message(), AgentMessage::Response(_)));
+}

@@ -1,0 +1,188 @@
+//! Unmodified runtime clients: what a function's owner really runs.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use serde_json::{Value, json};
+use thaw_agent_protocol::AgentMessage;
+
+use crate::support::Sandbox;
+
+const AWSLAMBDARIC: &str = "awslambdaric==4.2.2";
+
+/// Folder with the Python client, installed by pip once per target folder.
+fn awslambdaric() -> &'static Path {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(|| {
+        let root = Path::new(env!("CARGO_TARGET_TMPDIR"));
+        let folder = root.join(AWSLAMBDARIC);
+        if !folder.exists() {
+            // Installed beside its final name and renamed, so that an interrupted installation is not taken for one.
+            let scratch = tempfile::tempdir_in(root).unwrap();
+            let status = Command::new("python3")
+                .args([
+                    "-m",
+                    "pip",
+                    "install",
+                    "--quiet",
+                    "--disable-pip-version-check",
+                ])
+                .args(["--only-binary", ":all:", AWSLAMBDARIC, "--target"])
+                .arg(scratch.path())
+                .status()
+                .expect("python3 is installed");
+            assert!(status.success(), "pip could not install {AWSLAMBDARIC}");
+            std::fs::rename(scratch.keep(), &folder).unwrap();
+        }
+        folder
+    })
+}
+
+fn python(app: &str, handler: &str) -> Sandbox {
+    let mut sandbox = Sandbox::boot();
+    sandbox.write("app.py", app);
+    sandbox.write(
+        "bootstrap",
+        "#!/bin/sh\nexec python3 -m awslambdaric \"$_HANDLER\"\n",
+    );
+    let task_root = sandbox.folder.path().to_str().unwrap().to_owned();
+    let path = format!("{}:{task_root}", awslambdaric().display());
+    let environment = [
+        ("_HANDLER", handler),
+        ("PYTHONPATH", &path),
+        ("LAMBDA_TASK_ROOT", &task_root),
+        ("HOME", &task_root),
+    ];
+    sandbox.configure(&["bootstrap"], &environment);
+    sandbox
+}
+
+fn thaw(sandbox: &mut Sandbox) {
+    assert_eq!(
+        sandbox.message(),
+        AgentMessage::Ready,
+        "{}",
+        sandbox.log_text()
+    );
+    sandbox.thaw(1);
+    assert_eq!(sandbox.message(), AgentMessage::Thawed);
+}
+
+fn response(sandbox: &mut Sandbox) -> Value {
+    match sandbox.message() {
+        AgentMessage::Response(reply) => serde_json::from_slice(&reply.payload).unwrap(),
+        other => panic!("{other:?}: {}", sandbox.log_text()),
+    }
+}
+
+fn example(name: &str) -> String {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples");
+    std::fs::read_to_string(folder.join(name)).unwrap()
+}
+
+#[test]
+fn python_client_runs_the_hello_example_twice() {
+    let mut sandbox = python(&example("hello/app.py"), "app.handler");
+    thaw(&mut sandbox);
+    for name in ["Ada", "Bob"] {
+        let event = json!({"name": name, "text": "ü\u{1F600}"});
+        sandbox.invoke(1, name, event.to_string().as_bytes());
+        let answer = response(&mut sandbox);
+        assert_eq!(answer["greeting"], format!("Hello, {name}!"));
+        assert_eq!(answer["event"], event);
+        assert_eq!(sandbox.message(), AgentMessage::Ready);
+    }
+}
+
+#[test]
+fn python_client_takes_an_empty_event_and_six_megabytes() {
+    let app = "def handler(event, context):\n    return {'size': len(event.get('x', ''))}\n";
+    let mut sandbox = python(app, "app.handler");
+    thaw(&mut sandbox);
+    sandbox.invoke(1, "empty", b"");
+    assert_eq!(response(&mut sandbox), json!({"size": 0}));
+    assert_eq!(sandbox.message(), AgentMessage::Ready);
+    let length = thaw_agent_protocol::PAYLOAD_BYTES_MAX - 8;
+    let event = format!(r#"{{"x":"{}"}}"#, "y".repeat(length));
+    sandbox.invoke(1, "large", event.as_bytes());
+    assert_eq!(response(&mut sandbox), json!({"size": length}));
+}
+
+#[test]
+fn python_exception_arrives_with_type_message_and_stack_trace() {
+    let app = "def handler(event, context):\n    print('before')\n    raise ValueError('boom')\n";
+    let mut sandbox = python(app, "app.handler");
+    thaw(&mut sandbox);
+    sandbox.invoke(1, "r1", b"{}");
+    let AgentMessage::InvocationError(error) = sandbox.message() else {
+        panic!("no error");
+    };
+    let document: Value = serde_json::from_slice(&error.payload).unwrap();
+    assert_eq!(document["errorType"], "ValueError");
+    assert_eq!(document["errorMessage"], "boom");
+    assert!(
+        document["stackTrace"][0]
+            .as_str()
+            .unwrap()
+            .contains("app.py")
+    );
+    assert!(sandbox.log_text().contains("before"));
+    assert!(sandbox.log_text().contains("boom"));
+}
+
+#[test]
+fn python_import_error_is_an_init_error_with_its_traceback() {
+    let mut sandbox = python("import no_such_module\n", "app.handler");
+    let AgentMessage::InitError(error) = sandbox.message() else {
+        panic!("no init error: {}", sandbox.log_text());
+    };
+    assert_eq!(error.error_type, "Runtime.ImportModuleError");
+    let document: Value = serde_json::from_slice(&error.payload).unwrap();
+    assert!(
+        document["errorMessage"]
+            .as_str()
+            .unwrap()
+            .contains("no_such_module")
+    );
+}
+
+#[test]
+fn python_handler_that_does_not_exist_is_an_init_error() {
+    let mut sandbox = python("", "app.nothing");
+    let AgentMessage::InitError(error) = sandbox.message() else {
+        panic!("no init error: {}", sandbox.log_text());
+    };
+    assert_eq!(error.error_type, "Runtime.HandlerNotFound");
+}
+
+#[test]
+fn python_response_over_the_limit_is_answered_in_lambdas_words() {
+    let app = "def handler(event, context):\n    return 'x' * 6291556\n";
+    let mut sandbox = python(app, "app.handler");
+    thaw(&mut sandbox);
+    sandbox.invoke(1, "r1", b"{}");
+    let AgentMessage::InvocationError(error) = sandbox.message() else {
+        panic!("no error");
+    };
+    assert_eq!(
+        error.error_type.as_deref(),
+        Some("Function.ResponseSizeTooLarge")
+    );
+}
+
+#[test]
+fn shell_example_answers() {
+    let mut sandbox = Sandbox::boot();
+    sandbox.write("bootstrap", &example("shell/bootstrap"));
+    sandbox.configure(&["bootstrap"], &[]);
+    thaw(&mut sandbox);
+    for id in ["r1", "r2"] {
+        sandbox.invoke(1, id, br#"{"name":"Ada"}"#);
+        let answer = response(&mut sandbox);
+        assert_eq!(answer["greeting"], "Hello from a shell script!");
+        assert_eq!(answer["event"], json!({"name": "Ada"}));
+        assert_eq!(answer["request_id"], id);
+        assert_eq!(sandbox.message(), AgentMessage::Ready);
+    }
+}
