@@ -49,3 +49,25 @@ impl FileError {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn a_full_disk_is_named_with_the_path() {
+        let path = Path::new("/dev/full");
+        let mut file = File::options().write(true).open(path).unwrap();
+        let error = file
+            .write_all(b"x")
+            .map_err(FileError::on("writing", path))
+            .unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "no space left on the file system of /dev/full"
+        );
+    }
+}

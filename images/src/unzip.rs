@@ -6,7 +6,7 @@
 
 mod path;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, Permissions};
 use std::io::{self, Cursor, Read, Write};
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -135,7 +135,7 @@ pub(crate) fn plan(data: &[u8], limits: Limits) -> Result<Plan<'_>, UnzipError> 
     })
 }
 
-/// Counts the records of the central directory: the zip crate keeps one of each name, and lets the
+/// Walks the records of the central directory: the zip crate keeps one of each name, and lets the
 /// last one win.
 fn check_directory(
     data: &[u8],
@@ -146,14 +146,8 @@ fn check_directory(
         .ok()
         .and_then(|start| data.get(start..))
         .ok_or(UnzipError::Broken(None))?;
-    let mut count = 0_usize;
+    let mut names = BTreeSet::new();
     while rest.starts_with(CENTRAL_SIGNATURE) {
-        count += 1;
-        if count > limits.entries_max {
-            return Err(UnzipError::TooMany {
-                limit: limits.entries_max,
-            });
-        }
         let field = |at: usize| {
             rest.get(at..at + 2)
                 .map(|b| u16::from_le_bytes([b[0], b[1]]))
@@ -163,25 +157,28 @@ fn check_directory(
         else {
             return Err(UnzipError::Broken(None));
         };
-        let end =
-            CENTRAL_HEADER_BYTES + usize::from(name) + usize::from(extra) + usize::from(comment);
+        let name_end = CENTRAL_HEADER_BYTES + usize::from(name);
+        let end = name_end + usize::from(extra) + usize::from(comment);
         let record = rest.get(..end).ok_or(UnzipError::Broken(None))?;
+        let name = &record[CENTRAL_HEADER_BYTES..name_end];
+        let refuse = |reason| UnzipError::entry(&String::from_utf8_lossy(name), reason);
         if flags & FLAG_ENCRYPTED != 0 {
-            let name = &record[CENTRAL_HEADER_BYTES..CENTRAL_HEADER_BYTES + usize::from(name)];
-            return Err(UnzipError::entry(
-                &String::from_utf8_lossy(name),
-                "is encrypted",
-            ));
+            return Err(refuse("is encrypted"));
+        }
+        if !names.insert(name) {
+            return Err(refuse("occurs twice"));
+        }
+        if names.len() > limits.entries_max {
+            return Err(UnzipError::TooMany {
+                limit: limits.entries_max,
+            });
         }
         rest = &rest[end..];
     }
-    match count {
+    match names.len() {
         0 => Err(UnzipError::Empty),
         count if count == archive.len() => Ok(()),
-        _ => Err(UnzipError::entry(
-            "",
-            "occurs twice, as a name or as a directory record",
-        )),
+        _ => Err(UnzipError::Broken(None)),
     }
 }
 

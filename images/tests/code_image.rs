@@ -1,0 +1,89 @@
+//! From a zip to the image of /var/task, through the real mkfs.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::fs;
+use std::io::{Cursor, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::process::Command;
+
+use thaw_images::{Fault, ImageStore};
+use zip::ZipWriter;
+use zip::write::SimpleFileOptions;
+
+fn zip(files: &[(&str, u32, &[u8])]) -> Vec<u8> {
+    let mut writer = ZipWriter::new(Cursor::new(Vec::new()));
+    for (name, mode, data) in files {
+        let options = SimpleFileOptions::default().unix_permissions(*mode);
+        writer.start_file(*name, options).unwrap();
+        writer.write_all(data).unwrap();
+    }
+    writer.finish().unwrap().into_inner()
+}
+
+#[test]
+fn a_zip_becomes_an_image_with_the_same_files() {
+    let home = tempfile::tempdir().unwrap();
+    let store = ImageStore::new(home.path().join("home"));
+    let code = zip(&[
+        ("app.py", 0o600, b"def handler"),
+        ("lib/tool", 0o755, b"#!/bin/sh"),
+    ]);
+    let out = home.path().join("home/functions/hello.erofs");
+    let image = store.code_image(&code, &out).unwrap();
+    assert_eq!(image.path, out);
+    assert_eq!(image.code_size, u64::try_from(code.len()).unwrap());
+    assert_eq!(image.unzipped_size, 20);
+    assert_eq!(image.code_sha256.len(), 44);
+
+    let tree = home.path().join("tree");
+    let status = Command::new("fsck.erofs")
+        .arg(format!("--extract={}", tree.display()))
+        .arg("--no-preserve-owner")
+        .arg(&out)
+        .status()
+        .unwrap();
+    assert!(status.success());
+    let mode = |name: &str| fs::metadata(tree.join(name)).unwrap().permissions().mode() & 0o7777;
+    assert_eq!(fs::read(tree.join("app.py")).unwrap(), b"def handler");
+    assert_eq!(
+        (mode("app.py"), mode("lib/tool"), mode("lib")),
+        (0o644, 0o755, 0o755)
+    );
+
+    let again = store.code_image(&code, &out).unwrap();
+    assert_eq!(
+        again, image,
+        "equal zips give equal images, and the old one is replaced"
+    );
+}
+
+#[test]
+fn a_broken_zip_is_the_callers_fault_and_leaves_nothing() {
+    let home = tempfile::tempdir().unwrap();
+    let store = ImageStore::new(home.path());
+    let out = home.path().join("hello.erofs");
+    let error = store.code_image(b"PK but no zip", &out).unwrap_err();
+    assert_eq!(error.fault(), Fault::Caller);
+    assert_eq!(
+        error.to_string(),
+        "Could not unzip uploaded file. Please check your file, then try to upload again."
+    );
+    assert!(!out.exists());
+    let left: Vec<_> = fs::read_dir(home.path().join("staging"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
+    assert_eq!(left, ["guard"]);
+}
+
+#[test]
+fn a_folder_that_cannot_be_written_is_the_hosts_fault() {
+    let home = tempfile::tempdir().unwrap();
+    fs::write(home.path().join("staging"), "a file in the way").unwrap();
+    let store = ImageStore::new(home.path());
+    let error = store
+        .code_image(&zip(&[("a", 0o644, b"")]), &home.path().join("o"))
+        .unwrap_err();
+    assert_eq!(error.fault(), Fault::Host);
+}
