@@ -1,8 +1,8 @@
 //! The devices of one machine: disks, the socket, entropy and the serial console.
 //!
 //! Owns everything that a guest can reach by a register or a queue. Knows nothing of KVM: the machine gives
-//! it exits and eventfds. Start at [`Devices`]. Each virtio device is a register model ([`registers`]), a
-//! shell ([`slot`]) and a backend ([`block`], [`vsock`], [`rng`]); its frozen form is in [`state`].
+//! it exits and eventfds. Start at [`Devices`]. Each virtio device is a register model (`registers`), a shell
+//! (`slot`) and a backend (`block`, `vsock`, `rng`); its frozen form is in [`state`].
 //!
 //! **Invariants:** no byte from a guest or a saved state panics; one turn of one device is bounded; nothing
 //! is in flight when a slot's lock is free; vCPU threads never do a device's I/O.
@@ -32,6 +32,7 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use block::Block;
+use fault::Faults;
 use rng::Rng;
 use serial::Console;
 use slot::{Backend, RestoredTransport, Slot};
@@ -41,7 +42,8 @@ use vsock::Vsock;
 
 pub use block::DiskReadError;
 pub use config::{
-    DeviceBuildError, DeviceRestoreError, DevicesConfig, DiskAccess, DiskConfig, SlotError,
+    DISKS_MAX, DeviceBuildError, DeviceRestoreError, DevicesConfig, DiskAccess, DiskConfig,
+    SlotError,
 };
 pub use fault::{DeviceFault, DeviceName, GuestFault};
 pub use registers::RegistersError;
@@ -101,8 +103,6 @@ pub struct Devices {
     clock: Arc<AgentClock>,
     control: Control,
 }
-
-use fault::Faults;
 
 /// Takes a lock that a panicking thread may have left: the state behind it is checked on every use anyway.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

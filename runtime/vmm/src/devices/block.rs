@@ -106,7 +106,7 @@ pub(super) fn check(disk: usize, config: &DiskConfig) -> Result<(), DeviceBuildE
     let fits = offset
         .checked_add(*length)
         .is_some_and(|end| end <= metadata.len());
-    if *length == 0 || length % SECTOR_BYTES != 0 || !fits {
+    if *length == 0 || !length.is_multiple_of(SECTOR_BYTES) || !fits {
         return Err(DeviceBuildError::DiskWindow {
             disk,
             offset: *offset,
@@ -301,7 +301,7 @@ impl Block {
         let bytes = length as u64;
         let offset = sector.checked_mul(SECTOR_BYTES)?;
         let end = offset.checked_add(bytes)?;
-        let whole = bytes % SECTOR_BYTES == 0 && length <= REQUEST_BYTES_MAX;
+        let whole = bytes.is_multiple_of(SECTOR_BYTES) && length <= REQUEST_BYTES_MAX;
         (whole && end <= self.store.length()).then_some(offset)
     }
 

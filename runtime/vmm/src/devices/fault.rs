@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Mutex;
 use std::sync::mpsc::Sender;
 
-/// Faults that one machine may report before the rest are dropped: a guest can reset and break a device
+/// Faults that one guest may cause before the rest are dropped: a guest can reset and break a device
 /// for ever, and the channel must stay bounded.
 const FAULTS_MAX: u32 = 64;
 
@@ -125,10 +125,17 @@ impl Faults {
 
     pub(super) fn report(&self, fault: DeviceFault) {
         let mut inner = super::lock(&self.inner);
-        if inner.count >= FAULTS_MAX {
-            return;
+        // The host's own faults come once each, and must be heard however much the guest makes.
+        let by_host = matches!(
+            fault,
+            DeviceFault::AgentStreamClosed | DeviceFault::Thread(_)
+        );
+        if !by_host {
+            if inner.count >= FAULTS_MAX {
+                return;
+            }
+            inner.count += 1;
         }
-        inner.count += 1;
         match &inner.sender {
             Some(sender) => {
                 let _ = sender.send(fault);

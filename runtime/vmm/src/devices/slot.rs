@@ -187,8 +187,10 @@ impl Slot {
             return;
         }
         data.fill(0);
-        let (Ok(register), true) = (u32::try_from(offset), offset % 4 == 0 && data.len() == 4)
-        else {
+        let (Ok(register), true) = (
+            u32::try_from(offset),
+            offset.is_multiple_of(4) && data.len() == 4,
+        ) else {
             return;
         };
         let status = self.interrupt.status();
@@ -205,7 +207,7 @@ impl Slot {
         let (Ok(register), Ok(bytes), true) = (
             u32::try_from(offset),
             <[u8; 4]>::try_from(data),
-            offset % 4 == 0 && offset < CONFIG_OFFSET,
+            offset.is_multiple_of(4) && offset < CONFIG_OFFSET,
         ) else {
             return;
         };

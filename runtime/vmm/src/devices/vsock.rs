@@ -5,7 +5,7 @@
 //! goes on with a fresh host socket and no round trip, and its driver never hears of a transport reset.
 
 mod channel;
-mod packet;
+pub(super) mod packet;
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
@@ -55,7 +55,10 @@ pub(super) struct Vsock {
     stream: Option<UnixStream>,
     /// The host closed its end; bytes may still be unread.
     hangup: bool,
+    /// Payload of the packet that is being moved.
     scratch: Vec<u8>,
+    /// Where host bytes land; kept, so that an empty socket costs no memory clearing.
+    inbound: Box<[u8]>,
     faults: Arc<Faults>,
     clock: Arc<AgentClock>,
 }
@@ -88,12 +91,12 @@ impl Vsock {
         stream
             .set_nonblocking(true)
             .map_err(DeviceBuildError::AgentStream)?;
-        let scratch = Vec::with_capacity(PAYLOAD_BYTES_MAX);
         Ok(Self {
             channel,
             stream: Some(stream),
             hangup: false,
-            scratch,
+            scratch: Vec::with_capacity(PAYLOAD_BYTES_MAX),
+            inbound: vec![0; PAYLOAD_BYTES_MAX].into_boxed_slice(),
             faults,
             clock,
         })
@@ -247,10 +250,9 @@ impl Vsock {
             if room == 0 {
                 break;
             }
-            self.scratch.resize(room, 0);
-            match stream.read(&mut self.scratch) {
+            match stream.read(&mut self.inbound[..room]) {
                 Ok(count) if count > 0 => {
-                    self.channel.push_for_guest(&self.scratch[..count]);
+                    self.channel.push_for_guest(&self.inbound[..count]);
                     moved = true;
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
@@ -308,12 +310,13 @@ impl Vsock {
     }
 
     pub(super) fn save(&self) -> ChannelStateV1 {
-        // The socket, its hang-up and the clock belong to this process; scratch is empty between packets.
+        // The socket, its hang-up and the clock belong to this process; the buffers are empty between packets.
         let Self {
             channel,
             stream: _,
             hangup: _,
             scratch: _,
+            inbound: _,
             faults: _,
             clock: _,
         } = self;

@@ -188,8 +188,8 @@ impl Store {
             return Ok(());
         }
         let blocks = offset / BLOCK_BYTES..end.div_ceil(BLOCK_BYTES);
-        let partial_start = offset % BLOCK_BYTES != 0;
-        let partial_end = end % BLOCK_BYTES != 0 && end != self.length;
+        let partial_start = !offset.is_multiple_of(BLOCK_BYTES);
+        let partial_end = !end.is_multiple_of(BLOCK_BYTES) && end != self.length;
         if partial_start {
             self.copy_up(blocks.start)?;
         }
