@@ -1,0 +1,170 @@
+"""The Lambda API as unmodified boto3 and AWS CLI use it."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from botocore.exceptions import ClientError
+from conftest import ROLE, zip_of
+
+
+def code_of(error):
+    return error.value.response["Error"]["Code"], error.value.response["ResponseMetadata"]["HTTPStatusCode"]
+
+
+def test_a_function_is_described_as_lambda_describes_it(client, hello):
+    function = client.get_function(FunctionName=hello)
+    configuration = function["Configuration"]
+    assert configuration["State"] == "Active" and configuration["LastUpdateStatus"] == "Successful"
+    assert configuration["FunctionArn"] == f"arn:aws:lambda:us-east-1:000000000000:function:{hello}"
+    assert configuration["Environment"]["Variables"] == {"GREETING": "hi"}
+    assert function["Code"]["RepositoryType"] == "S3"
+    by_arn = client.get_function_configuration(FunctionName=configuration["FunctionArn"])
+    assert by_arn["CodeSha256"] == configuration["CodeSha256"]
+
+
+def test_functions_are_listed_page_by_page(client, deploy, hello):
+    deploy("second", zip_of(app="def handler(e, c): return 2"))
+    pages = client.get_paginator("list_functions").paginate(PaginationConfig={"PageSize": 1})
+    names = [function["FunctionName"] for page in pages for function in page["Functions"]]
+    assert {"hello", "second"} <= set(names) and len(names) == len(set(names))
+
+
+def test_an_invocation_answers_with_payload_version_and_log_tail(hello, invoke):
+    body, answer = invoke(hello, {"name": "boto3"}, LogType="Tail")
+    assert body["greeting"] == "Hello, boto3!"
+    assert answer["StatusCode"] == 200 and "FunctionError" not in answer and answer["ExecutedVersion"] == "$LATEST"
+    lines = base64.b64decode(answer["LogResult"]).decode().splitlines()
+    request = answer["ResponseMetadata"]["RequestId"]
+    assert lines[0] == f"START RequestId: {request} Version: $LATEST"
+    assert any(line.startswith(f"request {request}") for line in lines)
+    assert f"END RequestId: {request}" in lines and lines[-1].startswith(f"REPORT RequestId: {request}")
+
+
+def test_every_invocation_gets_a_pristine_machine(deploy, invoke):
+    name = deploy(
+        "pristine",
+        zip_of(app="""
+import os, pathlib
+seen = []
+def handler(event, context):
+    mark = pathlib.Path("/tmp/mark")
+    found = [mark.exists(), list(seen)]
+    mark.write_text("here")
+    seen.append(context.aws_request_id)
+    return found
+"""),
+    )
+    assert [invoke(name)[0] for _ in range(4)] == [[False, []]] * 4
+
+
+def test_the_environment_is_lambdas(deploy, invoke):
+    name = deploy(
+        "surroundings",
+        zip_of(app="""
+import os, time, pathlib
+def handler(event, context):
+    return {"env": dict(os.environ), "uid": os.getuid(), "cwd": os.getcwd(), "time": time.time(),
+            "remaining": context.get_remaining_time_in_millis(), "memory": context.memory_limit_in_mb, "arn": context.invoked_function_arn}
+"""),
+        MemorySize=192,
+        Environment={"Variables": {"MINE": "yes"}},
+    )
+    import time
+
+    body, _ = invoke(name)
+    env = body["env"]
+    assert env["MINE"] == "yes" and env["_HANDLER"] == "app.handler" and env["AWS_LAMBDA_FUNCTION_NAME"] == name
+    assert env["AWS_EXECUTION_ENV"] == "AWS_Lambda_python3.11" and env["TZ"] == ":UTC"
+    assert body["uid"] != 0 and body["cwd"] == "/var/task" and str(body["memory"]) == "192"
+    assert abs(body["time"] - time.time()) < 60, "the guest's wall clock is wrong after the restore"
+    assert 0 < body["remaining"] <= 30_000
+    assert body["arn"].endswith(":function:surroundings")
+
+
+def test_dry_run_does_not_run(client, hello):
+    assert client.invoke(FunctionName=hello, InvocationType="DryRun")["StatusCode"] == 204
+
+
+def test_an_unknown_function_is_not_found(client):
+    with pytest.raises(ClientError) as error:
+        client.invoke(FunctionName="nobody")
+    assert code_of(error) == ("ResourceNotFoundException", 404)
+    with pytest.raises(client.exceptions.ResourceNotFoundException):
+        client.get_function(FunctionName="nobody")
+
+
+def test_a_broken_zip_is_refused_at_once(client):
+    with pytest.raises(ClientError) as error:
+        client.create_function(
+            FunctionName="broken", Runtime="python3.11", Handler="a.b", Role=ROLE, Code={"ZipFile": b"this is no zip"}
+        )
+    assert code_of(error) == ("InvalidParameterValueException", 400)
+    assert "Could not unzip uploaded file" in str(error.value)
+    with pytest.raises(client.exceptions.ResourceNotFoundException):
+        client.get_function(FunctionName="broken")
+
+
+def test_a_taken_name_is_a_conflict(client, hello):
+    with pytest.raises(client.exceptions.ResourceConflictException):
+        client.create_function(
+            FunctionName=hello, Runtime="python3.11", Handler="a.b", Role=ROLE, Code={"ZipFile": zip_of(a="")}
+        )
+
+
+def test_a_request_over_6_mb_is_refused_and_one_below_it_passes(client, deploy, invoke, hello):
+    with pytest.raises(ClientError) as error:
+        invoke(hello, {"filler": "x" * (6 * 1024 * 1024)})
+    assert code_of(error) == ("RequestTooLargeException", 413)
+    name = deploy("measure", zip_of(app="def handler(event, context): return len(event['filler'])"))
+    assert invoke(name, {"filler": "x" * 5_000_000})[0] == 5_000_000
+
+
+def test_a_response_over_the_limit_is_the_functions_error(deploy, invoke):
+    name = deploy("huge", zip_of(app="def handler(event, context): return 'x' * event"))
+    body, answer = invoke(name, 6_500_000)
+    assert answer["FunctionError"] == "Unhandled" and body["errorType"] == "Function.ResponseSizeTooLarge"
+    assert len(invoke(name, 6_000_000)[0]) == 6_000_000
+
+
+def test_a_deleted_function_is_gone(client, deploy):
+    name = deploy("short-lived", zip_of(app="def handler(e, c): return 1"))
+    client.delete_function(FunctionName=name)
+    with pytest.raises(client.exceptions.ResourceNotFoundException):
+        client.get_function(FunctionName=name)
+    with pytest.raises(client.exceptions.ResourceNotFoundException):
+        client.delete_function(FunctionName=name)
+
+
+def test_an_operation_that_is_not_served_says_so_in_lambdas_shape(client, hello):
+    with pytest.raises(ClientError) as error:
+        client.create_alias(FunctionName=hello, Name="live", FunctionVersion="1")
+    assert error.value.response["Error"]["Code"] not in ("404", "405", "Unknown")
+
+
+def test_the_aws_cli_creates_invokes_lists_and_deletes(gateway, tmp_path):
+    (tmp_path / "code.zip").write_bytes(zip_of(app="def handler(event, context): return {'got': event}"))
+    environment = os.environ | {
+        "AWS_ACCESS_KEY_ID": "any",
+        "AWS_SECRET_ACCESS_KEY": "any",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_CONFIG_FILE": str(tmp_path / "none"),
+    }
+
+    def aws(*arguments):
+        command = [sys.executable, "-m", "awscli", "--endpoint-url", gateway.url, "lambda", *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    aws("create-function", "--function-name", "by-cli", "--runtime", "python3.11", "--handler", "app.handler", "--role", ROLE,
+        "--timeout", "30", "--zip-file", "fileb://code.zip")
+    aws("wait", "function-active-v2", "--function-name", "by-cli")
+    aws("invoke", "--function-name", "by-cli", "--payload", '{"a": 1}', "out.json")
+    assert json.loads((tmp_path / "out.json").read_text()) == {"got": {"a": 1}}
+    assert "by-cli" in aws("list-functions")
+    aws("delete-function", "--function-name", "by-cli")
+    assert "by-cli" not in aws("list-functions")

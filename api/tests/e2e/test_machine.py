@@ -1,0 +1,174 @@
+"""The product as its operator uses it: command line, restart, kill, disk full, load."""
+
+import base64
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from botocore.exceptions import ClientError
+from conftest import ROLE, ROOT, THAW, Gateway, processes_of, zip_of
+
+
+def test_the_command_line_deploys_invokes_lists_logs_and_removes(gateway):
+    deployed = gateway.cli("deploy", ROOT / "examples/hello", "--name", "by-hand", "--timeout", "30")
+    assert "/fn/by-hand/" in deployed.stdout and "boot" in deployed.stderr.lower()
+    assert json.loads(gateway.cli("invoke", "by-hand", "-d", '{"name": "cli"}').stdout)["greeting"] == "Hello, cli!"
+    assert "by-hand" in gateway.cli("ls").stdout
+    listed = json.loads(gateway.cli("--json", "ls").stdout)
+    assert [function["state"] for function in listed["functions"] if function["name"] == "by-hand"] == ["Active"]
+    assert "for by-hand" in gateway.cli("logs", "by-hand").stdout
+    gateway.cli("rm", "by-hand")
+    assert "by-hand" not in gateway.cli("ls").stdout
+    failed = gateway.cli("invoke", "by-hand", check=False)
+    assert failed.returncode == 1 and "by-hand" in failed.stderr
+
+
+def test_deploying_again_replaces_the_code(gateway, tmp_path):
+    (tmp_path / "app.py").write_text("def handler(e, c): return 'one'")
+    gateway.cli("deploy", tmp_path, "--name", "again", "--timeout", "30")
+    (tmp_path / "app.py").write_text("def handler(e, c): return 'two'")
+    gateway.cli("deploy", tmp_path, "--name", "again", "--timeout", "30")
+    assert gateway.cli("invoke", "again").stdout.strip() == '"two"'
+    gateway.cli("rm", "again")
+
+
+def test_deploying_a_function_that_fails_at_import_says_so(gateway, tmp_path):
+    (tmp_path / "app.py").write_text("import nonsense_that_is_not_there")
+    done = gateway.cli("deploy", tmp_path, "--name", "cannot-import", check=False)
+    assert done.returncode == 1 and "nonsense_that_is_not_there" in done.stderr
+    gateway.cli("rm", "cannot-import")
+
+
+def test_logs_follow_what_comes(gateway, hello, invoke):
+    command = [THAW, "--endpoint", gateway.url, "logs", hello, "-f", "-n", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as follower:
+        deadline = time.monotonic() + 60
+        os.set_blocking(follower.stdout.fileno(), False)
+        seen = ""
+        while "for hello" not in seen:
+            assert time.monotonic() < deadline, seen
+            invoke(hello)
+            seen += follower.stdout.read() or ""
+        follower.kill()
+
+
+def test_snapshots_are_listed_inspected_and_verified(gateway, hello):
+    assert hello in gateway.cli("snapshot", "ls").stdout
+    about = json.loads(gateway.cli("--json", "snapshot", "inspect", hello).stdout)
+    assert about["memoryMiB"] >= 128 and about["memoryStoredBytes"] > 1 << 20 and about["runtime"] == "python3.11"
+    assert "every byte" in gateway.cli("snapshot", "verify", hello).stdout
+    damaged = gateway.home / "damaged.thaw"
+    shutil.copyfile(about["path"], damaged)
+    with open(damaged, "r+b") as file:
+        file.seek(os.path.getsize(damaged) // 2)
+        file.write(b"\x55")
+    done = gateway.cli("snapshot", "verify", damaged, check=False)
+    damaged.unlink()
+    assert done.returncode == 1 and "damaged" in done.stderr
+
+
+def test_a_snapshot_is_built_without_a_gateway(home, tmp_path):
+    (tmp_path / "app.py").write_text("def handler(e, c): return 1")
+    command = [THAW, "--home", home, "snapshot"]
+    shutil.rmtree(home / "snapshots/alone", ignore_errors=True)
+    subprocess.run([*command, "build", tmp_path, "--name", "alone"], check=True, timeout=300)
+    assert "alone" in subprocess.run([*command, "ls"], check=True, capture_output=True, text=True).stdout
+    subprocess.run([*command, "verify", "alone"], check=True)
+    subprocess.run([*command, "rm", "alone"], check=True)
+
+
+def test_20_clients_call_numpy_10_times_each(gateway, deploy, tmp_path):
+    wheels = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--only-binary=:all:", "-t", tmp_path]
+    subprocess.run([*wheels, "--python-version", "3.11", "-r", ROOT / "examples/numpy/requirements.txt"], check=True)
+    shutil.copy(ROOT / "examples/numpy/app.py", tmp_path)
+    packed = shutil.make_archive(str(tmp_path / "../numpy"), "zip", tmp_path)
+    name = deploy("numpy", pathlib.Path(packed).read_bytes(), timeout=60, MemorySize=256)
+    load = [ROOT / "target/release/thaw-loadtest", "--json", "--clients", "20", "-n", "10", "--timeout", "300"]
+    load += ["--data", '{"n": 12}', "--expect", "12", f"{gateway.url}/fn/{name}/"]
+    done = subprocess.run(load, capture_output=True, text=True, timeout=600)
+    report = json.loads(done.stdout)
+    assert (report["good"], report["errors"]) == (200, {}), report
+    print(report)
+
+
+@pytest.fixture
+def second(home, tmp_path):
+    """A gateway of the test's own, on images that the first one made."""
+    own = home / "second"
+    shutil.rmtree(own, ignore_errors=True)
+    own.mkdir()
+    for folder in ["kernel", "initramfs", "images", "overlay", "lab"]:
+        if (home / folder).exists():
+            shutil.copytree(home / folder, own / folder, symlinks=True)
+    gateway = Gateway(own)
+    yield gateway
+    if gateway.process and gateway.process.poll() is None:
+        gateway.process.kill()
+        gateway.process.wait()
+    shutil.rmtree(own, ignore_errors=True)
+
+
+def create(client, name):
+    client.create_function(
+        FunctionName=name, Runtime="python3.11", Handler="app.handler", Role=ROLE, Timeout=30,
+        Code={"ZipFile": zip_of(app="def handler(e, c): return 'here'")},
+    )
+
+
+def gone(home, seconds=10):
+    deadline = time.monotonic() + seconds
+    while [found for found in processes_of(home) if str(home) in found[1]]:
+        assert time.monotonic() < deadline, processes_of(home)
+        time.sleep(0.1)
+
+
+def test_functions_survive_ctrl_c_and_kill_9_and_nothing_stays_behind(second):
+    client = second.start().client()
+    create(client, "durable")
+    client.get_waiter("function_active_v2").wait(FunctionName="durable")
+    assert second.stop(signal.SIGINT) == 0
+    gone(second.home)
+    client = second.start().client()
+    assert client.invoke(FunctionName="durable")["Payload"].read() == b'"here"'
+    create(client, "cut-off")  # killed while it is frozen
+    second.stop(signal.SIGKILL)
+    gone(second.home)
+    client = second.start().client()
+    assert client.invoke(FunctionName="durable")["Payload"].read() == b'"here"'
+    client.get_waiter("function_active_v2").wait(FunctionName="cut-off")
+    assert client.invoke(FunctionName="cut-off")["Payload"].read() == b'"here"'
+    assert second.stop() == 0
+    gone(second.home)
+    leftovers = [path for path in second.home.rglob("*") if ".thaw-tmp-" in path.name]
+    assert leftovers == []
+    assert list((second.home / "staging").glob("*")) == [] if (second.home / "staging").exists() else True
+
+
+def test_a_full_disk_while_deploying_is_told_and_harms_nothing(second, tmp_path):
+    if os.geteuid() != 0:
+        pytest.fail("this test mounts a small file system: run the end-to-end tests as root")
+    functions = second.home / "functions"
+    functions.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", functions], check=True)
+    try:
+        client = second.start().client()
+        create(client, "too-large")
+        with pytest.raises(Exception):
+            client.get_waiter("function_active_v2").wait(FunctionName="too-large")
+        state = client.get_function(FunctionName="too-large")["Configuration"]
+        assert state["State"] == "Failed" and "full" in state["StateReason"].lower(), state
+        with pytest.raises(ClientError) as error:
+            client.invoke(FunctionName="too-large")
+        assert error.value.response["Error"]["Code"] != "404"
+        client.delete_function(FunctionName="too-large")
+        assert [path for path in functions.rglob("*") if path.is_file() and path.suffix == ".thaw"] == []
+        assert second.stop() == 0
+        gone(second.home)
+    finally:
+        subprocess.run(["umount", "-l", functions], check=True)
