@@ -4,10 +4,14 @@
 //! runs and nothing is shared with the machine, so that the whole lab can be saved there; a command is started at most once.
 
 mod boot;
+mod probe;
 #[path = "../src/protocol.rs"]
-#[expect(
-    dead_code,
-    reason = "the file is shared with the host's side, which sends what the init receives"
+#[cfg_attr(
+    not(test),
+    expect(
+        dead_code,
+        reason = "shared with the host, which sends what the init receives"
+    )
 )]
 mod protocol;
 mod root;
@@ -45,8 +49,11 @@ impl Control {
 }
 
 fn main() {
+    if std::env::args().nth(1).as_deref() == Some("probe") {
+        std::process::exit(i32::from(!probe::run()));
+    }
     if std::process::id() != 1 {
-        eprintln!("thaw-lab-init is the init of Thaw's lab; it does nothing elsewhere");
+        eprintln!("thaw-lab-init is the init of Thaw's lab, or with `probe` a test of /dev/kvm");
         std::process::exit(2);
     }
     if let Err(error) = serve() {

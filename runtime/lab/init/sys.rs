@@ -31,6 +31,14 @@ unsafe extern "C" {
     fn c_kill(pid: c_int, signal: c_int) -> c_int;
     fn waitpid(pid: c_int, status: *mut c_int, options: c_int) -> c_int;
     fn clock_settime(clock: c_int, time: *const [i64; 2]) -> c_int;
+    fn mmap(
+        start: *mut c_void,
+        size: usize,
+        protection: c_int,
+        flags: c_int,
+        fd: c_int,
+        offset: i64,
+    ) -> *mut c_void;
     fn setrlimit(resource: c_int, limit: *const [u64; 2]) -> c_int;
     #[link_name = "sync"]
     fn c_sync();
@@ -94,6 +102,75 @@ pub fn ioctl_number(file: &impl AsRawFd, request: c_ulong, number: c_ulong) -> i
 pub fn ioctl_buffer(file: &impl AsRawFd, request: c_ulong, buffer: &mut [u8]) -> io::Result<()> {
     // SAFETY: callers pass a buffer of the request's size; it outlives the call.
     check(unsafe { ioctl(file.as_raw_fd(), request, buffer.as_mut_ptr()) }.into()).map(drop)
+}
+
+/// ioctl(2) with a structure that has the layout the request asks for.
+pub fn ioctl_struct<T: Copy>(
+    file: &impl AsRawFd,
+    request: c_ulong,
+    value: &mut T,
+) -> io::Result<()> {
+    // SAFETY: callers pass the request's own structure, plain numbers all through; it outlives the call.
+    check(unsafe { ioctl(file.as_raw_fd(), request, &raw mut *value) }.into()).map(drop)
+}
+
+/// ioctl(2) with an array of words whose head says how many entries it has room for.
+pub fn ioctl_words(file: &impl AsRawFd, request: c_ulong, words: &mut [u32]) -> io::Result<()> {
+    // SAFETY: callers write the true room into the head; the array outlives the call.
+    check(unsafe { ioctl(file.as_raw_fd(), request, words.as_mut_ptr()) }.into()).map(drop)
+}
+
+/// A private mapping shared with the kernel (or a guest), read and written byte by byte, never borrowed.
+pub struct Shared {
+    start: *mut u8,
+    size: usize,
+}
+
+impl Shared {
+    /// Zeroed memory of this process.
+    pub fn anonymous(size: usize) -> io::Result<Self> {
+        Self::map(size, 0x22, -1) // MAP_PRIVATE | MAP_ANONYMOUS
+    }
+
+    /// The beginning of a device's memory.
+    pub fn of(file: &impl AsRawFd, size: usize) -> io::Result<Self> {
+        Self::map(size, 1, file.as_raw_fd()) // MAP_SHARED
+    }
+
+    fn map(size: usize, flags: c_int, fd: RawFd) -> io::Result<Self> {
+        // SAFETY: a new mapping at an address of the kernel's choice; PROT_READ | PROT_WRITE is 3.
+        let start = unsafe { mmap(std::ptr::null_mut(), size, 3, flags, fd, 0) };
+        if start.addr() == usize::MAX {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(Self {
+                start: start.cast(),
+                size,
+            })
+        }
+    }
+
+    /// Where it starts in this process.
+    pub fn address(&self) -> u64 {
+        self.start.addr() as u64
+    }
+
+    /// One byte; 0 beyond the end.
+    pub fn byte(&self, at: usize) -> u8 {
+        if at >= self.size {
+            return 0;
+        }
+        // SAFETY: inside the mapping, which is never unmapped; volatile, because the kernel writes it too.
+        unsafe { self.start.add(at).read_volatile() }
+    }
+
+    /// Sets one byte; nothing beyond the end.
+    pub fn set_byte(&mut self, at: usize, value: u8) {
+        if at < self.size {
+            // SAFETY: as in `byte`.
+            unsafe { self.start.add(at).write_volatile(value) }
+        }
+    }
 }
 
 /// Takes over a descriptor that an ioctl just made.

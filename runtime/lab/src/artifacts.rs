@@ -15,7 +15,7 @@ use std::{
 };
 
 /// The static init that build.rs compiled.
-const INIT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/thaw-lab-init"));
+pub const INIT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/thaw-lab-init"));
 
 /// Why the lab could not be built.
 #[derive(Debug, thiserror::Error)]

@@ -1,4 +1,4 @@
-//! This machine's time-stamp counter. QEMU's TCG hands it to the lab as it is, and the lab's kernel must be told its frequency: its own
+//! What only the processor itself can tell: who virtualizes it, and its time-stamp counter. QEMU's TCG hands it to the lab as it is, and the lab's kernel must be told its frequency: its own
 //! calibration against an emulated timer fails on a busy machine.
 
 use std::time::{Duration, Instant};
@@ -25,6 +25,24 @@ pub fn tsc_khz(rounds: u32, pause: Duration) -> u64 {
 fn counter() -> u64 {
     // SAFETY: RDTSC exists on every x86-64 processor, and Linux leaves it to user space.
     unsafe { core::arch::x86_64::_rdtsc() }
+}
+
+/// CPUID leaf 0x4000_0000 if a hypervisor is present (leaf 1, ECX bit 31).
+pub fn hypervisor_signature() -> Option<[u8; 12]> {
+    let present = leaf(1).ecx >> 31 == 1;
+    let found = leaf(0x4000_0000);
+    let mut signature = [0; 12];
+    for (place, register) in signature
+        .chunks_exact_mut(4)
+        .zip([found.ebx, found.ecx, found.edx])
+    {
+        place.copy_from_slice(&register.to_le_bytes());
+    }
+    present.then_some(signature)
+}
+
+fn leaf(number: u32) -> core::arch::x86_64::CpuidResult {
+    core::arch::x86_64::__cpuid(number)
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! The lab: an emulated KVM host for machines whose own /dev/kvm is missing or too slow.
 //!
 //! It owns: building the emulated host's kernel and initramfs once ([`Lab::build`]), starting it and running one command in it
-//! ([`Lab::run`]), and judging what this machine's own KVM is worth (`host`). It knows nothing of sandboxes, images or the gateway.
+//! ([`Lab::run`]), and judging what this machine's own KVM is worth ([`host`]). It knows nothing of sandboxes, images or the gateway.
 //!
 //! The host is QEMU's TCG with nested SVM, booting the unmodified Debian cloud kernel. The command sees this machine's `/` (virtiofs, under
 //! a tmpfs overlay), the writable folders at their own paths, a real `/dev/kvm`, user-mode network, and ends with its own exit code.
@@ -17,6 +17,7 @@
 mod artifacts;
 mod clock;
 mod console;
+pub mod host;
 mod kernel;
 mod machine;
 mod monitor;
@@ -137,8 +138,18 @@ impl Lab {
 
     /// Boots a lab of this size once and saves it, so that later runs of the same size resume it instead of booting. Does nothing if that has
     /// been done. A failure costs no more than time: runs boot then.
-    pub fn save(&self, memory_mib: u32, cpu_count: u8, progress: &mut dyn FnMut(&str)) -> Result<(), SaveError> {
-        run::save(&artifacts::current(&self.cache)?, memory_mib, cpu_count, progress)
+    pub fn save(
+        &self,
+        memory_mib: u32,
+        cpu_count: u8,
+        progress: &mut dyn FnMut(&str),
+    ) -> Result<(), SaveError> {
+        run::save(
+            &artifacts::current(&self.cache)?,
+            memory_mib,
+            cpu_count,
+            progress,
+        )
     }
 
     /// Starts the lab, runs the command and ends the lab. Returns the command's exit code, 128 + n after signal n.

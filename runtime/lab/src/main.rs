@@ -31,6 +31,12 @@ struct Arguments {
     /// End the command after this many seconds
     #[arg(short, long, value_name = "SECONDS")]
     time_limit: Option<u64>,
+    /// Seconds between a signal and the end of the lab
+    #[arg(long, value_name = "SECONDS", default_value_t = 15)]
+    grace: u64,
+    /// Say what this host can do, as JSON, and run nothing
+    #[arg(long, exclusive = true)]
+    doctor: bool,
     /// Pass standard input on
     #[arg(short, long)]
     interactive: bool,
@@ -41,7 +47,7 @@ struct Arguments {
     #[arg(long, value_name = "DIR")]
     cache: Option<PathBuf>,
     /// The command
-    #[arg(last = true, required = true)]
+    #[arg(last = true, required_unless_present = "doctor")]
     command: Vec<OsString>,
 }
 
@@ -79,12 +85,20 @@ type Failure = (u8, Box<dyn std::error::Error>);
 /// Codes of a failure that is not the command's are those of env(1) and timeout(1).
 fn run(arguments: Arguments) -> Result<i32, Failure> {
     let failed = |error: Box<dyn std::error::Error>| (125, error);
+    if arguments.doctor {
+        let report = thaw_lab::host::report(&default_cache());
+        let text = serde_json::to_string_pretty(&report).map_err(|error| failed(error.into()))?;
+        println!("{text}");
+        return Ok(0);
+    }
     let signals = signals::of_this_process().map_err(|error| failed(error.into()))?;
     let lab = Lab::new(arguments.cache.unwrap_or_else(default_cache));
     let mut notice = |text: &str| eprintln!("thaw-lab: {text}");
     lab.build(&mut notice)
         .map_err(|error| failed(error.into()))?;
-    if !arguments.boot && let Err(error) = lab.save(arguments.memory, arguments.cpus, &mut notice) {
+    if !arguments.boot
+        && let Err(error) = lab.save(arguments.memory, arguments.cpus, &mut notice)
+    {
         notice(&format!("no saved state, booting instead: {error}"));
     }
     let cwd = std::env::current_dir().map_err(|error| failed(error.into()))?;
@@ -93,13 +107,18 @@ fn run(arguments: Arguments) -> Result<i32, Failure> {
         forwards: arguments.port,
         memory_mib: arguments.memory,
         cpu_count: arguments.cpus,
+        grace: Duration::from_secs(arguments.grace),
         time_limit: arguments.time_limit.map(Duration::from_secs),
         stdin: if arguments.interactive || !std::io::stdin().is_terminal() {
             Stream::Inherit
         } else {
             Stream::Null
         },
-        start: if arguments.boot { StartMode::Boot } else { StartMode::Resume },
+        start: if arguments.boot {
+            StartMode::Boot
+        } else {
+            StartMode::Resume
+        },
         signals: Some(signals),
         ..LabRun::new(arguments.command, cwd)
     };

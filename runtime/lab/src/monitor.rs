@@ -47,8 +47,13 @@ impl Monitor {
     pub fn connect(socket: &UnixStream) -> Result<Self, MonitorError> {
         let writer = socket.try_clone().map_err(MonitorError::Io)?;
         let reader = socket.try_clone().map_err(MonitorError::Io)?;
-        reader.set_read_timeout(Some(ANSWER_LIMIT)).map_err(MonitorError::Io)?;
-        let mut monitor = Self { reader: BufReader::new(reader), writer };
+        reader
+            .set_read_timeout(Some(ANSWER_LIMIT))
+            .map_err(MonitorError::Io)?;
+        let mut monitor = Self {
+            reader: BufReader::new(reader),
+            writer,
+        };
         monitor.line()?;
         monitor.execute("qmp_capabilities", &json!({}))?;
         Ok(monitor)
@@ -56,7 +61,9 @@ impl Monitor {
 
     /// Runs one command and returns its answer.
     pub fn execute(&mut self, command: &str, arguments: &Value) -> Result<Value, MonitorError> {
-        self.writer.write_all(request(command, arguments).as_bytes()).map_err(MonitorError::Io)?;
+        self.writer
+            .write_all(request(command, arguments).as_bytes())
+            .map_err(MonitorError::Io)?;
         self.answer(command)
     }
 
@@ -68,9 +75,16 @@ impl Monitor {
         let fds = [file.as_fd()];
         let fits = ancillary.push(SendAncillaryMessage::ScmRights(&fds));
         assert!(fits, "the buffer is made for one descriptor");
-        let sent = sendmsg(&self.writer, &[IoSlice::new(line.as_bytes())], &mut ancillary, SendFlags::NOSIGNAL);
+        let sent = sendmsg(
+            &self.writer,
+            &[IoSlice::new(line.as_bytes())],
+            &mut ancillary,
+            SendFlags::NOSIGNAL,
+        );
         let sent = sent.map_err(|error| MonitorError::Io(error.into()))?;
-        self.writer.write_all(line.as_bytes().get(sent..).unwrap_or_default()).map_err(MonitorError::Io)?;
+        self.writer
+            .write_all(line.as_bytes().get(sent..).unwrap_or_default())
+            .map_err(MonitorError::Io)?;
         self.answer("getfd").map(drop)
     }
 
@@ -78,8 +92,15 @@ impl Monitor {
         loop {
             let mut answer = self.line()?;
             if let Some(error) = answer.get("error") {
-                let text = error.get("desc").and_then(Value::as_str).unwrap_or("no reason").to_owned();
-                return Err(MonitorError::Refused { command: command.to_owned(), answer: text });
+                let text = error
+                    .get("desc")
+                    .and_then(Value::as_str)
+                    .unwrap_or("no reason")
+                    .to_owned();
+                return Err(MonitorError::Refused {
+                    command: command.to_owned(),
+                    answer: text,
+                });
             }
             if let Some(value) = answer.get_mut("return") {
                 return Ok(value.take());
@@ -89,8 +110,10 @@ impl Monitor {
 
     /// Leaves guest memory out of a saved state: it lies in a file already.
     pub fn ignore_shared_memory(&mut self) -> Result<(), MonitorError> {
-        let capabilities = json!({ "capabilities": [{ "capability": "x-ignore-shared", "state": true }] });
-        self.execute("migrate-set-capabilities", &capabilities).map(drop)
+        let capabilities =
+            json!({ "capabilities": [{ "capability": "x-ignore-shared", "state": true }] });
+        self.execute("migrate-set-capabilities", &capabilities)
+            .map(drop)
     }
 
     /// Waits for the end of a migration, in or out.
@@ -98,14 +121,22 @@ impl Monitor {
         let end = Instant::now() + limit;
         loop {
             let answer = self.execute("query-migrate", &json!({}))?;
-            let status = answer.get("status").and_then(Value::as_str).unwrap_or("unknown");
+            let status = answer
+                .get("status")
+                .and_then(Value::as_str)
+                .unwrap_or("unknown");
             match status {
                 "completed" => return Ok(()),
                 "failed" | "cancelled" => {
-                    let why = answer.get("error-desc").and_then(Value::as_str).unwrap_or_default();
+                    let why = answer
+                        .get("error-desc")
+                        .and_then(Value::as_str)
+                        .unwrap_or_default();
                     return Err(MonitorError::Migration(format!("{status} {why}")));
                 }
-                _ if Instant::now() > end => return Err(MonitorError::Migration(format!("still {status}"))),
+                _ if Instant::now() > end => {
+                    return Err(MonitorError::Migration(format!("still {status}")));
+                }
                 _ => thread::sleep(LOOK_EVERY),
             }
         }
@@ -132,7 +163,9 @@ mod tests {
 
     fn answered(lines: &str) -> Result<Value, MonitorError> {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
-        theirs.write_all(b"{\"QMP\":{}}\n{\"return\":{}}\n").unwrap();
+        theirs
+            .write_all(b"{\"QMP\":{}}\n{\"return\":{}}\n")
+            .unwrap();
         theirs.write_all(lines.as_bytes()).unwrap();
         drop(theirs.shutdown(std::net::Shutdown::Write));
         Monitor::connect(&ours)?.execute("x", &json!({}))
@@ -140,12 +173,17 @@ mod tests {
 
     #[test]
     fn events_between_command_and_answer_are_skipped() {
-        assert_eq!(answered("{\"event\":\"RESUME\"}\n{\"return\":{\"a\":1}}\n").unwrap(), json!({ "a": 1 }));
+        assert_eq!(
+            answered("{\"event\":\"RESUME\"}\n{\"return\":{\"a\":1}}\n").unwrap(),
+            json!({ "a": 1 })
+        );
     }
 
     #[test]
     fn refusals_and_silence_are_errors() {
-        assert!(matches!(answered("{\"error\":{\"desc\":\"no\"}}\n"), Err(MonitorError::Refused { answer, .. }) if answer == "no"));
+        assert!(
+            matches!(answered("{\"error\":{\"desc\":\"no\"}}\n"), Err(MonitorError::Refused { answer, .. }) if answer == "no")
+        );
         assert!(matches!(answered(""), Err(MonitorError::Io(_))));
         assert!(matches!(answered("}\n"), Err(MonitorError::Io(_))));
     }

@@ -177,7 +177,9 @@ pub fn run(
         match driver.resume(&plan, &saved)? {
             Attempt::Started(machine) => return driver.drive(machine, run),
             Attempt::Signalled(signal) => return Ok(128 + signal),
-            Attempt::Failed(why) => notice(&format!("the saved lab did not resume, booting: {why}")),
+            Attempt::Failed(why) => {
+                notice(&format!("the saved lab did not resume, booting: {why}"))
+            }
         }
     }
     driver.attempt = 0;
@@ -216,11 +218,19 @@ fn plan(artifacts: &Artifacts, memory_mib: u32, cpu_count: u8) -> Plan {
 }
 
 /// See [`crate::Lab::save`].
-pub fn save(artifacts: &Artifacts, memory_mib: u32, cpu_count: u8, progress: &mut dyn FnMut(&str)) -> Result<(), SaveError> {
+pub fn save(
+    artifacts: &Artifacts,
+    memory_mib: u32,
+    cpu_count: u8,
+    progress: &mut dyn FnMut(&str),
+) -> Result<(), SaveError> {
     let mut plan = plan(artifacts, memory_mib, cpu_count);
     let saved = SavedState::of(&plan)?;
     let lock = artifacts.folder.join("saving");
-    let failed = |source| SaveError::Io { path: lock.clone(), source };
+    let failed = |source| SaveError::Io {
+        path: lock.clone(),
+        source,
+    };
     let file = File::create(&lock).map_err(failed)?;
     if saved.exists() {
         return Ok(());
@@ -233,16 +243,28 @@ pub fn save(artifacts: &Artifacts, memory_mib: u32, cpu_count: u8, progress: &mu
     let mut console = String::new();
     for attempt in 1..=BOOT_ATTEMPTS_MAX {
         let (sender, events) = channel();
-        let mut driver = Driver { attempt, sender, events, start: protocol::Start::default() };
+        let mut driver = Driver {
+            attempt,
+            sender,
+            events,
+            start: protocol::Start::default(),
+        };
         plan.tsc_khz = clock::tsc_khz(5, Duration::from_millis(20));
-        let mut machine = Machine::start(&plan, Machine::memory(memory_mib)?, qemu::Start::BootToSave)?;
+        let mut machine =
+            Machine::start(&plan, Machine::memory(memory_mib)?, qemu::Start::BootToSave)?;
         driver.listen(&machine)?;
         match driver.await_init(&mut machine, BOOT_LIMIT)? {
             Heard::Message(InitMessage::Booted) => return Ok(saved.save(&machine, plan.tsc_khz)?),
-            Heard::Message(_) | Heard::Signal(_) | Heard::Nothing => console = machine.console.tail(),
+            Heard::Message(_) | Heard::Signal(_) | Heard::Nothing => {
+                console = machine.console.tail()
+            }
         }
     }
-    Err(RunError::Boot { attempts: BOOT_ATTEMPTS_MAX, console }.into())
+    Err(RunError::Boot {
+        attempts: BOOT_ATTEMPTS_MAX,
+        console,
+    }
+    .into())
 }
 
 fn start_message(artifacts: &Artifacts, run: &LabRun) -> Result<protocol::Start, RunError> {
@@ -534,7 +556,10 @@ fn settle(machine: &mut Machine) {
 /// An error and its causes in one line.
 fn chain(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+    causes
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(": ")
 }
 
 fn fresh_entropy() -> Result<Vec<u8>, RunError> {

@@ -64,7 +64,11 @@ pub enum StateError {
 }
 
 fn io_error<E: Into<io::Error>>(act: &'static str, path: &Path) -> impl FnOnce(E) -> StateError {
-    move |source| StateError::Io { act, path: path.to_path_buf(), source: source.into() }
+    move |source| StateError::Io {
+        act,
+        path: path.to_path_buf(),
+        source: source.into(),
+    }
 }
 
 /// Folder of one saved state. Its name covers everything that must be equal: QEMU, its arguments (clock and forwards apart), kernel, init.
@@ -78,9 +82,17 @@ impl SavedState {
     pub fn of(plan: &Plan) -> Result<Self, MachineError> {
         use std::os::unix::fs::MetadataExt;
         let program = tools::qemu()?;
-        let same = Plan { tsc_khz: 0, forwards: Vec::new(), ..plan.clone() };
+        let same = Plan {
+            tsc_khz: 0,
+            forwards: Vec::new(),
+            ..plan.clone()
+        };
         let mut digest = Sha256::new();
-        for word in qemu::arguments(&same, &qemu::Descriptors::default(), qemu::Start::BootToSave) {
+        for word in qemu::arguments(
+            &same,
+            &qemu::Descriptors::default(),
+            qemu::Start::BootToSave,
+        ) {
             digest.update(word.as_bytes());
             digest.update([0]);
         }
@@ -88,9 +100,19 @@ impl SavedState {
             digest.update(found.size().to_le_bytes());
             digest.update(found.mtime().to_le_bytes());
         }
-        let digest: String = digest.finalize().iter().take(6).map(|byte| format!("{byte:02x}")).collect();
+        let digest: String = digest
+            .finalize()
+            .iter()
+            .take(6)
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
         let home = plan.kernel.parent().unwrap_or(Path::new("."));
-        Ok(Self { folder: home.join(format!("saved-{}M-{}-{digest}", plan.memory_mib, plan.cpu_count)) })
+        Ok(Self {
+            folder: home.join(format!(
+                "saved-{}M-{}-{digest}",
+                plan.memory_mib, plan.cpu_count
+            )),
+        })
     }
 
     /// True if it has been saved.
@@ -98,16 +120,13 @@ impl SavedState {
         self.folder.is_dir()
     }
 
-    /// Removes it: it does not resume.
-    pub fn forget(&self) -> Result<(), StateError> {
-        fs::remove_dir_all(&self.folder).map_err(io_error("remove", &self.folder))
-    }
-
     /// Saves a machine that was started with [`qemu::Start::BootToSave`] and has booted. The machine stands still afterwards.
     pub fn save(&self, machine: &Machine, tsc_khz: u64) -> Result<(), StateError> {
         let home = self.folder.parent().unwrap_or(Path::new("."));
-        let staging =
-            tempfile::Builder::new().prefix(".saving").tempdir_in(home).map_err(io_error("make a folder in", home))?;
+        let staging = tempfile::Builder::new()
+            .prefix(".saving")
+            .tempdir_in(home)
+            .map_err(io_error("make a folder in", home))?;
         let path = |name: &str| staging.path().join(name);
         let state = File::create(path("state")).map_err(io_error("make", &path("state")))?;
         let mut monitor = Monitor::connect(&machine.monitor)?;
@@ -117,7 +136,8 @@ impl SavedState {
         monitor.await_migration(STATE_LIMIT)?;
         let memory = File::create(path("memory")).map_err(io_error("make", &path("memory")))?;
         copy_sparse(&machine.memory, &memory).map_err(io_error("write", &path("memory")))?;
-        fs::write(path("tsc_khz"), tsc_khz.to_string()).map_err(io_error("write", &path("tsc_khz")))?;
+        fs::write(path("tsc_khz"), tsc_khz.to_string())
+            .map_err(io_error("write", &path("tsc_khz")))?;
         for file in [&state, &memory] {
             file.sync_all().map_err(io_error("sync", staging.path()))?;
         }
@@ -128,18 +148,25 @@ impl SavedState {
     /// Starts a machine from this state, its init waiting for the command and the shared file system plugged in.
     pub fn resume(&self, plan: &Plan) -> Result<Machine, StateError> {
         let path = |name: &str| self.folder.join(name);
-        let saved = fs::read_to_string(path("tsc_khz")).map_err(io_error("read", &path("tsc_khz")))?;
+        let saved =
+            fs::read_to_string(path("tsc_khz")).map_err(io_error("read", &path("tsc_khz")))?;
         let saved = saved.trim().parse().unwrap_or(0);
         if plan.tsc_khz.abs_diff(saved) > plan.tsc_khz / TSC_TOLERANCE {
-            return Err(StateError::Clock { saved, now: plan.tsc_khz });
+            return Err(StateError::Clock {
+                saved,
+                now: plan.tsc_khz,
+            });
         }
         let state = File::open(path("state")).map_err(io_error("open", &path("state")))?;
         let source = File::open(path("memory")).map_err(io_error("open", &path("memory")))?;
         let memory = Machine::memory(plan.memory_mib)?;
-        let target = memory.try_clone().map_err(io_error("share", &path("memory")))?;
+        let target = memory
+            .try_clone()
+            .map_err(io_error("share", &path("memory")))?;
         let machine = Machine::start(plan, memory, qemu::Start::Resume)?;
         // QEMU leaves guest memory alone until the state comes in, so that copying it overlaps with QEMU's own start.
-        copy_sparse(&OwnedFd::from(source), &File::from(target)).map_err(io_error("copy", &path("memory")))?;
+        copy_sparse(&OwnedFd::from(source), &File::from(target))
+            .map_err(io_error("copy", &path("memory")))?;
         let mut monitor = Monitor::connect(&machine.monitor)?;
         monitor.ignore_shared_memory()?;
         monitor.send_descriptor("state", &state)?;
@@ -162,7 +189,9 @@ fn copy_sparse(from: &OwnedFd, to: &File) -> io::Result<()> {
         let end = seek(&source, SeekFrom::Hole(data))?.unwrap_or(size);
         at = data;
         while at < end {
-            let count = usize::try_from(end - at).unwrap_or(COPY_BYTES).min(COPY_BYTES);
+            let count = usize::try_from(end - at)
+                .unwrap_or(COPY_BYTES)
+                .min(COPY_BYTES);
             source.read_exact_at(&mut buffer[..count], at)?;
             write_pages(&buffer[..count], to, at)?;
             at += count as u64;
@@ -215,6 +244,10 @@ mod tests {
         };
         assert!(read(&from) == read(&to));
         assert_eq!(to.metadata().unwrap().len(), 8 << 20);
-        assert!(to.metadata().unwrap().blocks() * 512 < 128 << 10, "{} blocks", to.metadata().unwrap().blocks());
+        assert!(
+            to.metadata().unwrap().blocks() * 512 < 128 << 10,
+            "{} blocks",
+            to.metadata().unwrap().blocks()
+        );
     }
 }
