@@ -48,6 +48,12 @@ pub enum PackageError {
         /// What apt said.
         detail: String,
     },
+    /// A package could not be fetched: no network, or an unreachable mirror.
+    #[error("the packages could not be downloaded: is this machine online? ({detail})")]
+    Download {
+        /// What apt said first.
+        detail: String,
+    },
     /// A program failed.
     #[error("using the package tools")]
     Tool(#[from] ToolError),
@@ -163,27 +169,37 @@ impl Apt {
         if missing.is_empty() {
             return Ok(());
         }
-        let debs = self.root.join("debs");
         let incoming = self.root.join("incoming");
-        if incoming.exists() {
-            remove_tree(&incoming).map_err(FileError::on("removing", &incoming))?;
-        }
+        clear(&incoming)?;
         make_dir(&incoming)?;
+        let outcome = self.fetch(&missing, &incoming);
+        // Half a download would only take the room that the next try needs.
+        clear(&incoming)?;
+        outcome
+    }
+
+    /// Downloads into `incoming`, checks, and moves into the cache.
+    fn fetch(&self, packages: &[&Package], incoming: &Path) -> Result<(), PackageError> {
         APT_GET
             .run(|command| {
                 self.configure(command);
-                command.current_dir(&incoming).args(["download", "-qq"]);
-                command.args(missing.iter().map(|p| format!("{}={}", p.name, p.version)));
+                command.current_dir(incoming).args(["download", "-qq"]);
+                command.args(packages.iter().map(|p| format!("{}={}", p.name, p.version)));
             })
-            .map_err(explain)?;
-        for package in missing {
+            .map_err(|error| match error.stderr() {
+                stderr if stderr.contains("No space left on device") => {
+                    FileError::on("writing", incoming)(ErrorKind::StorageFull.into()).into()
+                }
+                _ => explain(error),
+            })?;
+        for package in packages {
             let from = incoming.join(&package.file);
             if digest::file(&from)? != package.sha256 {
                 return Err(PackageError::Corrupt {
                     file: package.file.clone(),
                 });
             }
-            let to = debs.join(&package.file);
+            let to = self.root.join("debs").join(&package.file);
             fs::rename(&from, &to).map_err(FileError::on("renaming to", &to))?;
         }
         Ok(())
@@ -229,23 +245,35 @@ impl Apt {
     }
 }
 
-/// Tells out-of-date lists, the failure that users meet, from the others.
+fn clear(folder: &Path) -> Result<(), FileError> {
+    match remove_tree(folder) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(FileError::on("removing", folder)(error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Tells the failures that users meet, out-of-date lists and no network, from the others.
 fn explain(error: ToolError) -> PackageError {
-    const SIGNS: [&str; 4] = [
+    const OUT_OF_DATE: [&str; 4] = [
         "Unable to locate package",
         "has no installation candidate",
-        "404",
+        "404  Not Found",
         "was not found",
     ];
+    const UNREACHABLE: [&str; 1] = ["Failed to fetch"];
     let stderr = error.stderr();
-    match stderr
-        .lines()
-        .find(|line| SIGNS.iter().any(|sign| line.contains(sign)))
-    {
-        Some(line) => PackageError::Lists {
-            detail: line.trim().to_owned(),
-        },
-        None => PackageError::Tool(error),
+    let line = |signs: &[&str]| {
+        let mut lines = stderr.lines();
+        lines
+            .find(|line| signs.iter().any(|sign| line.contains(sign)))
+            .map(|l| l.trim().to_owned())
+    };
+    match (line(&OUT_OF_DATE), line(&UNREACHABLE)) {
+        (Some(detail), _) => PackageError::Lists { detail },
+        (None, Some(detail)) => PackageError::Download { detail },
+        (None, None) => PackageError::Tool(error),
     }
 }
 

@@ -41,6 +41,11 @@ pub(crate) fn pack(tree: &Path, image: &Path, uuid: &str) -> Result<(), ErofsErr
         )
 }
 
+/// The packer's name and version: another version may lay the same files out otherwise.
+pub(crate) fn packer() -> Result<String, ToolError> {
+    MKFS_EROFS.version("-V")
+}
+
 /// A UUID (RFC 9562, version 8) made of the digest of `seed`.
 pub(crate) fn uuid_of(seed: &[u8]) -> String {
     let mut bytes = [0_u8; 16];

@@ -130,6 +130,8 @@ pub struct Contents {
     pub recipe: String,
     /// Distribution packages, sorted by name.
     pub packages: Vec<Package>,
+    /// The program that packed the image, with its version.
+    pub packer: String,
     /// Python wheels.
     pub wheels: Vec<WheelRecord>,
 }
@@ -240,6 +242,7 @@ pub(crate) fn build(
         runtime: name,
         recipe: recipe.digest(),
         packages,
+        packer: erofs::packer()?,
         wheels: recipe.wheels.iter().map(Wheel::record).collect(),
     };
     step(progress, "pack the image", |progress| {
@@ -318,6 +321,7 @@ mod tests {
                 runtime: RuntimeName::Provided,
                 recipe,
                 packages: Vec::new(),
+                packer: String::new(),
                 wheels: Vec::new(),
             },
             sha256: String::new(),

@@ -28,7 +28,8 @@ impl ImageStore {
     /// A store in `root` (`THAW_HOME`), which is made on the first build.
     #[must_use]
     pub fn new(root: impl Into<PathBuf>) -> Self {
-        let root = root.into();
+        // The package tools take relative paths as relative to folders of their own.
+        let root = absolute(root.into());
         Self {
             cache: root.join("cache"),
             root,
@@ -128,7 +129,7 @@ impl ImageStore {
     /// 100 000 entries) or has an unfit entry (a name or link out of the folder, a device, a name
     /// twice, encryption). The host's: a program is missing, the disk is full.
     pub fn code_image(&self, zip: &[u8], out: &Path) -> Result<CodeImage, CodeError> {
-        code::build(zip, out, &self.staging()?)
+        code::build(zip, &absolute(out.to_owned()), &self.staging()?)
     }
 
     pub(crate) fn staging(&self) -> Result<Staging, StagingError> {
@@ -144,4 +145,9 @@ impl ImageStore {
         make_dir(&self.root)?;
         lock_file(&self.root.join("images.lock"))
     }
+}
+
+/// Without a current folder a relative path leads nowhere; the first use of it will say so.
+fn absolute(path: PathBuf) -> PathBuf {
+    std::path::absolute(&path).unwrap_or(path)
 }

@@ -86,7 +86,21 @@ impl Tool {
     /// The locale and the time zone are fixed, so that output can be parsed and images do not
     /// depend on the user.
     pub(crate) fn run(self, prepare: impl Fn(&mut Command)) -> Result<Vec<u8>, ToolError> {
-        let output = match self.start(self.name, &prepare) {
+        let output = self.output(prepare)?;
+        if output.status.success() {
+            return Ok(output.stdout);
+        }
+        let stderr = output.stderr.as_slice();
+        let tail = &stderr[stderr.len().saturating_sub(STDERR_BYTES_MAX)..];
+        Err(ToolError::Failed {
+            tool: self.name,
+            status: output.status,
+            stderr: String::from_utf8_lossy(tail).trim().to_owned(),
+        })
+    }
+
+    fn output(self, prepare: impl Fn(&mut Command)) -> Result<Output, ToolError> {
+        match self.start(self.name, &prepare) {
             // An ordinary user's PATH lacks the sbin folders where mkfs.* and ldconfig live.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 self.start(&format!("/usr/sbin/{}", self.name), &prepare)
@@ -102,17 +116,18 @@ impl Tool {
                 tool: self.name,
                 source,
             },
-        })?;
-        if output.status.success() {
-            return Ok(output.stdout);
-        }
-        let stderr = output.stderr.as_slice();
-        let tail = &stderr[stderr.len().saturating_sub(STDERR_BYTES_MAX)..];
-        Err(ToolError::Failed {
-            tool: self.name,
-            status: output.status,
-            stderr: String::from_utf8_lossy(tail).trim().to_owned(),
         })
+    }
+
+    /// What the program writes first to stdout when asked for its version with `flag`.
+    ///
+    /// Some versions print it and then fail, so the exit status does not count.
+    pub(crate) fn version(self, flag: &str) -> Result<String, ToolError> {
+        let output = self.output(|command| {
+            command.arg(flag);
+        })?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        Ok(text.lines().next().unwrap_or_default().trim().to_owned())
     }
 
     fn start(self, program: &str, prepare: &impl Fn(&mut Command)) -> io::Result<Output> {

@@ -87,3 +87,13 @@ fn a_folder_that_cannot_be_written_is_the_hosts_fault() {
         .unwrap_err();
     assert_eq!(error.fault(), Fault::Host);
 }
+
+#[test]
+fn relative_paths_are_those_of_the_current_folder() {
+    let home = tempfile::tempdir_in(".").unwrap();
+    let relative = home.path().file_name().unwrap();
+    let store = ImageStore::new(relative);
+    let out = std::path::Path::new(relative).join("code.erofs");
+    let image = store.code_image(&zip(&[("a", 0o644, b"")]), &out).unwrap();
+    assert!(image.path.is_absolute() && out.is_file());
+}
