@@ -1,0 +1,330 @@
+//! One machine: its vCPUs, devices and clocks, run and stopped as a whole.
+//!
+//! Pause: every vCPU stops, then the devices; resume: devices first, so that what lay in the agent channel is in the guest's
+//! queue, then time, then the vCPUs. A machine that was restored has its clocks set at the first resume and not before: its
+//! time stands still however long it waits for a request.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use kvm_ioctls::{IoEventAddress, VmFd};
+use thaw_snapshot::PageRun;
+use thaw_vmm_control::{Exit, Timings};
+use thiserror::Error;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::arch::x86_64::acpi::VirtioWindow;
+use crate::arch::x86_64::interrupts::{self, InterruptError};
+use crate::arch::x86_64::vcpu_state::{self, HostVcpuLimits, VcpuStateError, VcpuStateV1};
+use crate::devices::{DeviceBuildError, DevicePauseError, DeviceStartError, DeviceThread, Devices, MmioWindow, SERIAL_GSI};
+use crate::end::{self, EndReceiver};
+use crate::fault::{Blame, Fault};
+use crate::host::Bare;
+use crate::memory::GuestMemory;
+use crate::state::FrozenTimeV1;
+use crate::vcpu::{Vcpu, VcpuContext, VcpuError, monotonic_ns};
+
+/// The guest's vsock address.
+pub const GUEST_CID: u64 = 3;
+
+/// Why devices could not be put into a machine, or it could not be started.
+#[derive(Debug, Error)]
+pub enum AssembleError {
+    /// Windows or interrupts of the devices.
+    #[error("devices could not be described")]
+    Describe(#[source] DeviceBuildError),
+    /// A window beyond the 32-bit hole.
+    #[error("device window at {0:#x} is outside the device hole")]
+    Window(u64),
+    /// KVM refused an interrupt.
+    #[error("interrupt {gsi} could not be connected")]
+    Interrupt {
+        /// Which.
+        gsi: u32,
+        /// Cause.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// KVM refused a notification.
+    #[error("notification at {address:#x} for queue {queue} could not be connected")]
+    Notification {
+        /// Guest-physical address.
+        address: u64,
+        /// Queue.
+        queue: u32,
+        /// Cause.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// No eventfd.
+    #[error("eventfd could not be made")]
+    EventFd(#[source] io::Error),
+    /// No device thread.
+    #[error("device thread could not be started")]
+    Devices(#[source] DeviceStartError),
+    /// No thread for the devices' reports.
+    #[error("thread for device faults could not be started")]
+    FaultThread(#[source] io::Error),
+    /// No vCPU thread.
+    #[error("vcpus could not be started")]
+    Vcpu(#[source] VcpuError),
+}
+
+/// Why a machine could not be paused or resumed.
+#[derive(Debug, Error)]
+pub enum SwitchError {
+    /// A vCPU.
+    #[error("vcpus could not be stopped")]
+    Vcpu(#[source] VcpuError),
+    /// The device thread.
+    #[error("devices could not be stopped")]
+    Devices(#[source] DevicePauseError),
+    /// Time of a restored machine.
+    #[error("time of vcpu {vcpu} could not be set")]
+    Time {
+        /// Which.
+        vcpu: usize,
+        /// Cause.
+        #[source]
+        source: VcpuStateError,
+    },
+    /// The machine's clock.
+    #[error("clock could not be set")]
+    Clock(#[source] InterruptError),
+}
+
+impl Blame for SwitchError {
+    fn fault(&self) -> Fault {
+        match self {
+            Self::Vcpu(VcpuError::Ended { .. }) => Fault::Guest,
+            _ => Fault::Host,
+        }
+    }
+}
+
+/// What a restored machine still has to be given when it resumes.
+#[derive(Debug)]
+pub struct Frozen {
+    /// Its clocks.
+    pub time: FrozenTimeV1,
+    /// Its vCPUs; their timers are set on resume.
+    pub vcpus: Vec<VcpuStateV1>,
+}
+
+/// Where a disk's content lies, for saving it.
+#[derive(Debug)]
+pub struct DiskBase {
+    /// The file.
+    pub file: std::fs::File,
+    /// Where in it.
+    pub offset: u64,
+}
+
+/// One virtual machine with its guest.
+#[derive(Debug)]
+pub struct Machine {
+    pub(crate) vm: VmFd,
+    pub(crate) memory: GuestMemory,
+    /// Pages of the snapshot it was restored from, if any.
+    pub(crate) memory_runs: Option<Vec<PageRun>>,
+    pub(crate) limits: HostVcpuLimits,
+    pub(crate) devices: Arc<Devices>,
+    pub(crate) disk_bases: Vec<DiskBase>,
+    pub(crate) vcpus: Vec<Vcpu>,
+    device_thread: Option<DeviceThread>,
+    frozen: Option<Frozen>,
+    first_instruction_ns: Arc<AtomicU64>,
+    timings: Timings,
+    ends: EndReceiver,
+}
+
+/// The devices' windows as ACPI tells of them.
+///
+/// # Errors
+/// A window that a 32-bit descriptor cannot name.
+pub fn acpi_windows(windows: &[MmioWindow]) -> Result<Vec<VirtioWindow>, AssembleError> {
+    let convert = |window: &MmioWindow| {
+        let outside = |_| AssembleError::Window(window.base);
+        let base = u32::try_from(window.base).map_err(outside)?;
+        let length = u32::try_from(window.length).map_err(outside)?;
+        Ok(VirtioWindow { base, length, gsi: window.gsi })
+    };
+    windows.iter().map(convert).collect()
+}
+
+fn connect(vm: &VmFd, windows: &[MmioWindow], serial: &EventFd) -> Result<(), AssembleError> {
+    let interrupt = |event: &EventFd, gsi| {
+        vm.register_irqfd(event, gsi).map_err(|source| AssembleError::Interrupt { gsi, source })
+    };
+    interrupt(serial, SERIAL_GSI)?;
+    for window in windows {
+        interrupt(&window.interrupt, window.gsi)?;
+        let address = window.notify_address();
+        for (queue, event) in &window.notify {
+            vm.register_ioevent(event, &IoEventAddress::Mmio(address), *queue)
+                .map_err(|source| AssembleError::Notification { address, queue: *queue, source })?;
+        }
+    }
+    Ok(())
+}
+
+/// What a machine is put together from.
+#[derive(Debug)]
+pub struct Parts {
+    /// The machine without a guest; its vCPUs have their state.
+    pub bare: Bare,
+    /// Devices; paused in a restored machine.
+    pub devices: Arc<Devices>,
+    /// Their windows.
+    pub windows: Vec<MmioWindow>,
+    /// Their disks' files.
+    pub disk_bases: Vec<DiskBase>,
+    /// Pages of the snapshot that guest memory is a private mapping of.
+    pub memory_runs: Option<Vec<PageRun>>,
+    /// What resuming must still set.
+    pub frozen: Option<Frozen>,
+    /// What happened so far.
+    pub timings: Timings,
+}
+
+impl Machine {
+    /// Connects devices and starts threads. All vCPUs are paused.
+    ///
+    /// # Errors
+    /// KVM refused a connection, or the host a thread.
+    pub fn assemble(parts: Parts) -> Result<Self, AssembleError> {
+        let Parts { bare, devices, windows, disk_bases, memory_runs, frozen, timings } = parts;
+        let Bare { vm, memory, vcpus, limits } = bare;
+        let serial = devices.serial_interrupt().map_err(AssembleError::Describe)?;
+        connect(&vm, &windows, &serial)?;
+        let (end_sender, ends) = end::channel().map_err(AssembleError::EventFd)?;
+        let (fault_sender, fault_receiver) = std::sync::mpsc::channel();
+        let device_thread = devices.start(fault_sender).map_err(AssembleError::Devices)?;
+        let forward = end_sender.clone();
+        std::thread::Builder::new()
+            .name("device-faults".into())
+            .spawn(move || end::forward_device_faults(&fault_receiver, &forward))
+            .map_err(AssembleError::FaultThread)?;
+        let first_instruction_ns = Arc::new(AtomicU64::new(0));
+        let context = VcpuContext {
+            devices: Arc::clone(&devices),
+            first_instruction_ns: Arc::clone(&first_instruction_ns),
+            ends: end_sender,
+        };
+        let vcpus = (0u8..)
+            .zip(vcpus)
+            .map(|(number, fd)| Vcpu::start(number, fd, context.clone()))
+            .collect::<Result<_, _>>()
+            .map_err(AssembleError::Vcpu)?;
+        let device_thread = Some(device_thread);
+        Ok(Self {
+            vm,
+            memory,
+            memory_runs,
+            limits,
+            devices,
+            disk_bases,
+            vcpus,
+            device_thread,
+            frozen,
+            first_instruction_ns,
+            timings,
+            ends,
+        })
+    }
+
+    /// First start after a boot: the devices serve already.
+    pub fn start(&mut self) {
+        self.timings.resume_ns = Some(monotonic_ns());
+        self.vcpus.iter().for_each(Vcpu::run);
+    }
+
+    /// Runs a paused machine.
+    ///
+    /// # Errors
+    /// Time could not be set; the machine is of no use then.
+    pub fn resume(&mut self) -> Result<(), SwitchError> {
+        self.timings.resume_ns = Some(monotonic_ns());
+        self.first_instruction_ns.store(0, Ordering::SeqCst);
+        self.devices.prime();
+        self.devices.resume();
+        if let Some(frozen) = self.frozen.take() {
+            self.set_time(&frozen)?;
+        }
+        for (vcpu, running) in self.vcpus.iter().enumerate() {
+            vcpu_state::tell_paused(&running.fd()).map_err(|source| SwitchError::Time { vcpu, source })?;
+        }
+        self.vcpus.iter().for_each(Vcpu::run);
+        Ok(())
+    }
+
+    /// Steps 10 to 12 of [`vcpu_state`]'s order.
+    fn set_time(&self, frozen: &Frozen) -> Result<(), SwitchError> {
+        let time = |vcpu| move |source| SwitchError::Time { vcpu, source };
+        let Some(first) = self.vcpus.first() else { return Ok(()) };
+        let offset = vcpu_state::offset_for(&first.fd(), frozen.time.tsc).map_err(time(0))?;
+        for (number, (vcpu, state)) in self.vcpus.iter().zip(&frozen.vcpus).enumerate() {
+            vcpu_state::set_time(&vcpu.fd(), state, offset).map_err(time(number))?;
+        }
+        interrupts::set_clock_ns(&self.vm, frozen.time.clock_ns).map_err(SwitchError::Clock)?;
+        for (number, (vcpu, state)) in self.vcpus.iter().zip(&frozen.vcpus).enumerate() {
+            vcpu_state::set_deadline(&vcpu.fd(), state).map_err(time(number))?;
+        }
+        Ok(())
+    }
+
+    /// Stops a running machine: all vCPUs, then the devices.
+    ///
+    /// # Errors
+    /// Something did not stop in time or has ended.
+    pub fn pause(&mut self) -> Result<(), SwitchError> {
+        self.vcpus.iter().for_each(Vcpu::request_pause);
+        for vcpu in &self.vcpus {
+            vcpu.wait_paused().map_err(SwitchError::Vcpu)?;
+        }
+        self.devices.pause().map_err(SwitchError::Devices)
+    }
+
+    /// Clocks that a resume has not set yet: a machine saved before its first resume has them still.
+    pub(crate) fn frozen(&self) -> Option<&Frozen> {
+        self.frozen.as_ref()
+    }
+
+    /// When things happened.
+    pub fn timings(&self) -> Timings {
+        let first_instruction = self.first_instruction_ns.load(Ordering::SeqCst);
+        Timings {
+            first_instruction_ns: (first_instruction != 0).then_some(first_instruction),
+            first_agent_byte_ns: self.devices.first_agent_byte_ns(),
+            ..self.timings
+        }
+    }
+
+    /// The console's tail.
+    pub fn console(&self) -> Vec<u8> {
+        self.devices.console_tail()
+    }
+
+    /// Readable when the machine may have ended.
+    pub fn wake(&self) -> &OwnedFd {
+        &self.ends.wake
+    }
+
+    /// How the machine ended by itself, if it did. All vCPUs are told to stop then.
+    pub fn ended(&mut self) -> Option<Exit> {
+        let end = self.ends.take()?;
+        self.vcpus.iter().for_each(Vcpu::request_pause);
+        Some(end.exit(&self.console()))
+    }
+
+    /// Ends threads. Nothing more can be asked of the machine.
+    pub fn close(self) {
+        self.vcpus.into_iter().for_each(Vcpu::close);
+        if let Some(Err(error)) = self.device_thread.map(DeviceThread::stop) {
+            tracing::warn!(error = %error, "device thread did not end");
+        }
+    }
+}
+

@@ -1,0 +1,251 @@
+//! Guest memory: one private mapping of the host, told to KVM in as many slots as there are ranges around the device hole.
+//!
+//! Invariant: the mapping of a [`GuestMemory`] is never unmapped, so every pointer into it (KVM's slots, the devices'
+//! [`GuestMemoryMmap`]) stays valid as long as the process. A monitor holds one VM and ends with it.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::ptr;
+
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::VmFd;
+use thiserror::Error;
+use vm_memory::mmap::MmapRegionError;
+use vm_memory::{Address, GuestAddress, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap, MmapRegion};
+
+use crate::arch::x86_64::layout::{MEMORY_MIB_MAX, MEMORY_MIB_MIN, memory_ranges};
+use crate::fault::{Blame, Fault};
+
+const PAGE_BYTES: u64 = 4096;
+const PROTECTION: i32 = libc::PROT_READ | libc::PROT_WRITE;
+
+/// Why guest memory could not be made.
+#[derive(Debug, Error)]
+pub enum MemoryError {
+    /// The size is not one we make.
+    #[error("guest memory of {bytes} bytes is not within {MEMORY_MIB_MIN} to {MEMORY_MIB_MAX} mib in whole mib")]
+    Size {
+        /// What was asked for.
+        bytes: u64,
+    },
+    /// The host's address space.
+    #[error("guest memory of {bytes} bytes could not be reserved")]
+    Reserve {
+        /// What was asked for.
+        bytes: u64,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The file cannot be memory.
+    #[error("memory section at offset {offset} could not be mapped")]
+    MapFile {
+        /// Where in the file.
+        offset: u64,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The file is shorter than the memory it should hold: a later access would kill the process.
+    #[error("memory section at offset {offset} of {bytes} bytes lies outside a file of {file_bytes} bytes or is not page aligned")]
+    Section {
+        /// Where in the file.
+        offset: u64,
+        /// How long.
+        bytes: u64,
+        /// The file's length.
+        file_bytes: u64,
+    },
+    /// The mapping was refused as guest memory.
+    #[error("mapping is no guest memory")]
+    Region(#[source] MmapRegionError),
+    /// The ranges do not go together.
+    #[error("guest memory ranges do not go together")]
+    Ranges(#[source] GuestRegionCollectionError),
+    /// A range's end is past the address space.
+    #[error("guest memory range at {0:#x} is past the address space")]
+    Range(u64),
+    /// KVM refused a slot.
+    #[error("memory slot {slot} was refused by kvm")]
+    Slot {
+        /// Its number.
+        slot: u32,
+        /// Cause.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+}
+
+impl Blame for MemoryError {
+    fn fault(&self) -> Fault {
+        match self {
+            Self::Size { .. } | Self::Section { .. } => Fault::Caller,
+            _ => Fault::Host,
+        }
+    }
+}
+
+/// The guest's memory: `bytes` bytes at `host`, readable and writable, never unmapped (see the module's invariant).
+#[derive(Debug)]
+pub struct GuestMemory {
+    host: *mut u8,
+    bytes: u64,
+    regions: GuestMemoryMmap,
+}
+
+// SAFETY: `host` is an address that is valid for the life of the process from any thread; what may race there is the
+// guest's business and is only ever accessed through volatile copies or system calls.
+unsafe impl Send for GuestMemory {}
+
+impl GuestMemory {
+    /// Reserves `bytes` of zeros. Pages cost nothing until they are touched (`MAP_NORESERVE`).
+    ///
+    /// # Errors
+    /// A size out of [`MEMORY_MIB_MIN`] to [`MEMORY_MIB_MAX`], or no address space.
+    pub fn reserve(bytes: u64) -> Result<Self, MemoryError> {
+        let mib = bytes >> 20;
+        let whole = bytes % (1 << 20) == 0 && (u64::from(MEMORY_MIB_MIN)..=u64::from(MEMORY_MIB_MAX)).contains(&mib);
+        let length = usize::try_from(bytes).ok().filter(|_| whole).ok_or(MemoryError::Size { bytes })?;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a new mapping at an address that the kernel picks; nothing existing is touched.
+        let host = unsafe { libc::mmap(ptr::null_mut(), length, PROTECTION, flags, -1, 0) };
+        if host == libc::MAP_FAILED {
+            return Err(MemoryError::Reserve { bytes, source: io::Error::last_os_error() });
+        }
+        let host = host.cast::<u8>();
+        let mut regions = Vec::new();
+        let mut offset = 0;
+        for range in memory_ranges(bytes) {
+            let length = usize::try_from(range.length).map_err(|_| MemoryError::Size { bytes })?;
+            // SAFETY: `offset + length` is within the mapping made above, because the ranges sum up to `bytes`; it stays
+            // mapped for ever by the module's invariant.
+            let region = unsafe { MmapRegion::build_raw(host.add(offset), length, PROTECTION, flags) };
+            let region = region.map_err(MemoryError::Region)?;
+            regions.push(GuestRegionMmap::new(region, range.start).ok_or(MemoryError::Range(range.start.raw_value()))?);
+            offset += length;
+        }
+        let regions = GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Ranges)?;
+        Ok(Self { host, bytes, regions })
+    }
+
+    /// Maps `bytes` of `file` at `offset` privately over the reserved range: the guest reads the file's pages and keeps its
+    /// writes to itself.
+    ///
+    /// # Errors
+    /// The section is not all of this memory, not page aligned, or not inside the file; or `mmap`'s own.
+    pub fn map_private(&self, file: &File, offset: u64) -> Result<(), MemoryError> {
+        let map = |source| MemoryError::MapFile { offset, source };
+        let file_bytes = file.metadata().map_err(map)?.len();
+        let inside = offset.checked_add(self.bytes).is_some_and(|end| end <= file_bytes);
+        let bytes = self.bytes;
+        if !inside || !offset.is_multiple_of(PAGE_BYTES) {
+            return Err(MemoryError::Section { offset, bytes, file_bytes });
+        }
+        let (Ok(length), Ok(position)) = (usize::try_from(bytes), libc::off_t::try_from(offset)) else {
+            return Err(MemoryError::Section { offset, bytes, file_bytes });
+        };
+        let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
+        // SAFETY: replaces exactly the range that `reserve` made and this value owns. No reference into it exists: all
+        // access is by volatile copies, and no vCPU runs before the machine is restored.
+        let mapped = unsafe { libc::mmap(self.host.cast(), length, PROTECTION, flags, file.as_raw_fd(), position) };
+        if mapped == libc::MAP_FAILED { Err(map(io::Error::last_os_error())) } else { Ok(()) }
+    }
+
+    /// Tells KVM of the memory. Before interrupt chips and vCPUs exist this is several times cheaper than after.
+    ///
+    /// # Errors
+    /// KVM refused a slot.
+    pub fn register(&self, vm: &VmFd) -> Result<(), MemoryError> {
+        let mut host = self.host as u64;
+        for (slot, range) in (0u32..).zip(memory_ranges(self.bytes)) {
+            let region = kvm_userspace_memory_region {
+                slot,
+                flags: 0,
+                guest_phys_addr: range.start.raw_value(),
+                memory_size: range.length,
+                userspace_addr: host,
+            };
+            // SAFETY: the range is mapped for the life of the process (the module's invariant), and slots do not overlap.
+            unsafe { vm.set_user_memory_region(region) }.map_err(|source| MemoryError::Slot { slot, source })?;
+            host += range.length;
+        }
+        Ok(())
+    }
+
+    /// Length, bytes.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// A view for loaders and devices.
+    pub fn view(&self) -> GuestMemoryMmap {
+        self.regions.clone()
+    }
+
+    /// Where the mapping starts in this process.
+    pub fn host_address(&self) -> u64 {
+        self.host as u64
+    }
+
+    /// Guest-physical address of a byte of the concatenated ranges, and how many bytes its range has from there.
+    pub fn address_of(&self, offset: u64) -> Option<(GuestAddress, u64)> {
+        let mut inside = offset;
+        for range in memory_ranges(self.bytes) {
+            if inside < range.length {
+                return Some((range.start.checked_add(inside)?, range.length - inside));
+            }
+            inside -= range.length;
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use vm_memory::Bytes;
+
+    #[test]
+    fn a_size_out_of_bounds_is_refused() {
+        for bytes in [0, 63 << 20, (64 << 20) + 1, 10_241 << 20, u64::MAX] {
+            assert!(matches!(GuestMemory::reserve(bytes), Err(MemoryError::Size { .. })), "{bytes}");
+        }
+    }
+
+    #[test]
+    fn memory_above_the_hole_is_reachable() {
+        let memory = GuestMemory::reserve(4 << 30).unwrap();
+        memory.view().write_obj(7u8, GuestAddress((1 << 32) + 5)).unwrap();
+        assert!(memory.view().write_obj(7u8, GuestAddress(0xd000_0000)).is_err());
+        assert_eq!(memory.address_of(3 << 30), Some((GuestAddress(1 << 32), 1 << 30)));
+        assert_eq!(memory.address_of(4 << 30), None);
+    }
+
+    #[test]
+    fn a_mapped_file_is_read_but_never_written() {
+        let memory = GuestMemory::reserve(64 << 20).unwrap();
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[1; 8192]).unwrap();
+        file.set_len(4096 + (64 << 20)).unwrap();
+        memory.map_private(&file, 4096).unwrap();
+        let view = memory.view();
+        assert_eq!(view.read_obj::<u8>(GuestAddress(4095)).unwrap(), 1);
+        assert_eq!(view.read_obj::<u8>(GuestAddress(4096)).unwrap(), 0);
+        view.write_obj(9u8, GuestAddress(0)).unwrap();
+        let mut byte = [0];
+        std::os::unix::fs::FileExt::read_exact_at(&file, &mut byte, 4096).unwrap();
+        assert_eq!(byte, [1]);
+    }
+
+    #[test]
+    fn a_section_outside_the_file_or_unaligned_is_refused() {
+        let memory = GuestMemory::reserve(64 << 20).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(64 << 20).unwrap();
+        for offset in [1, 4096, u64::MAX] {
+            assert!(matches!(memory.map_private(&file, offset), Err(MemoryError::Section { .. })));
+        }
+    }
+}
