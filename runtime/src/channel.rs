@@ -108,16 +108,24 @@ impl AgentChannel {
             if let Some(incoming) = self.decode() {
                 return Some(incoming);
             }
-            if !self.pull() {
+            // Past tokio's readiness, which may lag behind: the socket does not block, and what is there counts.
+            let mut chunk = [0; READ_BYTES];
+            let read = rustix::io::read(&self.stream, &mut chunk[..]);
+            if !self.took(&chunk, read.map_err(io::Error::from)) {
                 return self.decode();
             }
         }
     }
 
-    /// Reads once; tells whether bytes came.
-    fn pull(&mut self) -> bool {
+    fn pull(&mut self) {
         let mut chunk = [0; READ_BYTES];
-        match self.stream.try_read(&mut chunk) {
+        let read = self.stream.try_read(&mut chunk);
+        self.took(&chunk, read);
+    }
+
+    /// Takes in what a read brought; tells whether bytes came.
+    fn took(&mut self, chunk: &[u8], read: io::Result<usize>) -> bool {
+        match read {
             Ok(0) => self.closed = true,
             Ok(count) => {
                 self.decoder.feed(&chunk[..count]);

@@ -22,16 +22,15 @@ pub const INIT_LOG_BYTES_MAX: usize = 256 * 1024;
 ///
 /// - `console=ttyS0 8250.nr_uarts=1`: the monitor's one serial port, and no probing for three that are not there.
 /// - `quiet loglevel=4`: each character on the console costs an exit to the monitor; warnings and worse still come.
-/// - `panic=-1 reboot=t`: a panic resets at once, by triple fault, which the monitor sees as the guest's end. Without them
-///   a panicked guest would spin until its invocation times out.
+/// - `panic=-1 reboot=acpi`: a panic resets at once, by the ACPI reset register, which the monitor takes for the guest's
+///   end. Without them a panicked guest would spin until its invocation times out.
 /// - `oops=panic`: a kernel that went wrong answers no requests.
 /// - `random.trust_cpu=on`: the generator is ready at once; each clone is reseeded from the host after its thaw.
-/// - `i8042.noaux i8042.nomux i8042.nopnp i8042.dumbkbd`: no keyboard controller to wait for.
 /// - `pci=off`: the monitor has no PCI bus; devices are described by ACPI.
 ///
 /// Mitigations stay as the kernel chooses: what runs in the guest is not trusted by its own kernel either.
-pub const GUEST_COMMAND_LINE: &str = "console=ttyS0 8250.nr_uarts=1 quiet loglevel=4 panic=-1 reboot=t oops=panic \
-     random.trust_cpu=on i8042.noaux i8042.nomux i8042.nopnp i8042.dumbkbd pci=off";
+pub const GUEST_COMMAND_LINE: &str = "console=ttyS0 8250.nr_uarts=1 quiet loglevel=4 panic=-1 reboot=acpi oops=panic \
+     random.trust_cpu=on pci=off";
 
 /// What to freeze, and where to.
 #[derive(Clone, Debug)]

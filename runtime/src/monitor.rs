@@ -35,25 +35,30 @@ const REAP_LIMIT: Duration = Duration::from_secs(30);
 /// takes the *thread* that forked it for the parent (`PR_SET_PDEATHSIG`, prctl(2)). Tokio's threads come and go.
 #[derive(Debug)]
 pub(crate) struct Spawner {
-    jobs: mpsc::Sender<oneshot::Sender<Result<(Monitor, AgentChannel), HostError>>>,
-    alive: watch::Receiver<usize>,
+    jobs: mpsc::Sender<Job>,
+    alive: Arc<watch::Sender<usize>>,
+}
+
+/// One monitor to start. It counts as alive already, so that nobody finds it gone who asks before it is made.
+#[derive(Debug)]
+struct Job {
+    counted: Counted,
+    reply: oneshot::Sender<Result<(Monitor, AgentChannel), HostError>>,
 }
 
 impl Spawner {
     /// A spawner of `vmm`. Its thread ends with it.
     pub(crate) fn start(vmm: PathBuf, tokio: tokio::runtime::Handle) -> io::Result<Self> {
-        let (jobs, mut queue) =
-            mpsc::channel::<oneshot::Sender<Result<_, HostError>>>(SPAWN_QUEUE_MAX);
-        let (count, alive) = watch::channel(0);
-        let count = Arc::new(count);
+        let (jobs, mut queue) = mpsc::channel::<Job>(SPAWN_QUEUE_MAX);
+        let alive = Arc::new(watch::Sender::new(0));
         std::thread::Builder::new()
             .name("thaw-spawner".into())
             .spawn(move || {
                 let _context = tokio.enter();
-                while let Some(reply) = queue.blocking_recv() {
+                while let Some(Job { counted, reply }) = queue.blocking_recv() {
                     if !reply.is_closed() {
                         // Nobody waiting any more: what was started is dropped, and so killed.
-                        let _ = reply.send(Monitor::spawn(&vmm, &count));
+                        let _ = reply.send(Monitor::spawn(&vmm, counted));
                     }
                 }
             })?;
@@ -63,8 +68,9 @@ impl Spawner {
     /// A fresh monitor, without a VM, and its agent channel.
     pub(crate) async fn spawn(&self) -> Result<(Monitor, AgentChannel), HostError> {
         let (reply, answer) = oneshot::channel();
+        let counted = Counted::new(&self.alive);
         self.jobs
-            .send(reply)
+            .send(Job { counted, reply })
             .await
             .map_err(|_| HostError::ShutDown)?;
         answer.await.map_err(|_| HostError::ShutDown)?
@@ -72,13 +78,12 @@ impl Spawner {
 
     /// Returns when no monitor process is left.
     pub(crate) async fn all_gone(&self) {
-        let mut alive = self.alive.clone();
-        // An error means that the thread and every process' counter are gone.
-        let _ = alive.wait_for(|count| *count == 0).await;
+        // Fails only without the sender, which is ours.
+        let _ = self.alive.subscribe().wait_for(|count| *count == 0).await;
     }
 }
 
-/// Counts a process until it is reaped.
+/// Counts a process from before its start until it is reaped.
 #[derive(Debug)]
 struct Counted(Arc<watch::Sender<usize>>);
 
@@ -127,13 +132,12 @@ pub(crate) struct Monitor {
     stderr: Arc<Mutex<Tail>>,
     stderr_reader: Option<JoinHandle<()>>,
     exit: Option<Exit>,
+    /// Requests sent whose replies have not come.
+    owed: usize,
 }
 
 impl Monitor {
-    fn spawn(
-        vmm: &Path,
-        count: &Arc<watch::Sender<usize>>,
-    ) -> Result<(Self, AgentChannel), HostError> {
+    fn spawn(vmm: &Path, counted: Counted) -> Result<(Self, AgentChannel), HostError> {
         let failed = |source| HostError::Spawn {
             path: vmm.to_owned(),
             source,
@@ -167,13 +171,11 @@ impl Monitor {
         let monitor = Self {
             control,
             receiver: Receiver::new(),
-            process: Some(Process {
-                child,
-                counted: Counted::new(count),
-            }),
+            process: Some(Process { child, counted }),
             stderr,
             stderr_reader,
             exit: None,
+            owed: 0,
         };
         Ok((monitor, AgentChannel::new(agent)))
     }
@@ -190,6 +192,7 @@ impl Monitor {
         fds: &[BorrowedFd<'_>],
     ) -> Result<(), HostError> {
         let bytes = wire::encode(request).map_err(HostError::Protocol)?;
+        self.owed += 1;
         let (mut sent, mut fds) = (0, fds);
         while sent < bytes.len() {
             let result = self
@@ -214,7 +217,12 @@ impl Monitor {
     pub(crate) async fn next(&mut self) -> Result<FromMonitor, HostError> {
         loop {
             match self.receiver.next_message() {
-                Ok(Some((message, _fds))) => return Ok(message),
+                Ok(Some((message, _fds))) => {
+                    if matches!(message, FromMonitor::Reply(_)) {
+                        self.owed = self.owed.saturating_sub(1);
+                    }
+                    return Ok(message);
+                }
                 Ok(None) => {}
                 Err(error) => return Err(HostError::Protocol(error)),
             }
@@ -246,6 +254,8 @@ impl Monitor {
             self.send(request, fds).await?;
             loop {
                 match self.next().await? {
+                    // To an earlier request, whose sender had what it wanted from the guest first.
+                    FromMonitor::Reply(_) if self.owed > 0 => {}
                     FromMonitor::Reply(Reply::Failed(source)) => {
                         return Err(HostError::Refused {
                             request: name,

@@ -1,0 +1,483 @@
+//! What a monitor or a guest may do wrong, played by a scripted monitor (tests/faults/monitor.rs): each fault costs its
+//! own invocation at most. The real monitor and real guests are in tests/sandbox.rs.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use tempfile::TempDir;
+use thaw_runtime::{
+    Configure, End, ExitReason, Fault, FreezeError, FreezeRequest, FreezeStep, Frozen, HostError,
+    INVOCATION_LOG_BYTES_MAX, Invocation, InvokeError, Measure, OpenPoolError, Outcome, Pool,
+    PoolSpec, Runtime, RuntimeConfig, ThrottleReason,
+};
+use thaw_snapshot::{CpuRecord, Metadata, SectionKind, Writer};
+
+/// A limit that no test should come near.
+const AMPLE: Duration = Duration::from_secs(60);
+
+/// A runtime whose monitors play one script, and the files it works on.
+struct Stage {
+    folder: TempDir,
+    runtime: Runtime,
+}
+
+impl Stage {
+    fn new(script: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let vmm = folder.path().join(script);
+        std::os::unix::fs::symlink(scripted_monitor(), &vmm).unwrap();
+        for name in ["rootfs", "code", "kernel", "initramfs", "overlay"] {
+            fs::write(folder.path().join(name), name).unwrap();
+        }
+        let file = fs::File::create(folder.path().join("snapshot.thaw")).unwrap();
+        let mut writer = Writer::new(file);
+        writer.metadata(&Metadata::default()).unwrap();
+        writer.cpu(&CpuRecord::default()).unwrap();
+        writer.section(SectionKind::Machine, b"machine").unwrap();
+        writer.finish().unwrap();
+        let runtime = Runtime::new(RuntimeConfig {
+            vmm,
+            restore_limit: Duration::from_secs(2),
+            reply_limit: Duration::from_secs(2),
+            ..RuntimeConfig::default()
+        });
+        Self {
+            folder,
+            runtime: runtime.unwrap(),
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn spec(&self) -> PoolSpec {
+        PoolSpec {
+            name: "f".into(),
+            snapshot: self.path("snapshot.thaw"),
+            rootfs: self.path("rootfs"),
+            code: self.path("code"),
+            ready_count: 1,
+            concurrency_max: 2,
+            queue_max: 8,
+            queue_wait_max: AMPLE,
+        }
+    }
+
+    async fn pool(&self) -> Pool {
+        self.runtime.open_pool(self.spec()).await.unwrap()
+    }
+
+    /// A pool whose first VM is ready.
+    async fn ready_pool(&self) -> Pool {
+        let pool = self.pool().await;
+        while pool.stats().ready == 0 {
+            tokio::task::yield_now().await;
+        }
+        pool
+    }
+
+    async fn freeze(&self) -> (Result<Frozen, FreezeError>, Vec<FreezeStep>) {
+        let request = FreezeRequest {
+            kernel: self.path("kernel"),
+            initramfs: self.path("initramfs"),
+            rootfs: self.path("rootfs"),
+            code: self.path("code"),
+            overlay: self.path("overlay"),
+            vcpu_count: 1,
+            memory_mib: 128,
+            configure: Configure::default(),
+            metadata: Metadata::default(),
+            output: self.path("out.thaw"),
+            boot_limit: Duration::from_secs(2),
+        };
+        let mut steps = Vec::new();
+        let mut note = |step| steps.push(step);
+        let result = self.runtime.freeze(request, &mut note).await;
+        (result, steps)
+    }
+
+    /// Shuts down, which must leave no monitor and no temporary file.
+    async fn strike(self) {
+        self.runtime.shutdown(AMPLE).await;
+        let left: Vec<_> = fs::read_dir(self.folder.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .filter(|name| name.contains("tmp"))
+            .collect();
+        assert!(left.is_empty(), "{left:?}");
+        assert!(monitors(self.folder.path()).is_empty());
+    }
+}
+
+/// Process ids of live monitors started from `folder`.
+fn monitors(folder: &Path) -> Vec<u32> {
+    let processes = fs::read_dir("/proc").unwrap();
+    let pids = processes.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    pids.filter(|pid: &u32| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        line.starts_with(folder.as_os_str().as_encoded_bytes())
+    })
+    .collect()
+}
+
+fn scripted_monitor() -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let profile = test.parent().and_then(Path::parent).unwrap();
+    let monitor = profile.join("examples/scripted-monitor");
+    assert!(monitor.exists(), "build it: cargo build --examples");
+    monitor
+}
+
+fn invocation(payload: &[u8]) -> Invocation {
+    Invocation {
+        request_id: "r-1".into(),
+        function_arn: "arn".into(),
+        payload: Bytes::copy_from_slice(payload),
+        timeout: AMPLE,
+        client_context: None,
+        cognito_identity: None,
+        trace_id: None,
+        measure: Measure::Off,
+    }
+}
+
+async fn invoke(pool: &Pool) -> Result<Outcome, InvokeError> {
+    pool.invoke(invocation(b"{}")).await
+}
+
+fn is_answer(result: &Result<Outcome, InvokeError>, expected: &[u8]) -> bool {
+    matches!(result, Ok(Outcome { end: End::Response { payload, .. }, .. }) if payload == expected)
+}
+
+fn host(result: Result<Outcome, InvokeError>) -> String {
+    let error = result.expect_err("no failure");
+    assert_eq!(error.fault(), Fault::Host);
+    let InvokeError::Host(cause) = &error else {
+        panic!("not the host's: {error:?}");
+    };
+    let source = std::error::Error::source(&**cause);
+    format!(
+        "{cause}; {}",
+        source.map(ToString::to_string).unwrap_or_default()
+    )
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn invocations_are_answered_each_by_a_monitor_of_its_own() {
+    let stage = Stage::new("well");
+    let pool = stage.pool().await;
+    let payload = vec![b'x'; 6 * 1024 * 1024];
+    let outcome = pool.invoke(invocation(&payload)).await;
+    assert!(is_answer(&outcome, &payload));
+    assert_eq!(outcome.unwrap().log, b"hello from the function\n");
+    let mut calls = tokio::task::JoinSet::new();
+    for _ in 0..9 {
+        let pool = pool.clone();
+        calls.spawn(async move { invoke(&pool).await });
+    }
+    while let Some(result) = calls.join_next().await {
+        assert!(is_answer(&result.unwrap(), b"{}"));
+    }
+    assert_eq!(pool.stats().invocations, 10);
+    stage.strike().await;
+    assert!(matches!(invoke(&pool).await, Err(InvokeError::Closed)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pool_without_ready_vms_restores_on_demand() {
+    let stage = Stage::new("well");
+    let spec = PoolSpec {
+        ready_count: 0,
+        queue_max: 0,
+        ..stage.spec()
+    };
+    let pool = stage.runtime.open_pool(spec).await.unwrap();
+    assert_eq!(pool.stats().starting, 0);
+    assert!(is_answer(&invoke(&pool).await, b"{}"));
+    stage.strike().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_monitor_that_dies_in_a_run_costs_that_run_alone() {
+    let stage = Stage::new("first-dies-in-run");
+    let pool = stage.ready_pool().await;
+    assert!(host(invoke(&pool).await).contains("monitor died: thread panicked at vcpu.rs"));
+    assert!(is_answer(&invoke(&pool).await, b"{}"));
+    stage.strike().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_ready_monitor_costs_no_run() {
+    let stage = Stage::new("well");
+    let pool = stage.ready_pool().await;
+    for pid in pool.ready_pids() {
+        let pid = rustix::process::Pid::from_raw(pid.cast_signed()).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+        // A caller sees closed sockets; they are closed for sure once the process is a zombie.
+        let is_zombie = |stat: String| stat.rsplit(')').next().is_some_and(|s| s.starts_with(" Z"));
+        while !fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero()))
+            .is_ok_and(is_zombie)
+        {
+            tokio::task::yield_now().await;
+        }
+    }
+    assert!(is_answer(&invoke(&pool).await, b"{}"));
+    stage.strike().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_failed_restore_is_tried_again() {
+    let stage = Stage::new("first-dies-in-restore");
+    let pool = stage.ready_pool().await;
+    assert!(is_answer(&invoke(&pool).await, b"{}"));
+    assert_eq!(pool.stats().restore_failures, 1);
+    stage.strike().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn failing_restores_are_told_with_the_monitors_reason_and_do_not_spin() {
+    for (script, reason) in [
+        (
+            "refuses-restore",
+            "monitor failed to restore; host lacks avx512",
+        ),
+        ("dies-in-restore", "monitor died: cannot open /dev/kvm"),
+        ("garbage-in-restore", "monitor broke its control protocol"),
+        ("hangs-in-restore", "monitor did not restore within 2s"),
+    ] {
+        let stage = Stage::new(script);
+        let pool = stage.pool().await;
+        let told = host(invoke(&pool).await);
+        assert!(told.contains(reason), "{script}: {told}");
+        let failures = pool.stats().restore_failures;
+        assert!((2..5).contains(&failures), "{script}: {failures} failures");
+        stage.strike().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_over_its_time_is_ended_even_while_the_guest_talks() {
+    for script in ["hangs-in-run", "babbles-in-run"] {
+        let stage = Stage::new(script);
+        let pool = stage.pool().await;
+        let mut invocation = invocation(b"{}");
+        invocation.timeout = Duration::from_millis(300);
+        let began = Instant::now();
+        let outcome = pool.invoke(invocation).await.unwrap();
+        assert_eq!(outcome.end, End::TimedOut, "{script}");
+        assert!(outcome.log.len() < INVOCATION_LOG_BYTES_MAX + 100);
+        assert!(began.elapsed() < Duration::from_secs(20), "{script}");
+        stage.strike().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guests_end_is_told_with_its_reason_and_console() {
+    for (script, expected, shown) in [
+        ("panics-in-run", ExitReason::Panic, "Kernel panic"),
+        (
+            "garbage-from-agent",
+            ExitReason::GuestFault,
+            "console of the guest",
+        ),
+        (
+            "closes-agent",
+            ExitReason::GuestFault,
+            "console of the guest",
+        ),
+    ] {
+        let stage = Stage::new(script);
+        let pool = stage.pool().await;
+        let outcome = invoke(&pool).await.unwrap();
+        let End::GuestDied {
+            reason, console, ..
+        } = outcome.end
+        else {
+            panic!("{script}: {:?}", outcome.end);
+        };
+        assert_eq!((reason, console.as_str()), (expected, shown), "{script}");
+        stage.strike().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_before_the_end_of_the_guest_counts() {
+    let stage = Stage::new("answers-and-powers-off");
+    let pool = stage.pool().await;
+    for _ in 0..10 {
+        let result = invoke(&pool).await;
+        assert!(is_answer(&result, b"{}"), "{result:?}");
+    }
+    stage.strike().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_of_another_generation_is_never_taken() {
+    let stage = Stage::new("old-answers");
+    let pool = stage.pool().await;
+    assert!(is_answer(&invoke(&pool).await, b"{}"));
+    // Thawed, a line of output, and the answer.
+    assert_eq!(pool.stats().stale_frames, 3);
+    stage.strike().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_queue_refuses_and_an_impatient_caller_leaves_it() {
+    let stage = Stage::new("hangs-in-run");
+    let spec = PoolSpec {
+        concurrency_max: 1,
+        queue_max: 1,
+        queue_wait_max: Duration::from_millis(300),
+        ..stage.spec()
+    };
+    let pool = stage.runtime.open_pool(spec).await.unwrap();
+    let call = |pool: &Pool| {
+        let pool = pool.clone();
+        tokio::spawn(async move { invoke(&pool).await })
+    };
+    let running = call(&pool);
+    while pool.stats().running == 0 {
+        tokio::task::yield_now().await;
+    }
+    let waiting = call(&pool);
+    while pool.stats().waiting == 0 {
+        tokio::task::yield_now().await;
+    }
+    let refused = |result, expected| match result {
+        Err(InvokeError::Throttled {
+            reason, running, ..
+        }) => {
+            assert_eq!((reason, running), (expected, 1));
+        }
+        other => panic!("{other:?}"),
+    };
+    refused(invoke(&pool).await, ThrottleReason::QueueFull);
+    refused(waiting.await.unwrap(), ThrottleReason::WaitedTooLong);
+    assert_eq!((pool.stats().throttled, pool.stats().waiting), (2, 0));
+
+    // The caller goes away: its VM is destroyed, its place is free.
+    running.abort();
+    while pool.stats().running > 0 {
+        tokio::task::yield_now().await;
+    }
+    let next = call(&pool);
+    while pool.stats().running == 0 {
+        tokio::task::yield_now().await;
+    }
+    next.abort();
+    stage.strike().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn closing_ends_what_does_not_end_itself() {
+    let stage = Stage::new("hangs-in-run");
+    let pool = stage.pool().await;
+    let running = {
+        let pool = pool.clone();
+        tokio::spawn(async move { invoke(&pool).await })
+    };
+    while pool.stats().running == 0 {
+        tokio::task::yield_now().await;
+    }
+    stage.runtime.shutdown(Duration::from_millis(200)).await;
+    assert!(matches!(running.await.unwrap(), Err(InvokeError::Closed)));
+    assert!(monitors(stage.folder.path()).is_empty());
+    let again = stage.runtime.open_pool(stage.spec()).await;
+    assert!(matches!(
+        again,
+        Err(OpenPoolError::Host(HostError::ShutDown))
+    ));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dropped_runtime_leaves_no_monitor() {
+    let stage = Stage::new("well");
+    let pool = stage.ready_pool().await;
+    let Stage { folder, runtime } = stage;
+    drop((pool, runtime));
+    let began = Instant::now();
+    while !monitors(folder.path()).is_empty() {
+        assert!(began.elapsed() < AMPLE, "a monitor is left");
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_snapshot_is_refused_before_any_vm_is_made() {
+    let stage = Stage::new("well");
+    let path = stage.path("snapshot.thaw");
+    let mut bytes = fs::read(&path).unwrap();
+    let last = bytes.iter().rposition(|byte| *byte != 0).unwrap();
+    bytes[last] ^= 1;
+    fs::write(&path, bytes).unwrap();
+    let error = stage.runtime.open_pool(stage.spec()).await.unwrap_err();
+    assert!(matches!(error, OpenPoolError::Snapshot { .. }), "{error:?}");
+    stage.strike().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_freeze_writes_its_file_and_tells_each_step() {
+    let stage = Stage::new("well");
+    let (result, steps) = stage.freeze().await;
+    let frozen = result.unwrap();
+    assert_eq!(fs::read(&frozen.snapshot).unwrap(), b"frozen");
+    assert_eq!(frozen.init_log, b"starting\n");
+    let agent_version = "7".to_owned();
+    assert_eq!(
+        steps,
+        [
+            FreezeStep::Booting,
+            FreezeStep::AgentUp { agent_version },
+            FreezeStep::RuntimeStarting,
+            FreezeStep::Ready,
+            FreezeStep::Saving,
+            FreezeStep::Saved {
+                file_bytes: 6,
+                stored_bytes: 6
+            },
+        ]
+    );
+    stage.strike().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failed_freeze_says_why_and_leaves_no_file() {
+    type Check = fn(&FreezeError) -> bool;
+    let cases: [(&str, Check); 5] = [
+        ("fails-in-init", |error| {
+            matches!(error, FreezeError::Init(init)
+                if init.error_type == "Runtime.ImportModuleError" && init.log == b"starting\n")
+        }),
+        ("no-space", |error| {
+            matches!(error, FreezeError::DiskFull { .. })
+        }),
+        ("never-says-hello", |error| {
+            matches!(error, FreezeError::TimedOut { waiting_for: "the guest's boot", console, .. }
+                if console == "console of the guest")
+        }),
+        (
+            "never-ready",
+            |error| matches!(error, FreezeError::TimedOut { log, .. } if log == b"starting\n"),
+        ),
+        ("panics-in-boot", |error| {
+            matches!(
+                error,
+                FreezeError::GuestDied {
+                    reason: ExitReason::Panic,
+                    ..
+                }
+            )
+        }),
+    ];
+    for (script, is_expected) in cases {
+        let stage = Stage::new(script);
+        let error = stage.freeze().await.0.unwrap_err();
+        assert!(is_expected(&error), "{script}: {error:?}");
+        assert!(!stage.path("out.thaw").exists());
+        stage.strike().await;
+    }
+}

@@ -1,0 +1,267 @@
+//! A monitor that misbehaves on purpose. It has no VM; what it does is told by the name it was started under, up to the
+//! first dot. A name with `first-` in front is played by the first process alone, later ones play `well`.
+
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::os::fd::{FromRawFd as _, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::exit;
+
+use thaw_agent_protocol::{
+    AgentMessage, Decoder, Generation, HostMessage, InitError, Invoke, LogStream, Message as _,
+    Reply as Answer,
+};
+use thaw_vmm_control::wire::{Read, Receiver, send};
+use thaw_vmm_control::{
+    AGENT_FD, CONTROL_FD, Event, Exit, ExitReason, Failure, Fault, Reply, Request, Saved, Status,
+};
+
+fn main() {
+    let program = PathBuf::from(std::env::args_os().next().expect("a name"));
+    let name = program.file_name().and_then(|n| n.to_str()).expect("UTF-8");
+    let script = name.split('.').next().unwrap_or(name).to_owned();
+    let script = match script.strip_prefix("first-") {
+        Some(script) if is_first(&program) => script.to_owned(),
+        Some(_) => "well".to_owned(),
+        None => script,
+    };
+    Monitor {
+        control: inherited(CONTROL_FD),
+        receiver: Receiver::new(),
+        agent: inherited(AGENT_FD),
+        decoder: Decoder::new(),
+        script,
+    }
+    .play();
+}
+
+fn is_first(program: &Path) -> bool {
+    File::create_new(program.with_extension("played")).is_ok()
+}
+
+fn inherited(number: i32) -> UnixStream {
+    // SAFETY: the runtime starts a monitor with its two sockets at these numbers, and nothing else here owns them.
+    unsafe { OwnedFd::from_raw_fd(number) }.into()
+}
+
+struct Monitor {
+    control: UnixStream,
+    receiver: Receiver,
+    agent: UnixStream,
+    decoder: Decoder,
+    script: String,
+}
+
+impl Monitor {
+    fn play(mut self) {
+        loop {
+            let (request, fds) = self.request();
+            match (self.script.as_str(), &request) {
+                ("hangs-in-restore", Request::Restore(_)) => {}
+                ("dies-in-restore", Request::Restore(_)) => {
+                    eprintln!("cannot open /dev/kvm");
+                    exit(1);
+                }
+                ("refuses-restore", Request::Restore(_)) => {
+                    self.fail("host lacks avx512", Fault::Host)
+                }
+                ("garbage-in-restore", Request::Restore(_)) => {
+                    self.control.write_all(&[0xff; 64]).expect("garbage");
+                }
+                ("no-space", Request::Save(_)) => {
+                    self.fail(
+                        "cannot write memory: No space left on device (os error 28)",
+                        Fault::Host,
+                    );
+                }
+                (_, Request::Boot(_)) => self.boot(),
+                (_, Request::Restore(_) | Request::Pause) => self.reply(Reply::Done),
+                (_, Request::Resume) => self.resume(),
+                (_, Request::Save(_)) => {
+                    let [file] = <[OwnedFd; 1]>::try_from(fds).expect("one file");
+                    File::from(file).write_all(b"frozen").expect("save");
+                    self.reply(Reply::Saved(Saved {
+                        file_bytes: 6,
+                        stored_bytes: 6,
+                        digest: "d".into(),
+                    }));
+                }
+                (_, Request::Status) => self.reply(Reply::Status(Status {
+                    console: "console of the guest".into(),
+                    ..Status::default()
+                })),
+                (_, Request::Quit) => exit(0),
+            }
+        }
+    }
+
+    fn boot(&mut self) {
+        self.reply(Reply::Done);
+        match self.script.as_str() {
+            "never-says-hello" => return,
+            "panics-in-boot" => return self.exited(ExitReason::Panic),
+            _ => {}
+        }
+        self.say(
+            AgentMessage::Hello {
+                agent_version: "7".into(),
+            },
+            0,
+        );
+        let HostMessage::Configure(_) = self.hear().1 else {
+            panic!("no configuration");
+        };
+        self.log("starting\n", 0);
+        match self.script.as_str() {
+            "fails-in-init" => self.say(
+                AgentMessage::InitError(InitError {
+                    error_type: "Runtime.ImportModuleError".into(),
+                    payload: b"{}".to_vec(),
+                }),
+                0,
+            ),
+            "never-ready" => {}
+            _ => self.say(AgentMessage::Ready, 0),
+        }
+    }
+
+    fn resume(&mut self) {
+        let (generation, thaw) = self.hear();
+        assert!(matches!(thaw, HostMessage::Thaw(_)), "first comes Thaw");
+        let HostMessage::Invoke(invoke) = self.hear().1 else {
+            panic!("then comes Invoke");
+        };
+        self.reply(Reply::Done);
+        match self.script.as_str() {
+            "dies-in-run" => {
+                eprintln!("thread panicked at vcpu.rs");
+                exit(134);
+            }
+            "hangs-in-run" => {}
+            "babbles-in-run" => loop {
+                if self.agent.write_all(&frame(&babble(), generation)).is_err() {
+                    return;
+                }
+            },
+            "garbage-from-agent" => self
+                .agent
+                .write_all(b"no frame, by any means")
+                .expect("garbage"),
+            "panics-in-run" => {
+                self.log("last words\n", generation);
+                self.exited(ExitReason::Panic);
+            }
+            "answers-and-powers-off" => {
+                self.answer(invoke, generation);
+                self.exited(ExitReason::Shutdown);
+                exit(0);
+            }
+            "closes-agent" => self
+                .agent
+                .shutdown(std::net::Shutdown::Both)
+                .expect("close"),
+            "old-answers" => {
+                let old = Invoke {
+                    payload: b"old".to_vec(),
+                    ..invoke.clone()
+                };
+                self.answer(old, 0);
+                self.answer(invoke, generation);
+            }
+            _ => self.answer(invoke, generation),
+        }
+    }
+
+    fn answer(&mut self, invoke: Invoke, generation: u64) {
+        self.say(AgentMessage::Thawed, generation);
+        self.log("hello from the function\n", generation);
+        let reply = Answer {
+            request_id: invoke.request_id,
+            content_type: Some("application/json".into()),
+            payload: invoke.payload,
+        };
+        self.say(AgentMessage::Response(reply), generation);
+    }
+
+    fn exited(&self, reason: ExitReason) {
+        let event = Event::Exited(Exit {
+            reason,
+            detail: "as the script says".into(),
+            console: "Kernel panic".into(),
+        });
+        send(&self.control, &event, &[]).expect("event");
+    }
+
+    fn fail(&self, message: &str, fault: Fault) {
+        self.reply(Reply::Failed(Failure {
+            message: message.into(),
+            fault,
+        }));
+    }
+
+    fn reply(&self, reply: Reply) {
+        send(&self.control, &reply, &[]).expect("reply");
+    }
+
+    fn log(&mut self, text: &str, generation: u64) {
+        let bytes = text.as_bytes().to_vec();
+        self.say(
+            AgentMessage::Log {
+                stream: LogStream::Stdout,
+                bytes,
+            },
+            generation,
+        );
+    }
+
+    fn say(&mut self, message: AgentMessage, generation: u64) {
+        self.agent
+            .write_all(&frame(&message, generation))
+            .expect("agent channel");
+    }
+
+    fn request(&mut self) -> (Request, Vec<OwnedFd>) {
+        loop {
+            if let Some(message) = self.receiver.next_message().expect("a request") {
+                return message;
+            }
+            if self.receiver.read_from(&self.control).expect("control") == Read::Closed {
+                exit(0);
+            }
+        }
+    }
+
+    fn hear(&mut self) -> (u64, HostMessage) {
+        let mut chunk = vec![0; 65536];
+        loop {
+            if let Some(frame) = self.decoder.next_frame().expect("a frame") {
+                let Generation(generation) = frame.generation;
+                return (
+                    generation,
+                    HostMessage::from_frame(frame).expect("a message"),
+                );
+            }
+            match self.agent.read(&mut chunk).expect("agent channel") {
+                0 => exit(0),
+                count => self.decoder.feed(&chunk[..count]),
+            }
+        }
+    }
+}
+
+fn babble() -> AgentMessage {
+    AgentMessage::Log {
+        stream: LogStream::Stderr,
+        bytes: vec![b'.'; 60_000],
+    }
+}
+
+fn frame(message: &AgentMessage, generation: u64) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    message
+        .clone()
+        .encode(Generation(generation), &mut bytes)
+        .expect("a frame");
+    bytes
+}
