@@ -221,7 +221,11 @@ fn failing_base_file_is_an_error_of_the_request_alone() {
 fn malformed_chains_break_the_device_until_reset() {
     let good = (0x8_0000, 16, NEXT, 1);
     let status = (0x8_1000, 1, WRITE, 0);
-    let cases: [(&str, Vec<Descriptor>); 8] = [
+    let cases: [(&str, Vec<Descriptor>); 9] = [
+        (
+            "cut after the status",
+            vec![good, (0x8_1000, 513, WRITE | NEXT, 999)],
+        ),
         ("loop", vec![(0x8_0000, 16, NEXT, 0)]),
         ("next beyond the table", vec![(0x8_0000, 16, NEXT, 999)]),
         ("no status", vec![(0x8_0000, 16, 0, 0)]),

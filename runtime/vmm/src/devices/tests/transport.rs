@@ -73,6 +73,14 @@ fn queue_registers_are_frozen_once_ready() {
     assert_eq!(guest.devices.slots[RNG].save(), before);
     assert_eq!(before.registers.queues[0].descriptors, ring.descriptors);
     assert_eq!(before.registers.queues[0].size, QUEUE_SIZE);
+    // Before DRIVER_OK, too, a queue that was checked stays what it was.
+    guest.negotiate(RNG, VERSION_1);
+    guest.set_up_queue(RNG, 0);
+    let before = guest.devices.slots[RNG].save();
+    for register in [0x38, 0x80, 0x84, 0x90, 0x94, 0xa0, 0xa4] {
+        guest.write(RNG, register, 0x10);
+    }
+    assert_eq!(guest.devices.slots[RNG].save(), before);
 }
 
 #[test]
@@ -139,6 +147,11 @@ fn entropy_is_given_and_interrupts_are_raised_and_acknowledged() {
     assert_eq!(guest.read(RNG, 0x60), 1);
     guest.write(RNG, 0x64, 1);
     assert_eq!(guest.read(RNG, 0x60), 0);
+    ring.submit(&guest, &[Part::In(64)]);
+    guest.run();
+    assert_eq!(guest.read(RNG, 0x60), 1);
+    guest.write(RNG, 0x70, 0);
+    assert_eq!(guest.read(RNG, 0x60), 0, "a reset forgets interrupts");
 }
 
 #[test]

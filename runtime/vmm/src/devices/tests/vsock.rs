@@ -329,6 +329,15 @@ fn second_connect_replaces_the_first() {
     let mut heard = Vec::new();
     read_available(&mut peer.guest.host, &mut heard);
     assert_eq!(heard, b"old");
+    let new = peer.header(PORT + 1, OP_RW);
+    peer.send_raw(new, b"new");
+    let ask = peer.header(PORT + 1, OP_CREDIT_REQUEST);
+    peer.send_raw(ask, &[]);
+    peer.guest.run();
+    peer.collect();
+    read_available(&mut peer.guest.host, &mut heard);
+    assert_eq!(heard, b"oldnew");
+    assert_eq!(peer.host_fwd_cnt, 3);
 }
 
 #[test]
