@@ -23,12 +23,14 @@ pub fn enter(start: &protocol::Start) -> Result<(), String> {
     for folder in ["/rw/upper", "/rw/work"] {
         fs::create_dir(folder).map_err(|error| format!("{folder}: {error}"))?;
     }
-    mount(
-        "overlay",
-        "/new",
-        "overlay",
-        "lowerdir=/ro,upperdir=/rw/upper,workdir=/rw/work",
-    )?;
+    // Without root's rights over there, root's files show as nobody's, and a set-user-ID program would become nobody.
+    let (lower, flags) = match start.rootless {
+        0 => ("/ro", 0),
+        _ => (rootless_layer()?, sys::MS_NOSUID),
+    };
+    let layers = format!("lowerdir={lower},upperdir=/rw/upper,workdir=/rw/work");
+    sys::mount_at("overlay", b"/new", "overlay", flags, &layers)
+        .map_err(|error| format!("overlay on /new: {error}"))?;
     kernel_file_systems()?;
     for folder in &start.writable {
         bind(folder, folder)?;
@@ -46,6 +48,24 @@ pub fn enter(start: &protocol::Start) -> Result<(), String> {
         .and_then(|()| std::os::unix::fs::chroot("."))
         .and_then(|()| std::env::set_current_dir("/"))
         .map_err(|error| format!("new root: {error}"))
+}
+
+/// overlayfs opens the files below it with `O_NOATIME`, which the kernel of the machine grants to a file's owner alone; an ordinary
+/// user's virtiofsd would be refused for every system file. A mounter without CAP_FOWNER makes overlayfs leave the flag out. The
+/// upper overlay needs that capability for its copies, so this one lies between.
+fn rootless_layer() -> Result<&'static str, String> {
+    for folder in ["/empty", "/plain"] {
+        fs::create_dir_all(folder).map_err(|error| format!("{folder}: {error}"))?;
+    }
+    // Capabilities belong to a thread; this one ends with them.
+    let mounter = thread::spawn(|| {
+        sys::drop_fowner().map_err(|error| format!("capabilities: {error}"))?;
+        mount("overlay", "/plain", "overlay", "lowerdir=/ro:/empty")
+    });
+    mounter
+        .join()
+        .unwrap_or_else(|_| Err("mounting thread failed".to_owned()))?;
+    Ok("/plain")
 }
 
 fn mount_root() -> Result<(), String> {

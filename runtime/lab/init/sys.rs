@@ -9,6 +9,8 @@ use std::{
 
 /// Kill, from signal(7).
 pub const SIGKILL: i32 = 9;
+/// mount(2): ignore set-user-ID bits.
+pub const MS_NOSUID: c_ulong = 2;
 /// mount(2): bind mount.
 pub const MS_BIND: c_ulong = 4096;
 /// mount(2): move a mount.
@@ -214,6 +216,18 @@ pub fn allow_open_files(count: u64) -> io::Result<()> {
     let limit = [count, count];
     // SAFETY: the pair has the layout of struct rlimit on 64-bit Linux.
     check(unsafe { setrlimit(RLIMIT_NOFILE, &raw const limit) }.into()).map(drop)
+}
+
+/// Takes CAP_FOWNER from the calling thread (capget(2), capset(2)).
+pub fn drop_fowner() -> io::Result<()> {
+    const CAP_FOWNER: u32 = 1 << 3; // include/uapi/linux/capability.h
+    let header: [u32; 2] = [0x2008_0522, 0]; // version 3, this thread
+    let mut sets = [0_u32; 6]; // effective, permitted, inheritable; twice
+    // SAFETY: both arrays have the layout of version 3 and outlive the calls; 125 is capget, 126 capset.
+    check(unsafe { syscall(125, &raw const header, &raw mut sets) })?;
+    sets[0] &= !CAP_FOWNER;
+    // SAFETY: as above.
+    check(unsafe { syscall(126, &raw const header, &raw const sets) }).map(drop)
 }
 
 /// sync(2).

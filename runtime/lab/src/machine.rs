@@ -2,7 +2,7 @@
 
 use crate::{
     console::Console,
-    process::{Tied, spawn_tied},
+    process::{Leniency, Tied, spawn_tied},
     qemu::{self, Descriptors, Plan, Start},
     tools::{self, MissingTool},
 };
@@ -106,8 +106,8 @@ impl Machine {
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
-        let mut qemu =
-            spawn_tied(&mut command, &inherited).map_err(io_error("start qemu-system-x86_64"))?;
+        let mut qemu = spawn_tied(&mut command, &inherited, Leniency::None)
+            .map_err(io_error("start qemu-system-x86_64"))?;
         follow(&mut qemu, &console);
         Ok(Self {
             qemu,
@@ -139,14 +139,20 @@ fn share_root(console: &Console) -> Result<(UnixStream, Tied), MachineError> {
     let listener = UnixListener::bind(&path).map_err(io_error("make virtiofsd's socket"))?;
     let root = UnixStream::connect(&path).map_err(io_error("connect to virtiofsd's socket"))?;
     drop(folder);
-    let mut command = virtiofsd_command(&virtiofsd, rustix::process::geteuid().is_root());
+    let is_root = rustix::process::geteuid().is_root();
+    let leniency = if is_root {
+        Leniency::None
+    } else {
+        Leniency::SetgroupsIgnored
+    };
+    let mut command = virtiofsd_command(&virtiofsd, is_root);
     command.arg(format!("--fd={}", listener.as_raw_fd()));
     command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
-    let mut child =
-        spawn_tied(&mut command, &[listener.as_fd()]).map_err(io_error("start virtiofsd"))?;
+    let mut child = spawn_tied(&mut command, &[listener.as_fd()], leniency)
+        .map_err(io_error("start virtiofsd"))?;
     follow(&mut child, console);
     Ok((root, child))
 }

@@ -1,5 +1,10 @@
 //! Child processes that die with us.
 
+use rustix::{
+    io::Errno,
+    process::{Pid, Signal},
+};
+use seccompiler::{BpfProgram, BpfProgramRef, SeccompAction, SeccompFilter, TargetArch};
 use std::{
     io,
     os::{
@@ -9,38 +14,64 @@ use std::{
     process::{Child, Command},
 };
 
+/// What a child needs beyond being started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Leniency {
+    /// Nothing.
+    None,
+    /// setgroups(2) does nothing and succeeds: it is forbidden in an ordinary user's user namespace, and virtiofsd insists on
+    /// dropping its groups. They stay, and give it no right that the user has not.
+    SetgroupsIgnored,
+}
+
 /// Starts `command` so that it gets `inherited` under the same numbers, ignores the terminal's Ctrl-C (own process group), and is killed
 /// when the calling thread ends, however it ends.
-pub fn spawn_tied(command: &mut Command, inherited: &[BorrowedFd<'_>]) -> io::Result<Tied> {
+pub fn spawn_tied(
+    command: &mut Command,
+    inherited: &[BorrowedFd<'_>],
+    leniency: Leniency,
+) -> io::Result<Tied> {
     let fds: Vec<RawFd> = inherited.iter().map(AsRawFd::as_raw_fd).collect();
     let parent = rustix::process::getpid();
-    let prepare = move || {
-        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
-        if rustix::process::getppid() != Some(parent) {
-            return Err(io::Error::other("the parent is gone")); // it died before the line above
-        }
-        for &fd in &fds {
-            keep_on_exec(fd)?;
-        }
-        Ok(())
+    let filter = match leniency {
+        Leniency::None => None,
+        Leniency::SetgroupsIgnored => Some(ignore_setgroups().map_err(io::Error::other)?),
     };
     command.process_group(0);
-    before_exec(command, prepare);
+    #[expect(
+        unsafe_code,
+        reason = "code between fork and exec must be async-signal-safe"
+    )]
+    // SAFETY: `prepare` only makes system calls on values computed before the fork; it takes no lock and allocates nothing.
+    unsafe {
+        command.pre_exec(move || prepare(parent, &fds, filter.as_deref()))
+    };
     command.spawn().map(Tied)
 }
 
-#[expect(
-    unsafe_code,
-    reason = "code between fork and exec must be async-signal-safe"
-)]
-fn before_exec(
-    command: &mut Command,
-    prepare: impl FnMut() -> io::Result<()> + Send + Sync + 'static,
-) {
-    // SAFETY: `prepare` (the one closure above) only makes the system calls prctl, getppid and fcntl on values computed before the fork;
-    // it takes no lock. `io::Error::other` allocates on the way to a child that never runs, after which it only exits; glibc's malloc
-    // is usable in the child of a fork.
-    unsafe { command.pre_exec(prepare) };
+fn prepare(parent: Pid, fds: &[RawFd], filter: Option<BpfProgramRef<'_>>) -> io::Result<()> {
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+    if rustix::process::getppid() != Some(parent) {
+        return Err(Errno::SRCH.into()); // the parent died before the line above
+    }
+    for &fd in fds {
+        keep_on_exec(fd)?;
+    }
+    filter.map_or(Ok(()), |filter| {
+        seccompiler::apply_filter(filter).map_err(|_| Errno::INVAL.into())
+    })
+}
+
+fn ignore_setgroups() -> Result<BpfProgram, seccompiler::BackendError> {
+    const SYS_SETGROUPS: i64 = 116; // arch/x86/entry/syscalls/syscall_64.tbl
+    let rules = [(SYS_SETGROUPS, Vec::new())].into();
+    SeccompFilter::new(
+        rules,
+        SeccompAction::Allow,
+        SeccompAction::Errno(0),
+        TargetArch::x86_64,
+    )?
+    .try_into()
 }
 
 #[expect(

@@ -52,6 +52,8 @@ pub struct Start {
     pub writable: Vec<Vec<u8>>,
     /// Folder with the lab kernel's modules (`<release>/…`), mounted at /lib/modules; empty: none.
     pub modules: Vec<u8>,
+    /// 1 if an ordinary user shares the root file system: the daemon that serves it may not do everything for everyone.
+    pub rootless: u8,
 }
 
 /// Init → host.
@@ -132,6 +134,7 @@ impl Start {
             self.entropy.clone(),
             self.cwd.clone(),
             self.modules.clone(),
+            vec![self.rootless],
         ];
         for list in [&self.command, &self.env, &self.writable] {
             fields.push((list.len() as u64).to_le_bytes().to_vec());
@@ -141,7 +144,7 @@ impl Start {
     }
 
     fn from_fields(fields: &[Vec<u8>]) -> io::Result<Self> {
-        let [unix_nanos, entropy, cwd, modules, lists @ ..] = fields else {
+        let [unix_nanos, entropy, cwd, modules, rootless, lists @ ..] = fields else {
             return Err(invalid("start is too short"));
         };
         let mut rest = lists.iter();
@@ -159,6 +162,7 @@ impl Start {
             entropy: entropy.clone(),
             cwd: cwd.clone(),
             modules: modules.clone(),
+            rootless: array::<1>(rootless)?[0],
             command: list()?,
             env: list()?,
             writable: list()?,
@@ -285,6 +289,7 @@ mod tests {
             env: vec![b"A=1".to_vec()],
             writable: vec![],
             modules: vec![],
+            rootless: 1,
         }
     }
 

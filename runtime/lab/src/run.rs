@@ -307,6 +307,7 @@ fn start_message(artifacts: &Artifacts, run: &LabRun) -> Result<protocol::Start,
             .canonicalize()
             .map(bytes)
             .unwrap_or_default(),
+        rootless: u8::from(!rustix::process::geteuid().is_root()),
         ..protocol::Start::default()
     })
 }

@@ -1,7 +1,10 @@
 //! Runs the embedded init as `thaw-lab-init probe`, in a process of its own and with a deadline (see `init/probe.rs`).
 
 use super::{INSTRUCTIONS_PER_SECOND_MIN, KvmVerdict};
-use crate::{artifacts::INIT, process::spawn_tied};
+use crate::{
+    artifacts::INIT,
+    process::{Leniency, spawn_tied},
+};
 use rustix::fs::MemfdFlags;
 use std::{
     fs::File,
@@ -78,7 +81,7 @@ pub fn probe() -> Result<Found, ProbeError> {
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::null());
-    let mut child = spawn_tied(&mut command, &[]).map_err(ProbeError::Start)?;
+    let mut child = spawn_tied(&mut command, &[], Leniency::None).map_err(ProbeError::Start)?;
     let mut output = child
         .child()
         .stdout
