@@ -242,9 +242,8 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
         while let Some(effect) = effects.pop_front() {
             match effect {
                 Effect::Park => self.parked = reply.take(),
-                // A caller that is gone needs no answer.
-                Effect::Answer(answer) => drop(reply.take().map(|reply| reply.send(answer))),
-                Effect::Wake(answer) => drop(self.parked.take().map(|reply| reply.send(answer))),
+                Effect::Answer(answer) => send_answer(&mut reply, answer),
+                Effect::Wake(answer) => send_answer(&mut self.parked, answer),
                 Effect::Send(message) => {
                     self.send_output_so_far().await?;
                     self.writer.send(message).await?;
@@ -284,6 +283,7 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
 
     /// The inner error is the function's own fault.
     fn start(&mut self, configure: Configure) -> Result<Result<(), String>, DriverError> {
+        self.machine.set_hostname(&configure.hostname)?;
         let address = self.serve(&configure)?;
         let mut environment = configure.environment;
         environment.insert("AWS_LAMBDA_RUNTIME_API".into(), address);
@@ -359,6 +359,13 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
         let _ = timeout(TERMINATE_GRACE, ended).await;
         runtime.signal(Signal::KILL);
         let _ = timeout(FATAL_GRACE, self.send_output_so_far()).await;
+    }
+}
+
+fn send_answer(caller: &mut Option<oneshot::Sender<Answer>>, answer: Answer) {
+    if let Some(caller) = caller.take() {
+        // A caller that is gone needs no answer.
+        let _ = caller.send(answer);
     }
 }
 

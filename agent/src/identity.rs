@@ -26,7 +26,7 @@ pub enum AdoptError {
     #[error("thaw's wall clock {0} ns is out of range")]
     Time(u64),
     /// A name that is empty or over the kernel's limit.
-    #[error("thaw's host name has {0} bytes, the limit is {HOSTNAME_BYTES_MAX}")]
+    #[error("the host name has {0} bytes, the limit is {HOSTNAME_BYTES_MAX}")]
     Hostname(usize),
     /// The kernel refused.
     #[error("setting the clone's {what}")]
@@ -46,6 +46,12 @@ pub trait Machine {
     /// # Errors
     /// Any part that failed; the machine is then unfit to run a request.
     fn adopt(&mut self, thaw: &Thaw) -> Result<(), AdoptError>;
+
+    /// Gives this machine its name while the snapshot is built.
+    ///
+    /// # Errors
+    /// A name that the kernel does not take.
+    fn set_hostname(&mut self, hostname: &str) -> Result<(), AdoptError>;
 }
 
 /// The virtual machine in which the agent is PID 1.
@@ -73,8 +79,24 @@ impl Machine for Guest {
         sys::add_entropy(&self.random, &thaw.entropy).map_err(step("random generator"))?;
         rustix::time::clock_settime(ClockId::Realtime, time)
             .map_err(|e| step("wall clock")(e.into()))?;
-        rustix::system::sethostname(thaw.hostname.as_bytes())
-            .map_err(|e| step("host name")(e.into()))
+        self.set_hostname(&thaw.hostname)
+    }
+
+    fn set_hostname(&mut self, hostname: &str) -> Result<(), AdoptError> {
+        check_hostname(hostname)?;
+        rustix::system::sethostname(hostname.as_bytes()).map_err(|error| AdoptError::System {
+            what: "host name",
+            source: error.into(),
+        })
+    }
+}
+
+fn check_hostname(hostname: &str) -> Result<(), AdoptError> {
+    let length = hostname.len();
+    if (1..=HOSTNAME_BYTES_MAX).contains(&length) {
+        Ok(())
+    } else {
+        Err(AdoptError::Hostname(length))
     }
 }
 
@@ -83,10 +105,7 @@ fn validate(thaw: &Thaw) -> Result<Timespec, AdoptError> {
     if !(ENTROPY_BYTES_MIN..=sys::ENTROPY_BYTES_MAX).contains(&entropy) {
         return Err(AdoptError::Entropy(entropy));
     }
-    let hostname = thaw.hostname.len();
-    if !(1..=HOSTNAME_BYTES_MAX).contains(&hostname) {
-        return Err(AdoptError::Hostname(hostname));
-    }
+    check_hostname(&thaw.hostname)?;
     Timespec::try_from(Duration::from_nanos(thaw.unix_time_ns))
         .map_err(|_| AdoptError::Time(thaw.unix_time_ns))
 }

@@ -8,6 +8,12 @@ use std::process::Command;
 
 use rustix::process::{Gid, Uid};
 
+/// Constants of libc in the types of the structures that take them.
+const AF_VSOCK: libc::sa_family_t = 40;
+const _: () = assert!(AF_VSOCK as libc::c_int == libc::AF_VSOCK);
+const IFF_UP: libc::c_short = 1;
+const _: () = assert!(IFF_UP as libc::c_int == libc::IFF_UP);
+
 /// Context id of the host, seen from a guest (vsock(7)).
 const HOST_CID: u32 = 2;
 
@@ -48,17 +54,13 @@ pub fn connect_host(port: u32) -> io::Result<OwnedFd> {
     let socket = unsafe { OwnedFd::from_raw_fd(fd) };
     // SAFETY: sockaddr_vm is plain integers, for which all zeroes is a value.
     let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
-    address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
+    address.svm_family = AF_VSOCK;
     address.svm_cid = HOST_CID;
     address.svm_port = port;
+    let length = libc::socklen_t::try_from(size_of::<libc::sockaddr_vm>())
+        .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
     // SAFETY: the pointer is to a sockaddr_vm that outlives the call, and the length is its size.
-    check(unsafe {
-        libc::connect(
-            socket.as_raw_fd(),
-            (&raw const address).cast(),
-            size_of::<libc::sockaddr_vm>() as libc::socklen_t,
-        )
-    })?;
+    check(unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), length) })?;
     Ok(socket)
 }
 
@@ -79,7 +81,7 @@ pub fn interface_up(name: &str) -> io::Result<()> {
     // SAFETY: SIOCGIFFLAGS reads the name and writes the flags of the ifreq it is given, which outlives the call.
     check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS, &raw mut request) })?;
     // SAFETY: SIOCGIFFLAGS has set this member of the union; every bit pattern of it is a value.
-    unsafe { request.ifr_ifru.ifru_flags |= libc::IFF_UP as libc::c_short };
+    unsafe { request.ifr_ifru.ifru_flags |= IFF_UP };
     // SAFETY: SIOCSIFFLAGS reads the ifreq it is given, which outlives the call.
     check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) })?;
     Ok(())

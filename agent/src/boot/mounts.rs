@@ -56,7 +56,7 @@ pub fn root(disks: &Disks, new_root: &Path) -> Result<(), BootError> {
     let tmp = new_root.join("tmp");
     make_folder(&tmp, 0o1777)?;
     let flags = MountFlags::BIND | MountFlags::NOSUID | MountFlags::NODEV;
-    mount(&folder("tmp"), &tmp, "", flags, None)?;
+    mount(folder("tmp"), &tmp, "", flags, None)?;
 
     let task_root = new_root.join(TASK_ROOT);
     make_folder(&task_root, 0o755)?;
@@ -80,23 +80,17 @@ fn kernel_file_systems(new_root: &Path) -> Result<(), BootError> {
     let quiet = MountFlags::NOSUID | MountFlags::NODEV;
     let devpts = Some(c"newinstance,ptmxmode=0666,mode=0620,gid=5");
     let device = MountFlags::NOSUID | MountFlags::NOEXEC;
-    mount(
-        "devpts",
-        &new_root.join("dev/pts"),
-        "devpts",
-        device,
-        devpts,
-    )?;
+    mount("devpts", new_root.join("dev/pts"), "devpts", device, devpts)?;
     mount(
         "tmpfs",
-        &new_root.join("dev/shm"),
+        new_root.join("dev/shm"),
         "tmpfs",
         quiet,
         Some(c"mode=1777"),
     )?;
     mount(
         "tmpfs",
-        &new_root.join("run"),
+        new_root.join("run"),
         "tmpfs",
         quiet,
         Some(c"mode=0755"),

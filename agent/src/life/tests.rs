@@ -1,1 +1,244 @@
+use proptest::prelude::*;
 
+use super::*;
+
+fn configured() -> Life {
+    let mut life = Life::new();
+    let effects = life
+        .host(Generation(0), HostMessage::Configure(configure()))
+        .unwrap();
+    assert_eq!(effects, [Effect::Start(configure())]);
+    life
+}
+
+fn configure() -> Configure {
+    Configure {
+        init_limit_ms: 10_000,
+        ..Configure::default()
+    }
+}
+
+fn thaw() -> HostMessage {
+    HostMessage::Thaw(Thaw {
+        unix_time_ns: 0,
+        hostname: "h".into(),
+        entropy: vec![0; 64],
+    })
+}
+
+fn invoke(id: &str) -> HostMessage {
+    HostMessage::Invoke(Invoke {
+        request_id: id.into(),
+        payload: b"{}".to_vec(),
+        ..Invoke::default()
+    })
+}
+
+fn reply(id: &str) -> Call {
+    Call::Response(Reply {
+        request_id: id.into(),
+        ..Reply::default()
+    })
+}
+
+fn thawed() -> Life {
+    let mut life = configured();
+    assert_eq!(
+        life.call(Call::Next),
+        [Effect::Park, Effect::Send(AgentMessage::Ready)]
+    );
+    life.host(Generation(1), thaw()).unwrap();
+    life
+}
+
+#[test]
+fn the_parked_call_gets_the_invocation() {
+    let mut life = thawed();
+    let effects = life.host(Generation(1), invoke("a")).unwrap();
+    assert!(
+        matches!(&effects[..], [Effect::Wake(Answer::Invocation(i))] if i.head.request_id == "a" && i.payload == "{}")
+    );
+    assert_eq!(life.request_id(), Some("a"));
+}
+
+#[test]
+fn an_invocation_before_the_runtime_asks_again_waits_and_no_ready_is_sent() {
+    let mut life = thawed();
+    life.host(Generation(1), invoke("a")).unwrap();
+    assert_eq!(life.call(reply("a")).len(), 2);
+    assert_eq!(life.host(Generation(1), invoke("b")).unwrap(), []);
+    let effects = life.call(Call::Next);
+    assert!(
+        matches!(&effects[..], [Effect::Answer(Answer::Invocation(i))] if i.head.request_id == "b")
+    );
+}
+
+#[test]
+fn an_invocation_during_another_is_refused() {
+    let mut life = thawed();
+    life.host(Generation(1), invoke("a")).unwrap();
+    assert_eq!(
+        life.host(Generation(1), invoke("b")),
+        Err(LifeError::OutOfOrder {
+            message: "invocation",
+            phase: "Running"
+        })
+    );
+}
+
+#[test]
+fn a_thaw_during_init_is_refused() {
+    let mut life = configured();
+    assert!(life.host(Generation(1), thaw()).is_err());
+}
+
+#[test]
+fn an_invocation_after_the_end_is_left_to_the_exit_report() {
+    let mut life = thawed();
+    let effects = life.runtime_ended(RuntimeExitCause::Code(1), false);
+    assert_eq!(effects.len(), 2);
+    assert_eq!(life.host(Generation(1), invoke("a")).unwrap(), []);
+    assert_eq!(life.runtime_ended(RuntimeExitCause::Code(1), false), []);
+}
+
+#[test]
+fn the_exit_after_an_init_error_is_not_reported_again() {
+    let mut life = configured();
+    life.call(Call::InitError(InitError::default()));
+    assert_eq!(life.runtime_ended(RuntimeExitCause::Code(1), false), []);
+}
+
+#[test]
+fn a_late_init_limit_is_ignored() {
+    let mut life = thawed();
+    assert_eq!(life.init_timed_out(), []);
+}
+
+#[test]
+fn only_the_last_answered_id_is_a_second_answer() {
+    let mut life = thawed();
+    for id in ["a", "b"] {
+        life.call(Call::Next);
+        life.host(Generation(1), invoke(id)).unwrap();
+        life.call(reply(id));
+    }
+    assert!(matches!(
+        life.call(reply("b"))[..],
+        [Effect::Answer(Answer::NotAllowed { .. })]
+    ));
+    assert_eq!(
+        life.call(reply("a")),
+        [Effect::Answer(Answer::InvalidRequestId)]
+    );
+}
+
+#[derive(Clone, Debug)]
+enum Input {
+    Host(u64, HostMessage),
+    Call(Call),
+    Lost,
+    Ended,
+    InitLimit,
+    StartFailed,
+}
+
+fn input() -> impl Strategy<Value = Input> {
+    let id = || prop::sample::select(vec!["a", "b", "c"]).prop_map(str::to_owned);
+    let error = InitError::default();
+    prop_oneof![
+        1 => Just(Input::Host(0, HostMessage::Configure(configure()))),
+        3 => (0u64..4).prop_map(|g| Input::Host(g, thaw())),
+        6 => (0u64..4, id()).prop_map(|(g, id)| Input::Host(g, invoke(&id))),
+        8 => Just(Input::Call(Call::Next)),
+        2 => Just(Input::Call(Call::RestoreNext)),
+        6 => id().prop_map(|id| Input::Call(reply(&id))),
+        2 => id().prop_map(|request_id| Input::Call(Call::TooLarge { request_id })),
+        2 => id().prop_map(|request_id| Input::Call(Call::Error(InvocationError { request_id, ..Default::default() }))),
+        1 => Just(Input::Call(Call::InitError(error.clone()))),
+        1 => Just(Input::Call(Call::RestoreError(error))),
+        2 => Just(Input::Lost),
+        1 => Just(Input::Ended),
+        1 => Just(Input::InitLimit),
+        1 => Just(Input::StartFailed),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    #[test]
+    fn any_order_of_events_keeps_the_promises(inputs in prop::collection::vec(input(), 0..40)) {
+        let mut life = configured();
+        let mut generation = 0;
+        let mut open: Option<String> = None;
+        for input in inputs {
+            let was_frozen = life.is_frozen();
+            let ended = matches!(input, Input::Ended);
+            let is_call = matches!(input, Input::Call(_));
+            let parked = life.parked.is_some();
+            let effects = match input.clone() {
+                Input::Host(g, message) => {
+                    let invoked = match &message {
+                        HostMessage::Invoke(invoke) => Some(invoke.request_id.clone()),
+                        _ => None,
+                    };
+                    // The driver ends the sandbox on an error; here later events show that nothing was changed by it.
+                    let Ok(effects) = life.host(Generation(g), message) else { continue };
+                    if let Some(id) = invoked {
+                        prop_assert!(g > 0 && g == generation, "ran in the wrong life");
+                        prop_assert_eq!(&open, &None);
+                        if !matches!(life.phase, Phase::Ended) {
+                            open = Some(id);
+                        } else if !effects.is_empty() {
+                            open = Some(id); // a failed restore answers at once
+                        }
+                    }
+                    effects
+                }
+                Input::Call(call) => life.call(call),
+                Input::Lost => { life.parked_call_lost(); Vec::new() }
+                Input::Ended => life.runtime_ended(RuntimeExitCause::Code(1), false),
+                Input::InitLimit => life.init_timed_out(),
+                Input::StartFailed if life.is_initialising() => life.start_failed("x"),
+                Input::StartFailed => Vec::new(),
+            };
+            let mut answers = 0;
+            for effect in &effects {
+                match effect {
+                    Effect::Adopt(g, _) => {
+                        prop_assert!(g.0 > generation);
+                        generation = g.0;
+                    }
+                    Effect::Park => answers += 1,
+                    Effect::Answer(answer) | Effect::Wake(answer) => {
+                        if matches!(effect, Effect::Wake(_)) {
+                            prop_assert!(parked, "woke nobody");
+                        } else {
+                            answers += 1;
+                        }
+                        if let Answer::Invocation(invocation) = answer {
+                            prop_assert!(generation > 0);
+                            prop_assert_eq!(Some(&invocation.head.request_id), open.as_ref());
+                        }
+                        prop_assert!(*answer != Answer::Restored || generation > 0);
+                    }
+                    Effect::Send(message) => {
+                        prop_assert!(!was_frozen || ended, "wrote while frozen: {message:?}");
+                        let answered = match message {
+                            AgentMessage::Response(reply) => Some(reply.request_id.clone()),
+                            AgentMessage::InvocationError(error) => Some(error.request_id.clone()),
+                            AgentMessage::RuntimeExit(exit) => exit.request_id.clone(),
+                            _ => None,
+                        };
+                        if answered.is_some() {
+                            prop_assert_eq!(&answered, &open, "answered what was not asked");
+                            open = None;
+                        }
+                    }
+                    Effect::Start(_) | Effect::Kill | Effect::PowerOff => {}
+                }
+            }
+            prop_assert_eq!(answers, usize::from(is_call), "a call is answered or parked exactly once: {:?}", input);
+        }
+    }
+}

@@ -1,4 +1,5 @@
 //! The agent without a virtual machine: real driver, real Runtime API over TCP, real processes. The test is the host.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod channel;
 mod processes;

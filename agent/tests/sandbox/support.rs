@@ -28,6 +28,11 @@ impl Machine for Recorder {
         self.0.send(thaw.clone()).unwrap();
         Ok(())
     }
+
+    fn set_hostname(&mut self, hostname: &str) -> Result<(), AdoptError> {
+        assert_eq!(hostname, "snapshot");
+        Ok(())
+    }
 }
 
 pub struct Sandbox {
@@ -192,11 +197,20 @@ impl Sandbox {
                 return (generation, AgentMessage::from_frame(frame).unwrap());
             }
             let length = self
-                .channel
                 .read(&mut buffer)
                 .expect("the agent sends something before the test's patience ends");
             assert_ne!(length, 0, "the agent closed the channel");
             self.decoder.feed(&buffer[..length]);
+        }
+    }
+
+    /// Reads the channel. The agent's SIGCHLD interrupts the test, too: both are one process here.
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        loop {
+            match self.channel.read(buffer) {
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                other => return other,
+            }
         }
     }
 
@@ -235,7 +249,7 @@ impl Sandbox {
         assert_eq!(self.decoder.next_frame().unwrap(), None);
         self.channel.set_read_timeout(Some(moment)).unwrap();
         let mut byte = [0];
-        let error = self.channel.read(&mut byte).unwrap_err();
+        let error = self.read(&mut byte).unwrap_err();
         assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
         self.channel.set_read_timeout(Some(PATIENCE)).unwrap();
     }
