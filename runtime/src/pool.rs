@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use thaw_agent_protocol::{FrameError, PAYLOAD_BYTES_MAX};
 use thaw_snapshot::Snapshot;
 use thiserror::Error;
 use tokio::sync::oneshot;
@@ -117,6 +118,12 @@ impl Pool {
     /// # Errors
     /// No VM within the pool's limits, the pool closed, or a failure of this machine. What the function did is an [`Outcome`].
     pub async fn invoke(&self, invocation: Invocation) -> Result<Outcome, InvokeError> {
+        let bytes = invocation.payload.len();
+        if bytes > PAYLOAD_BYTES_MAX {
+            return Err(InvokeError::TooLarge(Arc::new(
+                FrameError::BodyTooLarge(bytes).into(),
+            )));
+        }
         let asked = Moment::now();
         let patience = after(self.inner.spec.queue_wait_max);
         let mut lease = self.acquire(patience).await?;

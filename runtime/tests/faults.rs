@@ -174,6 +174,10 @@ async fn invocations_are_answered_each_by_a_monitor_of_its_own() {
     let outcome = pool.invoke(invocation(&payload)).await;
     assert!(is_answer(&outcome, &payload));
     assert_eq!(outcome.unwrap().log, b"hello from the function\n");
+    let over = pool
+        .invoke(invocation(&vec![b'x'; payload.len() + 1]))
+        .await;
+    assert!(matches!(over, Err(InvokeError::TooLarge(_))));
     let mut calls = tokio::task::JoinSet::new();
     for _ in 0..9 {
         let pool = pool.clone();
