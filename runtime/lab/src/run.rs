@@ -1,5 +1,7 @@
 //! One run: boot (with a deadline, and again when it hangs), start the command once, pass streams and signals, end everything.
 
+mod session;
+
 use crate::{
     LabRun, PortForward, StartMode,
     artifacts::{Artifacts, NotBuilt},
@@ -10,6 +12,7 @@ use crate::{
     saved::{SavedState, StateError},
     streams::{self, StoppableInput, Stream},
 };
+use session::{Act, End, Input, Session};
 use std::{
     ffi::OsString,
     fs::File,
@@ -17,7 +20,7 @@ use std::{
     net::TcpListener,
     os::unix::{ffi::OsStringExt, net::UnixStream},
     path::PathBuf,
-    sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel},
+    sync::mpsc::{Receiver, Sender, channel},
     thread,
     time::{Duration, Instant, SystemTime},
 };
@@ -28,13 +31,10 @@ const BOOT_ATTEMPTS_MAX: u32 = 3;
 const BOOT_LIMIT: Duration = Duration::from_secs(60);
 /// Plugging, mounting and starting the command take well under a second.
 const START_LIMIT: Duration = Duration::from_secs(30);
-/// The init says every 5 s that it lives.
-const SILENCE_LIMIT: Duration = Duration::from_secs(90);
 /// A control message is taken at once by a living lab.
 const SEND_LIMIT: Duration = Duration::from_secs(10);
 /// Fresh randomness handed to the lab.
 const ENTROPY_BYTES: usize = 64;
-const SIGTERM: i32 = 15;
 
 /// Why a run failed. The command's own failure is an exit code, not one of these.
 #[derive(Debug, thiserror::Error)]
@@ -136,6 +136,21 @@ enum Event {
     Gone(u32),
     StreamEnd,
     Signal(i32),
+}
+
+impl Event {
+    /// What the event means to the command's session in this attempt's lab.
+    fn input_for(self, attempt: u32) -> Option<Input> {
+        match self {
+            Self::Signal(signal) => Some(Input::Signal(signal)),
+            Self::StreamEnd => Some(Input::StreamEnd),
+            Self::Gone(from) => (from == attempt).then_some(Input::Gone),
+            Self::Init(from, _) if from != attempt => None,
+            Self::Init(_, InitMessage::Exited(code)) => Some(Input::Exited(code)),
+            Self::Init(_, InitMessage::Failed(code, why)) => Some(Input::Failed(code, why)),
+            Self::Init(..) => Some(Input::Alive),
+        }
+    }
 }
 
 /// How an attempt to get the command started ended.
@@ -255,7 +270,7 @@ pub fn save(
         driver.listen(&machine)?;
         match driver.await_init(&mut machine, BOOT_LIMIT)? {
             Heard::Message(InitMessage::Booted) => return Ok(saved.save(&machine, plan.tsc_khz)?),
-            Heard::Message(_) | Heard::Signal(_) | Heard::Nothing => {
+            Heard::Message(_) | Heard::Signal(_) | Heard::Gone | Heard::Nothing => {
                 console = machine.console.tail()
             }
         }
@@ -335,7 +350,7 @@ impl Driver {
         match self.await_init(&mut machine, BOOT_LIMIT)? {
             Heard::Message(InitMessage::Booted) => {}
             Heard::Signal(signal) => return Ok(Attempt::Signalled(signal)),
-            Heard::Message(_) | Heard::Nothing => {
+            Heard::Message(_) | Heard::Gone | Heard::Nothing => {
                 return Ok(Attempt::Failed(machine.console.tail()));
             }
         }
@@ -370,8 +385,31 @@ impl Driver {
         Ok(match self.await_init(&mut machine, START_LIMIT)? {
             Heard::Message(InitMessage::Started) => Attempt::Started(machine),
             Heard::Signal(signal) => Attempt::Signalled(signal),
-            Heard::Message(_) | Heard::Nothing => Attempt::Failed(machine.console.tail()),
+            Heard::Message(_) | Heard::Gone => Attempt::Failed(machine.console.tail()),
+            Heard::Nothing => {
+                let console = machine.console.tail();
+                drop(machine);
+                self.after_silence(console)?
+            }
         })
+    }
+
+    /// The machine is gone; what it still said tells whether another attempt would start the command a second time.
+    fn after_silence(&mut self, console: String) -> Result<Attempt, RunError> {
+        loop {
+            match self.events.recv_timeout(SEND_LIMIT) {
+                Ok(Event::Init(attempt, InitMessage::Started)) if attempt == self.attempt => {
+                    let how = "hung while it started the command";
+                    return Err(RunError::Lost { how, console });
+                }
+                Ok(Event::Gone(attempt)) if attempt == self.attempt => {
+                    return Ok(Attempt::Failed(console));
+                }
+                Ok(Event::Signal(signal)) => return Ok(Attempt::Signalled(signal)),
+                Ok(_) => {}
+                Err(_) => return Ok(Attempt::Failed(console)),
+            }
+        }
     }
 
     fn listen(&self, machine: &Machine) -> Result<(), RunError> {
@@ -413,7 +451,7 @@ impl Driver {
                 }
                 Ok(Event::Gone(attempt)) if attempt == self.attempt => {
                     settle(machine);
-                    return Ok(Heard::Nothing);
+                    return Ok(Heard::Gone);
                 }
                 Ok(Event::Signal(signal)) => return Ok(Heard::Signal(signal)),
                 Ok(_) => {}
@@ -424,72 +462,32 @@ impl Driver {
 
     /// From the command's start to its end.
     fn drive(&mut self, mut machine: Machine, run: LabRun) -> Result<i32, RunError> {
-        let mut open_streams = 2;
         self.receive(&machine.stdout, streams::writer(run.stdout, io::stdout()))?;
         self.receive(&machine.stderr, streams::writer(run.stderr, io::stderr()))?;
         let _stopper = send_stdin(&machine.stdin, run.stdin)?;
-        let mut ending = Ending::default();
-        let mut code = None;
-        let limit = run.time_limit.map(|limit| (limit, Instant::now() + limit));
-        let mut heard = Instant::now();
+        let mut session = Session::new(Instant::now(), run.time_limit, run.grace);
         loop {
-            if let (Some(code), 0) = (code, open_streams) {
-                return ending.result(code);
-            }
-            let limit_end = limit.filter(|_| ending.cut.is_none()).map(|(_, end)| end);
-            let next = [Some(heard + SILENCE_LIMIT), limit_end, ending.cut]
-                .into_iter()
-                .flatten()
-                .min()
-                .unwrap_or(heard);
-            match self
-                .events
-                .recv_timeout(next.saturating_duration_since(Instant::now()))
-            {
-                Ok(Event::Init(attempt, message)) if attempt == self.attempt => {
-                    heard = Instant::now();
-                    match message {
-                        InitMessage::Exited(ended) => code = Some(ended),
-                        InitMessage::Failed(code, why) => {
-                            return Err(RunError::Command { code, why });
-                        }
-                        InitMessage::Booted | InitMessage::Started | InitMessage::Alive => {}
-                    }
-                }
-                Ok(Event::Gone(attempt)) if attempt == self.attempt && code.is_none() => {
-                    settle(&mut machine);
-                    return Err(RunError::Lost {
-                        how: "ended before the command did",
-                        console: machine.console.tail(),
-                    });
-                }
-                Ok(Event::Signal(signal)) => {
-                    ending.begin(signal, run.grace);
+            let wait = session.wake_at().saturating_duration_since(Instant::now());
+            let input = match self.events.recv_timeout(wait) {
+                Ok(event) => event.input_for(self.attempt),
+                Err(_) => Some(Input::Nothing),
+            };
+            let Some(input) = input else { continue };
+            match session.on(Instant::now(), input) {
+                Act::Wait => {}
+                Act::Pass(signal) => {
                     // A lab that takes no message is ended by the grace period.
                     let _ = HostMessage::Signal(signal).write(&mut machine.control);
                 }
-                Ok(Event::StreamEnd) => open_streams -= 1,
-                Ok(Event::Init(..) | Event::Gone(_)) | Err(RecvTimeoutError::Disconnected) => {}
-                Err(RecvTimeoutError::Timeout) => {
-                    let now = Instant::now();
-                    if ending.cut.is_some_and(|cut| cut <= now) {
-                        return ending.result(137);
-                    }
-                    if let Some((limit, end)) =
-                        limit.filter(|&(_, end)| end <= now && ending.cut.is_none())
-                    {
-                        let _ = end;
-                        ending.over = Some(limit);
-                        ending.begin(SIGTERM, run.grace);
-                        let _ = HostMessage::Signal(SIGTERM).write(&mut machine.control);
-                    } else if heard + SILENCE_LIMIT <= now && code.is_none() {
-                        return Err(RunError::Lost {
-                            how: "hangs",
-                            console: machine.console.tail(),
-                        });
-                    } else if code.is_some() {
-                        heard = now; // only our own reader is slow
-                    }
+                Act::End(End::Code(code)) => return Ok(code),
+                Act::End(End::TimeLimit) => {
+                    return Err(RunError::TimeLimit(run.time_limit.unwrap_or_default()));
+                }
+                Act::End(End::Failed(code, why)) => return Err(RunError::Command { code, why }),
+                Act::End(End::Lost(how)) => {
+                    settle(&mut machine);
+                    let console = machine.console.tail();
+                    return Err(RunError::Lost { how, console });
                 }
             }
         }
@@ -512,27 +510,10 @@ impl Driver {
 enum Heard {
     Message(InitMessage),
     Signal(i32),
+    /// The control socket closed.
+    Gone,
+    /// The deadline passed.
     Nothing,
-}
-
-/// The way to the end after a signal or the time limit.
-#[derive(Default)]
-struct Ending {
-    /// When the lab is ended whatever the command does.
-    cut: Option<Instant>,
-    /// The limit that passed.
-    over: Option<Duration>,
-}
-
-impl Ending {
-    fn begin(&mut self, _signal: i32, grace: Duration) {
-        self.cut.get_or_insert_with(|| Instant::now() + grace);
-    }
-
-    fn result(&self, code: i32) -> Result<i32, RunError> {
-        self.over
-            .map_or(Ok(code), |limit| Err(RunError::TimeLimit(limit)))
-    }
 }
 
 fn send_stdin(port: &UnixStream, source: Stream) -> Result<io::PipeWriter, RunError> {
