@@ -180,12 +180,14 @@ pub fn restore(request: &RestoreRequest, files: Vec<File>, agent: UnixStream, cl
     let snapshot = Snapshot::from_file(file, "given").map_err(RestoreError::Open)?;
     let cpu = snapshot.cpu().map_err(RestoreError::Read)?;
     let host = Host::open().map_err(RestoreError::Host)?;
-    let missing = cpu.missing_on(&state::cpu_record(&host.cpuid(0, 1), cpu.tsc_khz));
+    let section = snapshot.section(SectionKind::Machine).map_err(RestoreError::Read)?;
+    let state = state::decode(&section).map_err(RestoreError::State)?;
+    let vcpu_count = u8::try_from(state.vcpus.len()).map_err(|_| RestoreError::Contradiction("the vcpu count"))?;
+    // What a machine of this shape would be told here; some bits speak of the shape.
+    let missing = cpu.missing_on(&state::cpu_record(&host.cpuid(0, vcpu_count), cpu.tsc_khz));
     if !missing.is_empty() {
         return Err(RestoreError::Cpu(missing));
     }
-    let section = snapshot.section(SectionKind::Machine).map_err(RestoreError::Read)?;
-    let state = state::decode(&section).map_err(RestoreError::State)?;
     let stored = snapshot.memory().map_err(RestoreError::Read)?;
     if stored.length != state.memory_bytes {
         return Err(RestoreError::Contradiction("the memory section's length"));
@@ -193,7 +195,6 @@ pub fn restore(request: &RestoreRequest, files: Vec<File>, agent: UnixStream, cl
     let (disks, disk_bases) = disks(&snapshot, &request.disks, &state.disks, files.collect())?;
 
     let memory = GuestMemory::reserve(state.memory_bytes).map_err(RestoreError::Memory)?;
-    let vcpu_count = u8::try_from(state.vcpus.len()).map_err(|_| RestoreError::Contradiction("the vcpu count"))?;
     let bare = host.make(memory, vcpu_count).map_err(RestoreError::Host)?;
     timings.vm_made_ns = Some(monotonic_ns());
     bare.memory.map_private(snapshot.file(), stored.offset).map_err(RestoreError::Memory)?;

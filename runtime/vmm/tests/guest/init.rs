@@ -127,6 +127,10 @@ fn read_raw(path: &str, offset: u64, count: usize) -> io::Result<String> {
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
+fn random() -> io::Result<usize> {
+    File::open("/dev/hwrng")?.read(&mut [0; 8])
+}
+
 struct Guest {
     socket: File,
     counter: u64,
@@ -162,7 +166,7 @@ impl Guest {
             "list" => outcome(fs::read_dir("/disk").map(|list| list.count().to_string())),
             "write" => outcome(write_raw(words[1], number(2), words[3]).map(|()| "written".into())),
             "read" => outcome(read_raw(words[1], number(2), number(3) as usize)),
-            "random" => outcome(read_raw("/dev/hwrng", 0, 8).map(|text| text.len().to_string())),
+            "random" => outcome(random().map(|count| count.to_string())),
             "devices" => outcome(fs::read_dir("/sys/bus/virtio/devices").map(|list| list.count().to_string())),
             "bytes" => {
                 send_pattern(&mut self.socket, number(1));

@@ -33,7 +33,6 @@ use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vmm_sys_util::ioctl::ioctl_with_ref;
-use vmm_sys_util::ioctl_iow_nr;
 
 use super::cpuid::{self, CpuidEntryV1};
 use super::msr::{self, MsrError, MsrV1};
@@ -166,8 +165,12 @@ fn offset_attribute(address: u64) -> kvm_device_attr {
     kvm_device_attr { flags: 0, group: KVM_VCPU_TSC_CTRL, attr: u64::from(KVM_VCPU_TSC_OFFSET), addr: address }
 }
 
-ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, kvm_bindings::KVMIO, 0xe1, kvm_device_attr);
-ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, kvm_bindings::KVMIO, 0xe2, kvm_device_attr);
+/// Numbers of calls that kvm-ioctls knows for other architectures only (include/uapi/linux/kvm.h).
+mod ioctls {
+    use kvm_bindings::{KVMIO, kvm_device_attr};
+    vmm_sys_util::ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
+    vmm_sys_util::ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
+}
 
 /// What KVM adds to the (scaled) host TSC to make the guest's, modulo 2^64.
 ///
@@ -177,7 +180,7 @@ pub fn tsc_offset(fd: &VcpuFd) -> Result<u64, VcpuStateError> {
     let mut offset = 0u64;
     let attribute = offset_attribute(&raw mut offset as u64);
     // SAFETY: the attribute's address points to a live u64, which is what KVM_VCPU_TSC_OFFSET writes.
-    let result = unsafe { ioctl_with_ref(fd, KVM_GET_DEVICE_ATTR(), &attribute) };
+    let result = unsafe { ioctl_with_ref(fd, ioctls::KVM_GET_DEVICE_ATTR(), &attribute) };
     attribute_result(result, "KVM_GET_DEVICE_ATTR of the tsc offset")?;
     Ok(offset)
 }
@@ -185,7 +188,7 @@ pub fn tsc_offset(fd: &VcpuFd) -> Result<u64, VcpuStateError> {
 fn set_tsc_offset(fd: &VcpuFd, offset: u64) -> Result<(), VcpuStateError> {
     let attribute = offset_attribute(&raw const offset as u64);
     // SAFETY: the attribute's address points to a live u64, which is what KVM_VCPU_TSC_OFFSET reads.
-    let result = unsafe { ioctl_with_ref(fd, KVM_SET_DEVICE_ATTR(), &attribute) };
+    let result = unsafe { ioctl_with_ref(fd, ioctls::KVM_SET_DEVICE_ATTR(), &attribute) };
     attribute_result(result, "KVM_SET_DEVICE_ATTR of the tsc offset")
 }
 
