@@ -1,0 +1,55 @@
+//! Wall-clock time as the protocols write it.
+
+use jiff::Timestamp;
+use jiff::tz::TimeZone;
+
+/// Now, milliseconds since the Unix epoch.
+#[must_use]
+pub fn unix_ms() -> i64 {
+    Timestamp::now().as_millisecond()
+}
+
+/// `2026-11-23T13:27:09.123+0000`, as Lambda writes `LastModified`.
+#[must_use]
+pub fn last_modified(unix_ms: i64) -> String {
+    format(unix_ms, "%Y-%m-%dT%H:%M:%S%.3f+0000")
+}
+
+/// `2026-11-23T13:27:09.123Z`, as Lambda writes into logs.
+#[must_use]
+pub fn log_stamp(unix_ms: i64) -> String {
+    format(unix_ms, "%Y-%m-%dT%H:%M:%S%.3fZ")
+}
+
+/// `23/Nov/2026:13:27:09 +0000`, as function URLs write `requestContext.time`.
+#[must_use]
+pub fn common_log(unix_ms: i64) -> String {
+    format(unix_ms, "%d/%b/%Y:%H:%M:%S +0000")
+}
+
+/// `2026/11/23`, as log streams are named.
+#[must_use]
+pub fn day(unix_ms: i64) -> String {
+    format(unix_ms, "%Y/%m/%d")
+}
+
+fn format(unix_ms: i64, pattern: &str) -> String {
+    // Times come from this machine's clock; one beyond jiff's range (year 9999) is shown as the epoch.
+    let time = Timestamp::from_millisecond(unix_ms).unwrap_or(Timestamp::UNIX_EPOCH);
+    time.to_zoned(TimeZone::UTC).strftime(pattern).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_written_as_lambda_writes_them() {
+        let time = 1_795_440_429_007;
+        assert_eq!(last_modified(time), "2026-11-23T13:27:09.007+0000");
+        assert_eq!(log_stamp(time), "2026-11-23T13:27:09.007Z");
+        assert_eq!(common_log(time), "23/Nov/2026:13:27:09 +0000");
+        assert_eq!(day(time), "2026/11/23");
+        assert_eq!(last_modified(i64::MAX), "1970-01-01T00:00:00.000+0000");
+    }
+}

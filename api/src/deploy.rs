@@ -1,0 +1,526 @@
+//! Deployments: from an accepted revision to one that serves, and the way back after a restart.
+//!
+//! **Invariant:** a function serves its old revision until the new one's pool is open and committed. **Invariant:** a
+//! failure of the function itself makes a function that answers with its error; only a failure of this machine makes one
+//! that is Failed.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use thaw_api_types::thaw::{InitErrorSummary, ProgressEvent, SnapshotSummary, Step};
+use thaw_runtime::{FreezeError, PoolSpec};
+
+use crate::engine::{Artifact, EngineError, EngineStep, FreezeJob, Sandboxes, chain};
+use crate::environment;
+use crate::invocation::fault;
+use crate::record::{
+    Function, InitCause, InitFailure, LastUpdate, Outcome, Revision, Serving, State,
+};
+use crate::state::{App, Health, Live, PoolSlot};
+
+/// Names within a revision's folder.
+pub const CODE_ZIP: &str = "code.zip";
+
+/// Most of an initialisation's output that the database keeps, bytes.
+const INIT_LOG_BYTES_MAX: usize = 64 * 1024;
+
+/// First and longest wait between two attempts to prepare the images.
+const PREPARE_RETRY_FIRST: Duration = Duration::from_secs(2);
+const PREPARE_RETRY_MAX: Duration = Duration::from_secs(60);
+
+/// Removes what a crash left behind: folders without a function, revisions that nothing refers to, half-written files.
+///
+/// # Errors
+/// The path that could not be read or removed, and why.
+pub fn clean(folder: &Path, records: &[Function]) -> Result<(), (PathBuf, io::Error)> {
+    let known: BTreeMap<&str, &Function> = records
+        .iter()
+        .map(|record| (record.name.as_str(), record))
+        .collect();
+    for (name, path) in entries(folder)? {
+        let Some(record) = known.get(name.as_str()) else {
+            remove(&path)?;
+            continue;
+        };
+        for (name, path) in entries(&path)? {
+            let serves = record.serving.as_ref().map(|s| s.revision.id.as_str());
+            if name == record.target.id || Some(name.as_str()) == serves {
+                clean_revision(&path)?;
+            } else if name != "log" && name != "log.1" {
+                remove(&path)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn clean_revision(folder: &Path) -> Result<(), (PathBuf, io::Error)> {
+    match thaw_snapshot::commit::remove_stale(folder) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err((folder.to_owned(), error));
+        }
+        _ => {}
+    }
+    for (name, path) in entries(folder)? {
+        if name.ends_with(".tmp") || name.ends_with(".partial") {
+            remove(&path)?;
+        }
+    }
+    Ok(())
+}
+
+fn entries(folder: &Path) -> Result<Vec<(String, PathBuf)>, (PathBuf, io::Error)> {
+    let failed = |source| (folder.to_owned(), source);
+    let listing = match fs::read_dir(folder) {
+        Ok(listing) => listing,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(failed(error)),
+    };
+    listing
+        .map(|entry| {
+            let entry = entry.map_err(failed)?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            Ok((name, entry.path()))
+        })
+        .collect()
+}
+
+fn remove(path: &Path) -> Result<(), (PathBuf, io::Error)> {
+    let result = if path.is_dir() && !path.is_symlink() {
+        fs::remove_dir_all(path)
+    } else {
+        fs::remove_file(path)
+    };
+    match result {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err((path.to_owned(), error)),
+        _ => Ok(()),
+    }
+}
+
+/// Makes all functions of the database ready, once the images are; runs beside the server.
+pub async fn start_all(app: Arc<App>) {
+    let mut wait = PREPARE_RETRY_FIRST;
+    loop {
+        let prepared = tokio::select! {
+            prepared = app.engine.prepare() => prepared,
+            () = app.stop.cancelled() => return,
+        };
+        let Err(error) = prepared else { break };
+        let reason = chain(&error);
+        tracing::error!(%reason, "images are not ready");
+        app.health.send_replace(Health::NotReady(reason));
+        tokio::select! {
+            () = tokio::time::sleep(wait) => wait = (wait * 2).min(PREPARE_RETRY_MAX),
+            () = app.stop.cancelled() => return,
+        }
+    }
+    for live in app.all() {
+        let record = live.record();
+        if matches!(
+            &record.serving,
+            Some(Serving {
+                outcome: Outcome::Frozen(_),
+                ..
+            })
+        ) {
+            live.pool.send_replace(PoolSlot::Opening);
+        }
+        let updating = matches!(record.last_update, Some(LastUpdate::InProgress));
+        if record.serving.is_some() {
+            app.tasks.spawn(reopen(Arc::clone(&app), Arc::clone(&live)));
+        }
+        if record.state == State::Pending || updating {
+            begin(&app, &live);
+        }
+    }
+    app.health.send_if_modified(|health| {
+        let starting = matches!(health, Health::NotReady(_));
+        if starting {
+            *health = Health::Ready;
+        }
+        starting
+    });
+}
+
+/// Opens the pool of a function that was Active; freezes it again when its snapshot does not fit any more.
+async fn reopen(app: Arc<App>, live: Arc<Live>) {
+    let record = live.record();
+    let Some(Serving {
+        revision,
+        outcome: Outcome::Frozen(artifact),
+    }) = &record.serving
+    else {
+        return;
+    };
+    let reason = {
+        let Ok(_permit) = app.openings.acquire().await else {
+            return;
+        };
+        if app
+            .engine
+            .usable(artifact, &revision.settings.runtime)
+            .await
+        {
+            match open_pool(&app, &live.name, artifact).await {
+                Ok(pool) => {
+                    live.pool.send_if_modified(|slot| {
+                        // An update may have been quicker.
+                        let waiting = matches!(slot, PoolSlot::Opening);
+                        if waiting {
+                            *slot = PoolSlot::Open(pool);
+                        }
+                        waiting
+                    });
+                    return;
+                }
+                Err(reason) => reason,
+            }
+        } else {
+            "the snapshot was frozen with other images than this machine has now".to_owned()
+        }
+    };
+    tracing::warn!(function = %live.name, %reason, "function is frozen again");
+    live.progress.begin();
+    let revision = revision.clone();
+    match freeze(&app, &live, &revision).await {
+        Ok((outcome, pool)) => finish(&app, &live, revision, outcome, pool).await,
+        Err(reason) => {
+            live.set_last_error(Some(reason.clone()));
+            live.pool.send_replace(PoolSlot::Failed(reason.clone()));
+            failed_event(&live, reason);
+        }
+    }
+}
+
+/// Freezes a function's target in the background and lets it serve.
+pub fn begin(app: &Arc<App>, live: &Arc<Live>) {
+    live.progress.begin();
+    let task = app.tasks.spawn(deploy(Arc::clone(app), Arc::clone(live)));
+    live.set_job(task.abort_handle());
+}
+
+async fn deploy(app: Arc<App>, live: Arc<Live>) {
+    let revision = live.record().target.clone();
+    match freeze(&app, &live, &revision).await {
+        Ok((outcome, pool)) => finish(&app, &live, revision, outcome, pool).await,
+        Err(reason) => fail(&app, &live, reason).await,
+    }
+}
+
+type Pool = Arc<dyn Sandboxes>;
+
+/// Freezes one revision and opens its pool. The error is this machine's, in words for people.
+async fn freeze(
+    app: &Arc<App>,
+    live: &Arc<Live>,
+    revision: &Revision,
+) -> Result<(Outcome, Option<Pool>), String> {
+    let _permit = app
+        .freezes
+        .acquire()
+        .await
+        .map_err(|_| "the gateway is stopping".to_owned())?;
+    let job = job(app, &live.name, revision);
+    let limit = job.init_limit;
+    let mut step = |step: EngineStep| tell(live, step);
+    match app.engine.freeze(job, &mut step).await {
+        Ok(artifact) => {
+            live.progress.push(Step::Pool, "restore sandboxes ahead");
+            let pool = open_pool(app, &live.name, &artifact).await?;
+            Ok((Outcome::Frozen(bounded(artifact)), Some(pool)))
+        }
+        Err(EngineError::Freeze(error)) => match init_failure(error, limit) {
+            Ok(failure) => Ok((Outcome::InitFailed(failure), None)),
+            Err(error) => Err(explain(&EngineError::Freeze(error))),
+        },
+        Err(error) => Err(explain(&error)),
+    }
+}
+
+fn job(app: &App, name: &str, revision: &Revision) -> FreezeJob {
+    let folder = app.folder(name).join(&revision.id);
+    let settings = &revision.settings;
+    FreezeJob {
+        function: name.to_owned(),
+        revision: revision.id.clone(),
+        runtime: settings.runtime.clone(),
+        zip: folder.join(CODE_ZIP),
+        folder,
+        memory_mib: settings.memory_mib,
+        vcpu_count: environment::vcpu_count(settings.memory_mib),
+        bootstrap: environment::bootstrap(&settings.runtime),
+        environment: environment::variables(name, &app.region, settings),
+        init_limit: app.limits.init_limit,
+    }
+}
+
+async fn open_pool(app: &App, name: &str, artifact: &Artifact) -> Result<Pool, String> {
+    app.engine
+        .open_pool(PoolSpec {
+            name: name.to_owned(),
+            snapshot: artifact.snapshot.clone(),
+            rootfs: artifact.rootfs.clone(),
+            code: artifact.code.clone(),
+            ready_count: app.ready_count,
+            concurrency_max: app.limits.concurrency_max,
+            queue_max: app.limits.queue_max,
+            queue_wait_max: app.limits.queue_wait_max,
+        })
+        .await
+        .map_err(|error| chain(&error))
+}
+
+/// Commits what serves from now on, swaps the pool, and ends the old revision.
+async fn finish(
+    app: &Arc<App>,
+    live: &Arc<Live>,
+    revision: Revision,
+    outcome: Outcome,
+    pool: Option<Pool>,
+) {
+    let event = done_event(&outcome);
+    let kept = revision.id.clone();
+    let serving = Serving { revision, outcome };
+    let old = match app.change(live, |record| serve(record, serving)).await {
+        Ok(Some(old)) => old,
+        not_served => {
+            if let Some(pool) = pool {
+                pool.close().await;
+            }
+            if let Err(error) = not_served {
+                let reason = chain(&error);
+                tracing::error!(function = %live.name, %reason, "deployment is not committed");
+                live.set_last_error(Some(reason.clone()));
+                failed_event(live, reason);
+            }
+            return;
+        }
+    };
+    let previous = live
+        .pool
+        .send_replace(pool.map_or(PoolSlot::Closed, PoolSlot::Open));
+    tracing::info!(function = %live.name, revision = %kept, "function is deployed");
+    live.set_last_error(
+        event
+            .init_error
+            .as_ref()
+            .map(|error| format!("{}: {}", error.error_type, error.message)),
+    );
+    live.progress.push_event(event);
+    if let PoolSlot::Open(pool) = previous {
+        pool.close().await;
+    }
+    if let Some(old) = old
+        && old.revision.id != kept
+    {
+        discard(app.folder(&live.name).join(old.revision.id)).await;
+    }
+}
+
+/// Lets a frozen revision serve, unless it was overtaken while it was frozen; answers what served before.
+fn serve(record: &mut Function, serving: Serving) -> Option<Option<Serving>> {
+    let id = &serving.revision.id;
+    let is_target = record.target.id == *id;
+    let is_serving = record
+        .serving
+        .as_ref()
+        .is_some_and(|s| s.revision.id == *id);
+    if !is_target && !is_serving {
+        return None;
+    }
+    if is_target {
+        record.state = State::Active;
+        record.last_update = Some(LastUpdate::Successful);
+    }
+    Some(record.serving.replace(serving))
+}
+
+/// Commits that this machine could not deploy the target; an older revision keeps serving.
+async fn fail(app: &Arc<App>, live: &Arc<Live>, reason: String) {
+    tracing::error!(function = %live.name, %reason, "deployment failed");
+    let text = reason.clone();
+    match app.change(live, |record| Some(give_up(record, text))).await {
+        Ok(Some(Some(abandoned))) => discard(app.folder(&live.name).join(abandoned)).await,
+        Ok(_) => {}
+        Err(error) => {
+            tracing::error!(function = %live.name, reason = %chain(&error), "failure is not committed");
+        }
+    }
+    live.set_last_error(Some(reason.clone()));
+    failed_event(live, reason);
+}
+
+/// Notes that the target cannot be deployed; answers the revision that nothing refers to any more.
+fn give_up(record: &mut Function, reason: String) -> Option<String> {
+    record.last_update = Some(LastUpdate::Failed(reason.clone()));
+    match &record.serving {
+        Some(serving) => {
+            let abandoned = std::mem::replace(&mut record.target, serving.revision.clone());
+            (abandoned.id != record.target.id).then_some(abandoned.id)
+        }
+        None => {
+            record.state = State::Failed(reason);
+            None
+        }
+    }
+}
+
+/// Removes a folder that nothing refers to; what cannot be removed now is removed at the next start.
+pub async fn discard(folder: PathBuf) {
+    let removed = tokio::task::spawn_blocking(move || remove(&folder)).await;
+    if let Ok(Err((path, error))) = removed {
+        tracing::warn!(path = %path.display(), %error, "folder is left for the next start");
+    }
+}
+
+/// Sorts the function's own failures from this machine's.
+fn init_failure(error: FreezeError, limit: Duration) -> Result<InitFailure, FreezeError> {
+    let (cause, log) = match error {
+        FreezeError::Init(failure) => (
+            InitCause::Document {
+                error_type: failure.error_type,
+                document: String::from_utf8_lossy(&failure.document).into_owned(),
+            },
+            failure.log,
+        ),
+        FreezeError::RuntimeExit { exit, log } => (fault::exit(&exit).into(), log),
+        // A guest that did not even boot within its limit is no fault of the function.
+        FreezeError::TimedOut {
+            waiting_for,
+            log,
+            console,
+            ..
+        } if waiting_for.contains("init") || waiting_for.contains("ready") => {
+            let _ = console;
+            (fault::init_timed_out(limit).into(), log)
+        }
+        FreezeError::GuestDied {
+            reason,
+            detail,
+            console,
+        } if reason != thaw_runtime::ExitReason::HostFault => {
+            let death = fault::death(reason, &detail, &console);
+            (death.into(), console.into_bytes())
+        }
+        error => return Err(error),
+    };
+    Ok(InitFailure {
+        cause,
+        log: tail(&log),
+    })
+}
+
+/// Text for people, with what they can do about it.
+fn explain(error: &EngineError) -> String {
+    let text = chain(error);
+    match error {
+        EngineError::Freeze(FreezeError::DiskFull { path }) => format!(
+            "no space left for {}: free some on that file system, then deploy again",
+            path.display()
+        ),
+        EngineError::Freeze(FreezeError::TimedOut { console, .. }) => {
+            format!(
+                "{text}; the guest's console ends with: {}",
+                fault::last_line(console)
+            )
+        }
+        EngineError::Image { .. } => {
+            format!(
+                "{text}; `thaw up` builds what is missing, `thaw doctor` says what this machine lacks"
+            )
+        }
+        _ => text,
+    }
+}
+
+fn bounded(artifact: Artifact) -> Artifact {
+    Artifact {
+        init_log: tail(artifact.init_log.as_bytes()),
+        ..artifact
+    }
+}
+
+fn tail(log: &[u8]) -> String {
+    let start = log.len().saturating_sub(INIT_LOG_BYTES_MAX);
+    String::from_utf8_lossy(log.get(start..).unwrap_or_default()).into_owned()
+}
+
+fn tell(live: &Live, step: EngineStep) {
+    let (step, message) = match step {
+        EngineStep::Images => (Step::Images, "kernel and runtime image"),
+        EngineStep::Code => (Step::Code, "make the code image"),
+        EngineStep::Booting => (Step::Booting, "boot the guest"),
+        EngineStep::AgentUp => (Step::Agent, "agent is up"),
+        EngineStep::Initializing => (Step::Initializing, "initialise the function"),
+        EngineStep::Ready => (Step::Ready, "function waits for its first event"),
+        EngineStep::Saving => (Step::Saving, "write the snapshot"),
+        EngineStep::Saved {
+            file_bytes,
+            stored_bytes,
+        } => {
+            live.progress.push_event(ProgressEvent {
+                step: Step::Saving,
+                message: "snapshot is written".to_owned(),
+                snapshot: Some(SnapshotSummary {
+                    file_bytes,
+                    stored_bytes,
+                }),
+                ..ProgressEvent::default()
+            });
+            return;
+        }
+    };
+    live.progress.push(step, message);
+}
+
+/// The last line of a successful deployment.
+#[must_use]
+pub fn done_event(outcome: &Outcome) -> ProgressEvent {
+    let (message, init_error, snapshot) = match outcome {
+        Outcome::Frozen(artifact) => (
+            "function is ready",
+            None,
+            Some(SnapshotSummary {
+                file_bytes: artifact.file_bytes,
+                stored_bytes: artifact.stored_bytes,
+            }),
+        ),
+        Outcome::InitFailed(failure) => (
+            "function is deployed, but fails to initialise",
+            Some(init_summary(failure)),
+            None,
+        ),
+    };
+    ProgressEvent {
+        step: Step::Active,
+        message: message.to_owned(),
+        done: true,
+        init_error,
+        snapshot,
+        ..ProgressEvent::default()
+    }
+}
+
+/// A failed initialisation, briefly.
+#[must_use]
+pub fn init_summary(failure: &InitFailure) -> InitErrorSummary {
+    InitErrorSummary {
+        error_type: failure.cause.error_type().to_owned(),
+        message: failure.cause.message(),
+        log: failure.log.clone(),
+    }
+}
+
+fn failed_event(live: &Live, reason: String) {
+    live.progress.push_event(ProgressEvent {
+        step: Step::Failed,
+        message: "deployment failed".to_owned(),
+        done: true,
+        error: Some(reason),
+        ..ProgressEvent::default()
+    });
+}

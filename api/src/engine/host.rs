@@ -1,0 +1,266 @@
+//! The real machine: images from `thaw-images`, sandboxes from `thaw-runtime`.
+
+use std::error::Error;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::FutureExt as _;
+use futures_util::future::BoxFuture;
+use thaw_images::{Fault, ImageStore, Quiet, RuntimeImage, RuntimeName};
+use thaw_runtime::{
+    Configure, FreezeRequest, FreezeStep, Frozen, Invocation, InvokeError, OpenPoolError, Outcome,
+    Pool, PoolSpec, PoolStats, Runtime,
+};
+use thaw_snapshot::Metadata;
+
+use super::{Artifact, Engine, EngineError, EngineStep, FreezeJob, Sandboxes};
+use crate::clock;
+
+/// Writable space of a sandbox: Lambda's default for /tmp.
+const OVERLAY_MIB: u32 = 512;
+
+/// Longest time from a VM's start to its agent's first message. An emulated host takes several seconds.
+const BOOT_LIMIT: Duration = Duration::from_secs(120);
+
+/// Host name of a guest while it is frozen; each clone gets one of its own.
+const HOSTNAME: &str = "thaw";
+
+/// Names in a revision's folder.
+const SNAPSHOT_FILE: &str = "snapshot.thaw";
+const CODE_FILE: &str = "code.erofs";
+
+/// This machine.
+pub struct HostEngine {
+    runtime: Runtime,
+    images: ImageStore,
+    agent: PathBuf,
+}
+
+/// What every guest boots from.
+struct Base {
+    kernel: PathBuf,
+    kernel_version: String,
+    initramfs: PathBuf,
+    overlay: PathBuf,
+}
+
+impl HostEngine {
+    /// An engine that keeps its images below `home` and puts `agent` into its guests.
+    #[must_use]
+    pub fn new(runtime: Runtime, home: PathBuf, agent: PathBuf) -> Self {
+        Self {
+            runtime,
+            images: ImageStore::new(home),
+            agent,
+        }
+    }
+
+    /// Runs blocking work on the images.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&ImageStore, &Path) -> Result<T, EngineError> + Send + 'static,
+    ) -> Result<T, EngineError> {
+        let (images, agent) = (self.images.clone(), self.agent.clone());
+        tokio::task::spawn_blocking(move || work(&images, &agent))
+            .await
+            .unwrap_or(Err(EngineError::Worker("images")))
+    }
+}
+
+impl Engine for HostEngine {
+    fn prepare(&self) -> BoxFuture<'_, Result<(), EngineError>> {
+        self.blocking(|images, agent| {
+            base(images, agent)?;
+            for name in RuntimeName::ALL {
+                rootfs(images, name)?;
+            }
+            Ok(())
+        })
+        .boxed()
+    }
+
+    fn freeze<'a>(
+        &'a self,
+        job: FreezeJob,
+        step: &'a mut (dyn FnMut(EngineStep) + Send),
+    ) -> BoxFuture<'a, Result<Artifact, EngineError>> {
+        async move {
+            step(EngineStep::Images);
+            let runtime = runtime_name(&job.runtime)?;
+            let (base, rootfs) = self
+                .blocking(move |images, agent| Ok((base(images, agent)?, rootfs(images, runtime)?)))
+                .await?;
+            step(EngineStep::Code);
+            let (zip, out) = (job.zip.clone(), job.folder.join(CODE_FILE));
+            let code = self
+                .blocking(move |images, _| code_image(images, &zip, &out))
+                .await?;
+            let request = request(job, base, &rootfs, code);
+            let code = request.code.clone();
+            let frozen = self
+                .runtime
+                .freeze(request, &mut |beginning| step(translate(&beginning)))
+                .await
+                .map_err(EngineError::Freeze)?;
+            Ok(artifact(frozen, rootfs, code))
+        }
+        .boxed()
+    }
+
+    fn usable<'a>(&'a self, artifact: &'a Artifact, runtime: &'a str) -> BoxFuture<'a, bool> {
+        async move {
+            let Ok(name) = runtime_name(runtime) else {
+                return false;
+            };
+            let artifact = artifact.clone();
+            self.blocking(move |images, _| {
+                let rootfs = rootfs(images, name)?;
+                Ok(rootfs.digest == artifact.rootfs_digest
+                    && rootfs.rootfs == artifact.rootfs
+                    && artifact.snapshot.is_file()
+                    && artifact.code.is_file())
+            })
+            .await
+            .unwrap_or(false)
+        }
+        .boxed()
+    }
+
+    fn open_pool(
+        &self,
+        spec: PoolSpec,
+    ) -> BoxFuture<'_, Result<Arc<dyn Sandboxes>, OpenPoolError>> {
+        async move {
+            let pool: Arc<dyn Sandboxes> = Arc::new(self.runtime.open_pool(spec).await?);
+            Ok(pool)
+        }
+        .boxed()
+    }
+
+    fn shutdown(&self, deadline: Duration) -> BoxFuture<'_, ()> {
+        self.runtime.shutdown(deadline).boxed()
+    }
+}
+
+impl Sandboxes for Pool {
+    fn invoke(&self, invocation: Invocation) -> BoxFuture<'_, Result<Outcome, InvokeError>> {
+        Pool::invoke(self, invocation).boxed()
+    }
+
+    fn stats(&self) -> PoolStats {
+        Pool::stats(self)
+    }
+
+    fn close(&self) -> BoxFuture<'_, ()> {
+        Pool::close(self).boxed()
+    }
+}
+
+fn image<E: Error + Send + Sync + 'static>(what: &'static str) -> impl FnOnce(E) -> EngineError {
+    move |source| EngineError::Image {
+        what,
+        source: Box::new(source),
+    }
+}
+
+fn base(images: &ImageStore, agent: &Path) -> Result<Base, EngineError> {
+    let kernel = images
+        .kernel(&mut Quiet)
+        .map_err(image("the guest's kernel"))?;
+    let initramfs = images
+        .initramfs(&kernel, agent)
+        .map_err(image("the initramfs"))?;
+    let overlay = images
+        .overlay(OVERLAY_MIB)
+        .map_err(image("the writable overlay"))?;
+    Ok(Base {
+        // The monitor loads it without unpacking it in the guest.
+        kernel: kernel.vmlinux,
+        kernel_version: kernel.release,
+        initramfs: initramfs.path,
+        overlay,
+    })
+}
+
+fn rootfs(images: &ImageStore, name: RuntimeName) -> Result<RuntimeImage, EngineError> {
+    images
+        .runtime(name, &mut Quiet)
+        .map_err(image("the runtime's image"))
+}
+
+fn runtime_name(runtime: &str) -> Result<RuntimeName, EngineError> {
+    runtime.parse().map_err(image("the runtime's image"))
+}
+
+fn code_image(images: &ImageStore, zip: &Path, out: &Path) -> Result<PathBuf, EngineError> {
+    let bytes = std::fs::read(zip).map_err(image("the uploaded code"))?;
+    match images.code_image(&bytes, out) {
+        Ok(image) => Ok(image.path),
+        Err(error) if error.fault() == Fault::Caller => Err(EngineError::Code(Box::new(error))),
+        Err(error) => Err(image("the code image")(error)),
+    }
+}
+
+fn request(job: FreezeJob, base: Base, rootfs: &RuntimeImage, code: PathBuf) -> FreezeRequest {
+    let handler = job.environment.get("_HANDLER").cloned();
+    FreezeRequest {
+        kernel: base.kernel,
+        initramfs: base.initramfs,
+        rootfs: rootfs.rootfs.clone(),
+        code,
+        overlay: base.overlay,
+        vcpu_count: job.vcpu_count,
+        memory_mib: job.memory_mib,
+        configure: Configure {
+            bootstrap: job.bootstrap,
+            environment: job.environment,
+            init_limit_ms: u64::try_from(job.init_limit.as_millis()).unwrap_or(u64::MAX),
+            hostname: HOSTNAME.to_owned(),
+        },
+        metadata: Metadata {
+            function: job.function,
+            revision: job.revision,
+            runtime: job.runtime,
+            handler: handler.unwrap_or_default(),
+            created_unix_ms: u64::try_from(clock::unix_ms()).unwrap_or_default(),
+            thaw_version: env!("CARGO_PKG_VERSION").to_owned(),
+            kernel_version: base.kernel_version,
+            image_digest: rootfs.digest.clone(),
+            ..Metadata::default()
+        },
+        output: job.folder.join(SNAPSHOT_FILE),
+        boot_limit: BOOT_LIMIT,
+    }
+}
+
+fn translate(step: &FreezeStep) -> EngineStep {
+    match step {
+        FreezeStep::Booting => EngineStep::Booting,
+        FreezeStep::AgentUp { .. } => EngineStep::AgentUp,
+        FreezeStep::RuntimeStarting => EngineStep::Initializing,
+        FreezeStep::Ready => EngineStep::Ready,
+        FreezeStep::Saving => EngineStep::Saving,
+        FreezeStep::Saved {
+            file_bytes,
+            stored_bytes,
+        } => EngineStep::Saved {
+            file_bytes: *file_bytes,
+            stored_bytes: *stored_bytes,
+        },
+    }
+}
+
+fn artifact(frozen: Frozen, rootfs: RuntimeImage, code: PathBuf) -> Artifact {
+    Artifact {
+        snapshot: frozen.snapshot,
+        digest: frozen.digest,
+        file_bytes: frozen.file_bytes,
+        stored_bytes: frozen.stored_bytes,
+        rootfs: rootfs.rootfs,
+        code,
+        rootfs_digest: rootfs.digest,
+        init_log: String::from_utf8_lossy(&frozen.init_log).into_owned(),
+        init_ms: u64::try_from(frozen.timings.init.as_millis()).unwrap_or(u64::MAX),
+    }
+}

@@ -1,0 +1,159 @@
+//! What a function's process sees: its environment as AWS sets it, its bootstrap, its share of the machine.
+
+use std::collections::BTreeMap;
+
+use crate::clock;
+use crate::record::Settings;
+
+/// Variables that clients may not set, as in Lambda.
+pub const RESERVED: [&str; 19] = [
+    "_HANDLER",
+    "_X_AMZN_TRACE_ID",
+    "AWS_ACCESS_KEY",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_DEFAULT_REGION",
+    "AWS_EXECUTION_ENV",
+    "AWS_LAMBDA_FUNCTION_MEMORY_SIZE",
+    "AWS_LAMBDA_FUNCTION_NAME",
+    "AWS_LAMBDA_FUNCTION_VERSION",
+    "AWS_LAMBDA_INITIALIZATION_TYPE",
+    "AWS_LAMBDA_LOG_GROUP_NAME",
+    "AWS_LAMBDA_LOG_STREAM_NAME",
+    "AWS_LAMBDA_MAX_CONCURRENCY",
+    "AWS_LAMBDA_RUNTIME_API",
+    "AWS_REGION",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "LAMBDA_RUNTIME_DIR",
+    "LAMBDA_TASK_ROOT",
+];
+
+/// Runtimes that this gateway has images for.
+pub const RUNTIMES: [&str; 4] = ["python3.11", "provided", "provided.al2", "provided.al2023"];
+
+/// Memory for which AWS gives a function one whole CPU.
+const MIB_PER_VCPU: u32 = 1769;
+
+/// Most virtual CPUs of a guest.
+const VCPUS_MAX: u32 = 4;
+
+/// Virtual CPUs for a function of this size: one for each 1769 MiB begun, at most 4.
+#[must_use]
+pub fn vcpu_count(memory_mib: u32) -> u8 {
+    let count = memory_mib.div_ceil(MIB_PER_VCPU).clamp(1, VCPUS_MAX);
+    u8::try_from(count).unwrap_or(1)
+}
+
+/// Whether the runtime is the function's own program.
+#[must_use]
+pub fn is_provided(runtime: &str) -> bool {
+    runtime.starts_with("provided")
+}
+
+/// Programs that speak the Runtime API; the first that exists runs.
+#[must_use]
+pub fn bootstrap(runtime: &str) -> Vec<String> {
+    let paths: &[&str] = if is_provided(runtime) {
+        &[
+            "/var/runtime/bootstrap",
+            "/var/task/bootstrap",
+            "/opt/bootstrap",
+        ]
+    } else {
+        &["/var/runtime/bootstrap"]
+    };
+    paths.iter().map(|path| (*path).to_owned()).collect()
+}
+
+/// The runtime's whole environment but for `AWS_LAMBDA_RUNTIME_API`, which the agent adds. Recorded from AWS.
+#[must_use]
+pub fn variables(name: &str, region: &str, settings: &Settings) -> BTreeMap<String, String> {
+    let path = if is_provided(&settings.runtime) {
+        "/usr/local/bin:/usr/bin:/bin:/opt/bin"
+    } else {
+        "/var/lang/bin:/usr/local/bin:/usr/bin:/bin:/opt/bin"
+    };
+    let stream = format!(
+        "{}/[$LATEST]{}",
+        clock::day(clock::unix_ms()),
+        uuid::Uuid::new_v4().simple()
+    );
+    let memory = settings.memory_mib.to_string();
+    let group = format!("/aws/lambda/{name}");
+    let mut variables: BTreeMap<String, String> = settings.environment.clone().unwrap_or_default();
+    let fixed = [
+        ("_HANDLER", settings.handler.as_str()),
+        ("LAMBDA_TASK_ROOT", "/var/task"),
+        ("LAMBDA_RUNTIME_DIR", "/var/runtime"),
+        ("AWS_LAMBDA_FUNCTION_NAME", name),
+        ("AWS_LAMBDA_FUNCTION_VERSION", "$LATEST"),
+        ("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", &memory),
+        ("AWS_LAMBDA_LOG_GROUP_NAME", &group),
+        ("AWS_LAMBDA_LOG_STREAM_NAME", &stream),
+        ("AWS_LAMBDA_INITIALIZATION_TYPE", "on-demand"),
+        ("AWS_REGION", region),
+        ("AWS_DEFAULT_REGION", region),
+        // Thaw has no IAM: SDKs inside a function find credentials, and no service accepts them.
+        ("AWS_ACCESS_KEY_ID", "thaw"),
+        ("AWS_SECRET_ACCESS_KEY", "thaw"),
+        ("AWS_SESSION_TOKEN", "thaw"),
+        ("TZ", ":UTC"),
+    ];
+    for (key, value) in fixed {
+        variables.insert(key.to_owned(), value.to_owned());
+    }
+    if !is_provided(&settings.runtime) {
+        variables.insert(
+            "AWS_EXECUTION_ENV".to_owned(),
+            format!("AWS_Lambda_{}", settings.runtime),
+        );
+    }
+    // These a client may set itself.
+    let defaults = [
+        ("LANG", "en_US.UTF-8"),
+        ("PATH", path),
+        (
+            "LD_LIBRARY_PATH",
+            "/var/lang/lib:/lib64:/usr/lib64:/var/runtime:/var/runtime/lib:/var/task:/var/task/lib:/opt/lib",
+        ),
+    ];
+    for (key, value) in defaults {
+        variables
+            .entry(key.to_owned())
+            .or_insert_with(|| value.to_owned());
+    }
+    variables
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::function;
+
+    #[test]
+    fn cpus_grow_with_memory() {
+        let counts = [128, 1769, 1770, 3538, 3539, 10_240].map(vcpu_count);
+        assert_eq!(counts, [1, 1, 2, 2, 3, 4]);
+    }
+
+    #[test]
+    fn a_client_cannot_shadow_what_the_platform_sets_but_may_set_the_rest() {
+        let mut settings = function("f").target.settings;
+        settings.environment = Some(BTreeMap::from([
+            ("AWS_REGION".to_owned(), "x".to_owned()),
+            ("LANG".to_owned(), "C".to_owned()),
+            ("A".to_owned(), "b".to_owned()),
+        ]));
+        let variables = variables("f", "eu-west-1", &settings);
+        assert_eq!(variables["AWS_REGION"], "eu-west-1");
+        assert_eq!(variables["LANG"], "C");
+        assert_eq!(variables["A"], "b");
+        assert_eq!(variables["AWS_EXECUTION_ENV"], "AWS_Lambda_python3.11");
+        assert!(!variables.contains_key("AWS_LAMBDA_RUNTIME_API"));
+        assert!(!variables.contains_key("AWS_LAMBDA_MAX_CONCURRENCY"));
+        settings.runtime = "provided.al2023".to_owned();
+        let variables = super::variables("f", "eu-west-1", &settings);
+        assert!(!variables.contains_key("AWS_EXECUTION_ENV"));
+        assert_eq!(bootstrap("provided.al2023").len(), 3);
+    }
+}

@@ -1,0 +1,266 @@
+//! The gateway as a whole: its configuration, its start, its end.
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use thaw_runtime::{Runtime, RuntimeConfig};
+use thiserror::Error;
+use tokio::net::TcpListener;
+
+use crate::engine::{Engine, HostEngine};
+use crate::server;
+use crate::state::App;
+use crate::store::{Store, StoreError};
+
+/// How a gateway is set up.
+#[derive(Debug)]
+pub struct GatewayConfig {
+    /// `THAW_HOME`: all state; made when it is not there.
+    pub home: PathBuf,
+    /// Where to serve.
+    pub listener: TcpListener,
+    /// Who can reach the listener.
+    pub exposure: Exposure,
+    /// The `thaw-vmm` executable.
+    pub vmm: PathBuf,
+    /// The agent: a static executable, init of every guest.
+    pub agent: PathBuf,
+    /// Sandboxes kept restored for each function.
+    pub ready_count: usize,
+    /// Region in ARNs and in functions' environments.
+    pub region: String,
+    /// Account in ARNs, 12 digits.
+    pub account_id: String,
+    /// Limits.
+    pub limits: Limits,
+}
+
+impl GatewayConfig {
+    /// A configuration with the defaults: 2 sandboxes ready, `us-east-1`, account `000000000000`.
+    #[must_use]
+    pub fn new(home: PathBuf, listener: TcpListener, vmm: PathBuf, agent: PathBuf) -> Self {
+        Self {
+            home,
+            listener,
+            exposure: Exposure::Loopback,
+            vmm,
+            agent,
+            ready_count: 2,
+            region: "us-east-1".to_owned(),
+            account_id: "000000000000".to_owned(),
+            limits: Limits::default(),
+        }
+    }
+}
+
+/// Who can reach a listener. No client proves who it is yet, so only this machine's may.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exposure {
+    /// Its address is a loopback address; another is refused.
+    Loopback,
+    /// The caller vouches that the address is reached only through a forwarding from a loopback address, as in the lab.
+    ForwardedLoopback,
+}
+
+/// Limits that are the gateway's own; Lambda's stand beside the code that applies them.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Invocations of one function that run at once.
+    pub concurrency_max: usize,
+    /// Invocations of one function that wait for a sandbox.
+    pub queue_max: usize,
+    /// Longest wait for a sandbox.
+    pub queue_wait_max: Duration,
+    /// Functions.
+    pub function_count_max: usize,
+    /// Functions frozen at once; each takes a whole VM's memory and a CPU.
+    pub freeze_concurrency_max: usize,
+    /// Restores at once, over all functions.
+    pub restore_concurrency_max: usize,
+    /// Longest initialisation of a function. AWS gives 10 s on its own hardware; an emulated host is ten times slower,
+    /// and nobody waits for it but the deployment.
+    pub init_limit: Duration,
+    /// How long requests may take to end after the shutdown began.
+    pub drain_limit: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            concurrency_max: 64,
+            queue_max: 256,
+            queue_wait_max: Duration::from_secs(30),
+            function_count_max: 1000,
+            freeze_concurrency_max: 1,
+            restore_concurrency_max: 2,
+            init_limit: Duration::from_secs(60),
+            drain_limit: Duration::from_secs(15),
+        }
+    }
+}
+
+/// Why a gateway did not start.
+#[derive(Debug, Error)]
+pub enum StartError {
+    /// The state folder cannot be made or used.
+    #[error("cannot {act} {}", path.display())]
+    Home {
+        /// "make", "open", …
+        act: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// Another gateway serves this state folder.
+    #[error("another gateway uses {}", path.display())]
+    Locked {
+        /// The lock file.
+        path: PathBuf,
+    },
+    /// The address is reachable from other machines, and clients are not authenticated.
+    #[error(
+        "{address} is not a loopback address, and without keys the gateway serves loopback only"
+    )]
+    NotLoopback {
+        /// The listener's address.
+        address: SocketAddr,
+    },
+    /// The listener has no address.
+    #[error("cannot read the listener's address")]
+    Listener(#[source] io::Error),
+    /// The database.
+    #[error("cannot open the database")]
+    Store(#[from] StoreError),
+    /// The runtime.
+    #[error("cannot start the runtime")]
+    Runtime(#[from] thaw_runtime::StartError),
+}
+
+/// Why a gateway stopped serving before it was told to.
+#[derive(Debug, Error)]
+pub enum ServeError {
+    /// The listener failed.
+    #[error("cannot accept connections on {address}")]
+    Accept {
+        /// The listener's address.
+        address: SocketAddr,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A running gateway: functions are being made ready in the background, nothing is served before [`Gateway::run_until`].
+pub struct Gateway {
+    address: SocketAddr,
+    listener: TcpListener,
+    app: Arc<App>,
+    router: Router,
+    /// Held until the end: one gateway for a state folder.
+    _lock: File,
+}
+
+impl Gateway {
+    /// Opens the state folder on this machine's runtime and begins to make its functions ready.
+    ///
+    /// # Errors
+    /// See [`StartError`].
+    pub async fn start(config: GatewayConfig) -> Result<Self, StartError> {
+        let runtime = Runtime::new(RuntimeConfig {
+            vmm: config.vmm.clone(),
+            restore_concurrency_max: config.limits.restore_concurrency_max,
+            ..RuntimeConfig::default()
+        })?;
+        let engine = HostEngine::new(runtime, config.home.clone(), config.agent.clone());
+        Self::start_on(config, Arc::new(engine)).await
+    }
+
+    /// The same on an engine of the caller's.
+    ///
+    /// # Errors
+    /// See [`StartError`].
+    pub async fn start_on(
+        config: GatewayConfig,
+        engine: Arc<dyn Engine>,
+    ) -> Result<Self, StartError> {
+        let address = config.listener.local_addr().map_err(StartError::Listener)?;
+        if config.exposure == Exposure::Loopback && !address.ip().is_loopback() {
+            return Err(StartError::NotLoopback { address });
+        }
+        fs::create_dir_all(&config.home).map_err(|source| StartError::Home {
+            act: "make",
+            path: config.home.clone(),
+            source,
+        })?;
+        let lock = lock(&config)?;
+        let store = Store::open(&config.home.join("thaw.db")).await?;
+        let (app, listener) = App::open(config, address, store, engine).await?;
+        let router = server::router(Arc::clone(&app));
+        Ok(Self {
+            address,
+            listener,
+            app,
+            router,
+            _lock: lock,
+        })
+    }
+
+    /// Where it serves.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Serves until `shutdown` ends, then refuses new requests, lets running ones end within the drain limit, and ends
+    /// every monitor.
+    ///
+    /// # Errors
+    /// See [`ServeError`].
+    pub async fn run_until(
+        self,
+        shutdown: impl Future<Output = ()> + Send + 'static,
+    ) -> Result<(), ServeError> {
+        let Self {
+            address,
+            listener,
+            app,
+            router,
+            _lock,
+        } = self;
+        let served = server::serve(listener, router, &app, shutdown).await;
+        app.close().await;
+        served.map_err(|source| ServeError::Accept { address, source })
+    }
+}
+
+/// Takes the state folder's lock; the kernel gives it back at any death.
+fn lock(config: &GatewayConfig) -> Result<File, StartError> {
+    let path = config.home.join("lock");
+    let file = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .map_err(|source| StartError::Home {
+            act: "open",
+            path: path.clone(),
+            source,
+        })?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(StartError::Locked { path }),
+        Err(TryLockError::Error(source)) => Err(StartError::Home {
+            act: "lock",
+            path,
+            source,
+        }),
+    }
+}

@@ -1,0 +1,329 @@
+//! One invocation, whichever door it came through: find the sandboxes, run, write the log, sort the outcome.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use thaw_runtime::{End, ExitReason, Invocation, InvocationTimings, InvokeError, Measure, Outcome};
+
+use crate::clock;
+use crate::engine::{Sandboxes, chain};
+use crate::record::{self, Function, InitCause, InitFailure, Serving, State};
+use crate::state::{App, Live, PoolSlot};
+
+pub mod fault;
+pub mod report;
+
+use report::{Report, Status};
+
+/// Lambda's limit for a synchronous request, bytes.
+pub const PAYLOAD_BYTES_MAX: usize = 6 * 1024 * 1024;
+
+/// Lambda's limit for a response, bytes.
+pub const RESPONSE_BYTES_MAX: usize = 6_291_556;
+
+/// The only version there is.
+pub const LATEST: &str = "$LATEST";
+
+/// Pools of one function that an invocation tries: an update may close one under it.
+const POOLS_MAX: usize = 3;
+
+/// A request to a function.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Unique.
+    pub request_id: String,
+    /// ARN as the function sees it.
+    pub function_arn: String,
+    /// The event, JSON.
+    pub payload: Bytes,
+    /// Decoded JSON.
+    pub client_context: Option<String>,
+    /// `X-Amzn-Trace-Id`.
+    pub trace_id: Option<String>,
+    /// Whether timings are wanted.
+    pub measure: Measure,
+}
+
+/// What came of it.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    /// Answer or error.
+    pub result: FunctionResult,
+    /// START, output, END, REPORT.
+    pub log: Vec<u8>,
+    /// With [`Measure::On`], when the guest answered.
+    pub timings: Option<InvocationTimings>,
+}
+
+/// A function's answer or error.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FunctionResult {
+    /// It answered.
+    Response(Bytes),
+    /// It failed.
+    Error {
+        /// The error's type, when known.
+        error_type: String,
+        /// JSON.
+        document: Bytes,
+    },
+}
+
+/// Why it did not run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// The function is Pending or Failed.
+    Inactive(State),
+    /// Too many at once.
+    Throttled,
+    /// The payload does not fit.
+    TooLarge,
+    /// The function was deleted meanwhile.
+    Gone,
+    /// This machine failed, and how.
+    Host(String),
+    /// The gateway is ending.
+    Stopping,
+}
+
+/// Runs one invocation. It goes on to its end even when the caller goes away, as Lambda's do; its log is kept.
+///
+/// # Errors
+/// See [`Refusal`].
+pub async fn run(app: &Arc<App>, live: &Arc<Live>, request: Request) -> Result<Answer, Refusal> {
+    let (app, live) = (Arc::clone(app), Arc::clone(live));
+    let tasks = app.tasks.clone();
+    tasks
+        .spawn(async move {
+            let answer = serve(&app, &live, request).await;
+            if let Err(Refusal::Host(reason)) = &answer {
+                tracing::error!(function = %live.name, %reason, "invocation failed on this machine");
+                live.set_last_error(Some(reason.clone()));
+            }
+            answer
+        })
+        .await
+        .unwrap_or_else(|_| Err(Refusal::Host("the invocation's task died".to_owned())))
+}
+
+async fn serve(app: &Arc<App>, live: &Arc<Live>, request: Request) -> Result<Answer, Refusal> {
+    let record = live.record();
+    let Some(serving) = &record.serving else {
+        return Err(Refusal::Inactive(record.state.clone()));
+    };
+    let answer = match &serving.outcome {
+        record::Outcome::InitFailed(failure) => init_failed(&request, serving, failure),
+        record::Outcome::Frozen(_) => {
+            let outcome = attempt(app, live, &record, serving, &request).await?;
+            sort(&request, serving, outcome)?
+        }
+    };
+    if let FunctionResult::Error {
+        error_type,
+        document,
+    } = &answer.result
+    {
+        let document = String::from_utf8_lossy(document.get(..1024).unwrap_or(document));
+        live.set_last_error(Some(format!("{error_type}: {document}")));
+    }
+    let (log, text) = (Arc::clone(&live.log), answer.log.clone());
+    let name = live.name.clone();
+    app.tasks.spawn_blocking(move || {
+        if let Err(error) = log.append(&text) {
+            tracing::warn!(function = %name, %error, "log is not written");
+        }
+    });
+    Ok(answer)
+}
+
+/// Runs in the function's pool; in its successor when an update closes it first.
+async fn attempt(
+    app: &Arc<App>,
+    live: &Arc<Live>,
+    record: &Function,
+    serving: &Serving,
+    request: &Request,
+) -> Result<Outcome, Refusal> {
+    let deadline = Instant::now() + app.limits.queue_wait_max;
+    let mut closed: Option<Arc<dyn Sandboxes>> = None;
+    for _ in 0..POOLS_MAX {
+        let pool = pool(app, live, closed.as_ref(), deadline).await?;
+        let invocation = Invocation {
+            request_id: request.request_id.clone(),
+            function_arn: request.function_arn.clone(),
+            payload: request.payload.clone(),
+            timeout: Duration::from_secs(serving.revision.settings.timeout_seconds.into()),
+            client_context: request.client_context.clone(),
+            cognito_identity: None,
+            trace_id: request.trace_id.clone(),
+            measure: request.measure,
+        };
+        match pool.invoke(invocation).await {
+            Ok(outcome) => return Ok(outcome),
+            Err(InvokeError::Closed) => closed = Some(pool),
+            Err(InvokeError::Throttled { .. }) => return Err(Refusal::Throttled),
+            Err(InvokeError::TooLarge(_)) => return Err(Refusal::TooLarge),
+            Err(error @ InvokeError::Host(_)) => return Err(Refusal::Host(chain(&error))),
+        }
+    }
+    Err(Refusal::Host(format!(
+        "the pool of {} closed {POOLS_MAX} times",
+        record.name
+    )))
+}
+
+/// The function's open pool, other than `closed`; waits for one that is being opened.
+async fn pool(
+    app: &App,
+    live: &Arc<Live>,
+    closed: Option<&Arc<dyn Sandboxes>>,
+    deadline: Instant,
+) -> Result<Arc<dyn Sandboxes>, Refusal> {
+    let mut slot = live.pool.subscribe();
+    loop {
+        match &*slot.borrow_and_update() {
+            PoolSlot::Open(pool) if closed.is_none_or(|closed| !Arc::ptr_eq(closed, pool)) => {
+                return Ok(Arc::clone(pool));
+            }
+            PoolSlot::Failed(reason) => return Err(Refusal::Host(reason.clone())),
+            PoolSlot::Open(_) | PoolSlot::Closed | PoolSlot::Opening => {}
+        }
+        if app.stop.is_cancelled() {
+            return Err(Refusal::Stopping);
+        }
+        if !app.is_current(live) {
+            return Err(Refusal::Gone);
+        }
+        tokio::select! {
+            changed = slot.changed() => changed.map_err(|_| Refusal::Gone)?,
+            () = app.stop.cancelled() => return Err(Refusal::Stopping),
+            () = tokio::time::sleep_until(deadline.into()) => return Err(Refusal::Throttled),
+        }
+    }
+}
+
+fn sort(request: &Request, serving: &Serving, outcome: Outcome) -> Result<Answer, Refusal> {
+    let id = &request.request_id;
+    let settings = &serving.revision.settings;
+    let limit = Duration::from_secs(settings.timeout_seconds.into());
+    let (result, note, status) = match outcome.end {
+        End::Response { payload, .. } if payload.len() > RESPONSE_BYTES_MAX => {
+            (too_large(), None, None)
+        }
+        End::Response { payload, .. } => (FunctionResult::Response(payload), None, None),
+        End::FunctionError {
+            error_type,
+            document,
+        } => {
+            let error_type = error_type.unwrap_or_else(|| "Unhandled".to_owned());
+            let result = FunctionResult::Error {
+                error_type,
+                document,
+            };
+            (result, None, None)
+        }
+        End::TimedOut => {
+            let fault = fault::timed_out(limit);
+            let stamp = clock::log_stamp(clock::unix_ms());
+            let note = format!("{stamp} {id} {}\n", fault.text);
+            (platform(&fault, id), Some(note), Some("timeout"))
+        }
+        End::RuntimeExit(exit) => {
+            let fault = fault::exit(&exit);
+            let note = format!("{}\n{}", fault.message(id), fault.error_type);
+            let status = fault.error_type;
+            (platform(&fault, id), Some(note), Some(status))
+        }
+        End::GuestDied {
+            reason: ExitReason::HostFault,
+            detail,
+            ..
+        } => {
+            return Err(Refusal::Host(format!(
+                "this host failed the sandbox: {detail}"
+            )));
+        }
+        End::GuestDied {
+            reason,
+            detail,
+            console,
+        } => {
+            let fault = fault::death(reason, &detail, &console);
+            let note = format!("{}\n{}", fault.message(id), fault.error_type);
+            let status = fault.error_type;
+            (platform(&fault, id), Some(note), Some(status))
+        }
+    };
+    let report = Report {
+        request_id: id,
+        version: LATEST,
+        output: &outcome.log,
+        note: note.as_deref(),
+        duration: outcome.duration,
+        memory_mib: settings.memory_mib,
+        status: match status {
+            None => Status::Completed,
+            Some("timeout") => Status::TimedOut,
+            Some(error_type) => Status::Failed(error_type),
+        },
+    };
+    Ok(Answer {
+        result,
+        log: report.text(),
+        timings: outcome.timings,
+    })
+}
+
+fn platform(fault: &fault::PlatformFault, request_id: &str) -> FunctionResult {
+    FunctionResult::Error {
+        error_type: fault.error_type.to_owned(),
+        document: fault.document(request_id),
+    }
+}
+
+fn too_large() -> FunctionResult {
+    let error_type = "Function.ResponseSizeTooLarge";
+    let message = format!(
+        "Response payload size exceeded maximum allowed payload size ({RESPONSE_BYTES_MAX} bytes)."
+    );
+    let document = serde_json::json!({"errorType": error_type, "errorMessage": message});
+    FunctionResult::Error {
+        error_type: error_type.to_owned(),
+        document: document.to_string().into(),
+    }
+}
+
+fn init_failed(request: &Request, serving: &Serving, failure: &InitFailure) -> Answer {
+    let id = &request.request_id;
+    let (error_type, document) = match &failure.cause {
+        InitCause::Document {
+            error_type,
+            document,
+        } => (error_type, Bytes::from(document.clone())),
+        InitCause::Found { error_type, text } => {
+            (error_type, fault::document(error_type, id, text))
+        }
+    };
+    let note = match &failure.cause {
+        InitCause::Document { .. } => None,
+        InitCause::Found { text, .. } => Some(fault::message(id, text)),
+    };
+    let report = Report {
+        request_id: id,
+        version: LATEST,
+        output: failure.log.as_bytes(),
+        note: note.as_deref(),
+        duration: Duration::ZERO,
+        memory_mib: serving.revision.settings.memory_mib,
+        status: Status::Failed(error_type),
+    };
+    Answer {
+        result: FunctionResult::Error {
+            error_type: error_type.clone(),
+            document,
+        },
+        log: report.text(),
+        timings: None,
+    }
+}

@@ -1,0 +1,120 @@
+//! What Lambda writes around a function's output: START, END and REPORT lines, and the tail that clients ask for.
+
+use std::time::Duration;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+
+/// Bytes of log that `X-Amz-Log-Result` carries.
+const TAIL_BYTES_MAX: usize = 4096;
+
+/// How an invocation ended, for the REPORT line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status<'a> {
+    /// The function answered or raised: the line says nothing of it.
+    Completed,
+    /// It took too long.
+    TimedOut,
+    /// The platform ended it, with this error type.
+    Failed(&'a str),
+}
+
+/// What the lines need.
+#[derive(Clone, Copy, Debug)]
+pub struct Report<'a> {
+    /// The invocation.
+    pub request_id: &'a str,
+    /// `$LATEST`.
+    pub version: &'a str,
+    /// The function's output.
+    pub output: &'a [u8],
+    /// A line of the platform's after the output, as of a time-out.
+    pub note: Option<&'a str>,
+    /// How long it ran.
+    pub duration: Duration,
+    /// MiB.
+    pub memory_mib: u32,
+    /// How it ended.
+    pub status: Status<'a>,
+}
+
+impl Report<'_> {
+    /// The whole log of the invocation. AWS also reports the memory used; nobody has measured it here, so the line is
+    /// silent about it.
+    #[must_use]
+    pub fn text(&self) -> Vec<u8> {
+        let id = self.request_id;
+        let mut text = format!("START RequestId: {id} Version: {}\n", self.version).into_bytes();
+        text.extend_from_slice(self.output);
+        if !self.output.is_empty() && !self.output.ends_with(b"\n") {
+            text.push(b'\n');
+        }
+        if let Some(note) = self.note {
+            text.extend_from_slice(note.as_bytes());
+            text.push(b'\n');
+        }
+        let milliseconds = self.duration.as_secs_f64() * 1000.0;
+        let billed = self.duration.as_micros().div_ceil(1000).max(1);
+        let status = match self.status {
+            Status::Completed => String::new(),
+            Status::TimedOut => "Status: timeout\t".to_owned(),
+            Status::Failed(error_type) => {
+                format!("Status: error\tError Type: {error_type}\t")
+            }
+        };
+        text.extend_from_slice(
+            format!(
+                "END RequestId: {id}\nREPORT RequestId: {id}\tDuration: {milliseconds:.2} ms\tBilled Duration: {billed} ms\t\
+                 Memory Size: {} MB\t{status}\n",
+                self.memory_mib
+            )
+            .as_bytes(),
+        );
+        text
+    }
+}
+
+/// The value of `X-Amz-Log-Result`: the last 4 KiB, base64.
+#[must_use]
+pub fn tail(log: &[u8]) -> String {
+    let start = log.len().saturating_sub(TAIL_BYTES_MAX);
+    STANDARD.encode(log.get(start..).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_lines_come_in_lambdas_order() {
+        let report = Report {
+            request_id: "i",
+            version: "$LATEST",
+            output: b"hello",
+            note: None,
+            duration: Duration::from_micros(1230),
+            memory_mib: 128,
+            status: Status::Completed,
+        };
+        assert_eq!(
+            String::from_utf8(report.text()).unwrap(),
+            "START RequestId: i Version: $LATEST\nhello\nEND RequestId: i\n\
+             REPORT RequestId: i\tDuration: 1.23 ms\tBilled Duration: 2 ms\tMemory Size: 128 MB\t\n"
+        );
+        let failed = Report {
+            note: Some("note"),
+            status: Status::Failed("Runtime.ExitError"),
+            ..report
+        };
+        let text = String::from_utf8(failed.text()).unwrap();
+        assert!(text.contains("hello\nnote\nEND"), "{text}");
+        assert!(text.ends_with("Status: error\tError Type: Runtime.ExitError\t\n"));
+    }
+
+    #[test]
+    fn the_tail_is_at_most_four_kibibytes() {
+        let log = vec![b'x'; 10_000];
+        assert_eq!(STANDARD.decode(tail(&log)).unwrap().len(), 4096);
+        assert_eq!(tail(b""), "");
+    }
+}

@@ -1,0 +1,223 @@
+//! Errors as Lambda's clients read them: status, `x-amzn-ErrorType`, and a body whose spelling depends on the type.
+
+use axum::body::Body;
+use axum::http::{HeaderValue, Response, StatusCode, header};
+use serde_json::{Map, Value};
+
+/// Most bytes of a client's value that an error repeats.
+const ECHO_BYTES_MAX: usize = 256;
+
+/// An error of one operation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ApiError {
+    /// HTTP status.
+    pub status: StatusCode,
+    /// `ResourceNotFoundException`, …
+    pub code: &'static str,
+    /// For people.
+    pub message: String,
+    /// `Reason` of a throttled request.
+    pub reason: Option<&'static str>,
+}
+
+impl ApiError {
+    fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
+        Self {
+            status,
+            code,
+            message: message.into(),
+            reason: None,
+        }
+    }
+
+    /// 400, a value that makes no sense or is not supported.
+    pub fn invalid_parameter(message: impl Into<String>) -> Self {
+        Self::new(
+            StatusCode::BAD_REQUEST,
+            "InvalidParameterValueException",
+            message,
+        )
+    }
+
+    /// 400, a body that is no JSON or not the JSON expected.
+    pub fn invalid_content(message: impl Into<String>) -> Self {
+        Self::new(
+            StatusCode::BAD_REQUEST,
+            "InvalidRequestContentException",
+            message,
+        )
+    }
+
+    /// 404, no such function.
+    pub fn not_found(arn: &str) -> Self {
+        Self::new(
+            StatusCode::NOT_FOUND,
+            "ResourceNotFoundException",
+            format!("Function not found: {arn}"),
+        )
+    }
+
+    /// 409.
+    pub fn conflict(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::CONFLICT, "ResourceConflictException", message)
+    }
+
+    /// 409, another change of the function is under way.
+    pub fn update_in_progress(arn: &str) -> Self {
+        Self::conflict(format!(
+            "The operation cannot be performed at this time. An update is in progress for resource: {arn}"
+        ))
+    }
+
+    /// 412, the function is at another revision.
+    pub fn precondition_failed() -> Self {
+        Self::new(
+            StatusCode::PRECONDITION_FAILED,
+            "PreconditionFailedException",
+            "The Revision Id provided does not match the latest Revision Id. Call the GetFunction/GetAlias API to retrieve the latest Revision Id",
+        )
+    }
+
+    /// 413 of Invoke.
+    pub fn request_too_large(limit: usize) -> Self {
+        Self::new(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            "RequestTooLargeException",
+            format!("Request must be smaller than {limit} bytes for the InvokeFunction operation"),
+        )
+    }
+
+    /// 413 of operations that upload code.
+    pub fn entity_too_large(limit: usize, operation: &str) -> Self {
+        Self::new(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            "RequestEntityTooLargeException",
+            format!("Request must be smaller than {limit} bytes for the {operation} operation"),
+        )
+    }
+
+    /// 429.
+    pub fn throttled() -> Self {
+        Self {
+            reason: Some("ReservedFunctionConcurrentInvocationLimitExceeded"),
+            ..Self::new(
+                StatusCode::TOO_MANY_REQUESTS,
+                "TooManyRequestsException",
+                "Rate Exceeded.",
+            )
+        }
+    }
+
+    /// 500, this machine's fault.
+    pub fn service(message: impl Into<String>) -> Self {
+        Self::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "ServiceException",
+            message,
+        )
+    }
+
+    /// 503, not yet or not any more.
+    pub fn unavailable(message: impl Into<String>) -> Self {
+        Self::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "ServiceUnavailableException",
+            message,
+        )
+    }
+
+    /// 404, not a path of the API at all.
+    pub fn unknown_operation(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::NOT_FOUND, "UnknownOperationException", message)
+    }
+
+    /// 400, values that break a constraint of the model; `violations` is not empty.
+    pub fn validation(violations: &[String]) -> Self {
+        let (count, noun) = match violations.len() {
+            1 => (1, "error"),
+            count => (count, "errors"),
+        };
+        Self::new(
+            StatusCode::BAD_REQUEST,
+            "ValidationException",
+            format!(
+                "{count} validation {noun} detected: {}",
+                violations.join("; ")
+            ),
+        )
+    }
+
+    /// The response.
+    #[must_use]
+    pub fn into_response(self, request_id: &str) -> Response<Body> {
+        let mut body = Map::new();
+        let who = if self.status.is_server_error() {
+            "Service"
+        } else {
+            "User"
+        };
+        if let Some(reason) = self.reason {
+            body.insert("Reason".to_owned(), reason.into());
+        }
+        body.insert("Type".to_owned(), who.into());
+        body.insert(spelling(self.code).to_owned(), self.message.into());
+        let mut response = Response::new(Body::from(Value::Object(body).to_string()));
+        *response.status_mut() = self.status;
+        let headers = response.headers_mut();
+        headers.insert(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("application/json"),
+        );
+        headers.insert("x-amzn-errortype", HeaderValue::from_static(self.code));
+        if let Ok(id) = HeaderValue::from_str(request_id) {
+            headers.insert("x-amzn-requestid", id);
+        }
+        if self.status == StatusCode::TOO_MANY_REQUESTS {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        }
+        response
+    }
+}
+
+/// Member that carries the message: the service model spells it both ways.
+fn spelling(code: &str) -> &'static str {
+    match code {
+        "ResourceNotFoundException" | "ServiceException" => "Message",
+        code if code.starts_with("SnapStart") => "Message",
+        _ => "message",
+    }
+}
+
+/// One violated constraint, in AWS's words.
+#[must_use]
+pub fn violation(value: &str, member: &str, constraint: &str) -> String {
+    let mut end = value.len().min(ECHO_BYTES_MAX);
+    while !value.is_char_boundary(end) {
+        end -= 1;
+    }
+    let value = value.get(..end).unwrap_or_default();
+    format!("Value '{value}' at '{member}' failed to satisfy constraint: {constraint}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_spelling_follows_the_model() {
+        assert_eq!(spelling("ResourceNotFoundException"), "Message");
+        assert_eq!(spelling("ServiceException"), "Message");
+        assert_eq!(spelling("SnapStartNotReadyException"), "Message");
+        assert_eq!(spelling("ResourceConflictException"), "message");
+    }
+
+    #[test]
+    fn throttling_says_when_to_come_back() {
+        let response = ApiError::throttled().into_response("r");
+        assert_eq!(response.headers()["retry-after"], "1");
+        assert_eq!(
+            response.headers()["x-amzn-errortype"],
+            "TooManyRequestsException"
+        );
+    }
+}

@@ -1,0 +1,217 @@
+//! Invoke.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::body::Body;
+use axum::http::{HeaderMap, HeaderValue, Response, StatusCode, header};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
+use serde::de::IgnoredAny;
+
+use super::errors::{ApiError, violation};
+use super::{Answer, Call, arn, empty};
+use crate::body::{self, BodyError};
+use crate::invocation::{
+    self, FunctionResult, LATEST, PAYLOAD_BYTES_MAX, Refusal, Request, report,
+};
+use crate::record::State;
+use crate::state::App;
+use crate::timing;
+
+/// Largest decoded client context, bytes; Lambda's limit.
+const CLIENT_CONTEXT_BYTES_MAX: usize = 3583;
+
+/// What the client wants to happen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    RequestResponse,
+    DryRun,
+}
+
+pub(super) async fn invoke(app: &Arc<App>, call: Call, name: &str) -> Answer {
+    let arrived = Instant::now();
+    let (reference, live) = call.function(app, name)?;
+    let kind = kind(&call.headers)?;
+    let tail = wants_tail(&call.headers)?;
+    let client_context = client_context(&call.headers)?;
+    let payload = body::read(&call.headers, call.body, PAYLOAD_BYTES_MAX)
+        .await
+        .map_err(|error| match error {
+            BodyError::TooLarge(limit) => ApiError::request_too_large(limit),
+            other => ApiError::invalid_content(other.to_string()),
+        })?;
+    let payload = payload_json(payload)?;
+    if kind == Kind::DryRun {
+        return Ok(empty(StatusCode::NO_CONTENT));
+    }
+    let request = Request {
+        request_id: call.request_id.clone(),
+        function_arn: arn(app, &reference),
+        payload,
+        client_context,
+        trace_id: Some(timing::trace_id(&call.headers)),
+        measure: timing::measure(&call.headers),
+    };
+    let answer = invocation::run(app, &live, request)
+        .await
+        .map_err(|refusal| refused(&refusal, app, &live.name))?;
+    let (body, failed) = match answer.result {
+        FunctionResult::Response(payload) => (payload, false),
+        FunctionResult::Error { document, .. } => (document, true),
+    };
+    let mut response = Response::new(Body::from(body));
+    let headers = response.headers_mut();
+    headers.insert(
+        header::CONTENT_TYPE,
+        HeaderValue::from_static("application/json"),
+    );
+    headers.insert("x-amz-executed-version", HeaderValue::from_static(LATEST));
+    if failed {
+        headers.insert(
+            "x-amz-function-error",
+            HeaderValue::from_static("Unhandled"),
+        );
+    }
+    if tail && let Ok(value) = HeaderValue::from_str(&report::tail(&answer.log)) {
+        headers.insert("x-amz-log-result", value);
+    }
+    if let Some(timings) = &answer.timings {
+        headers.insert("server-timing", timing::header(timings, arrived.elapsed()));
+    }
+    Ok(response)
+}
+
+fn kind(headers: &HeaderMap) -> Result<Kind, ApiError> {
+    match text(headers, "x-amz-invocation-type") {
+        None | Some("RequestResponse") => Ok(Kind::RequestResponse),
+        Some("DryRun") => Ok(Kind::DryRun),
+        Some("Event") => Err(ApiError::invalid_parameter(
+            "InvocationType Event is not supported by this gateway yet: asynchronous invocation arrives with its queue in a later release. Use RequestResponse.",
+        )),
+        Some(other) => Err(ApiError::validation(&[violation(
+            other,
+            "invocationType",
+            "Member must satisfy enum value set: [Event, RequestResponse, DryRun]",
+        )])),
+    }
+}
+
+fn wants_tail(headers: &HeaderMap) -> Result<bool, ApiError> {
+    match text(headers, "x-amz-log-type") {
+        None | Some("None") => Ok(false),
+        Some("Tail") => Ok(true),
+        Some(other) => Err(ApiError::validation(&[violation(
+            other,
+            "logType",
+            "Member must satisfy enum value set: [None, Tail]",
+        )])),
+    }
+}
+
+/// The decoded client context, JSON.
+fn client_context(headers: &HeaderMap) -> Result<Option<String>, ApiError> {
+    let Some(value) = headers.get("x-amz-client-context") else {
+        return Ok(None);
+    };
+    let malformed = || {
+        ApiError::invalid_content(
+            "Client context must be a valid Base64-encoded JSON object.".to_owned(),
+        )
+    };
+    let bytes = STANDARD.decode(value.as_bytes()).map_err(|_| malformed())?;
+    if bytes.len() > CLIENT_CONTEXT_BYTES_MAX {
+        return Err(ApiError::invalid_content(format!(
+            "Client context must be no more than {CLIENT_CONTEXT_BYTES_MAX} bytes."
+        )));
+    }
+    let decoded = String::from_utf8(bytes).map_err(|_| malformed())?;
+    serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(&decoded)
+        .map_err(|_| malformed())?;
+    Ok(Some(decoded))
+}
+
+/// The event; no body at all means `{}`, as the runtime clients need some JSON.
+fn payload_json(payload: Bytes) -> Result<Bytes, ApiError> {
+    if payload.is_empty() {
+        return Ok(Bytes::from_static(b"{}"));
+    }
+    serde_json::from_slice::<IgnoredAny>(&payload).map_err(|error| {
+        ApiError::invalid_content(format!(
+            "Could not parse request body into json: Could not parse payload into json: {error}"
+        ))
+    })?;
+    Ok(payload)
+}
+
+fn refused(refusal: &Refusal, app: &App, name: &str) -> ApiError {
+    match refusal {
+        Refusal::Inactive(state) => {
+            let why = match state {
+                State::Failed(reason) => format!(" ({reason})"),
+                State::Pending | State::Active => String::new(),
+            };
+            ApiError::conflict(format!(
+                "The operation cannot be performed at this time. The function is currently in the following state: {}{why}",
+                state.word()
+            ))
+        }
+        Refusal::Throttled => ApiError::throttled(),
+        Refusal::TooLarge => ApiError::request_too_large(PAYLOAD_BYTES_MAX),
+        Refusal::Gone => ApiError::not_found(&app.arn(name)),
+        Refusal::Host(reason) => ApiError::service(reason.clone()),
+        Refusal::Stopping => ApiError::unavailable("The gateway is stopping."),
+    }
+}
+
+fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+    headers.get(name).and_then(|value| value.to_str().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(name: &'static str, value: &str) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        headers.insert(name, HeaderValue::from_str(value).unwrap());
+        headers
+    }
+
+    #[test]
+    fn an_empty_event_is_an_empty_object() {
+        assert_eq!(payload_json(Bytes::new()).unwrap(), "{}");
+        assert_eq!(payload_json(Bytes::from_static(b"[1]")).unwrap(), "[1]");
+        let error = payload_json(Bytes::from_static(b"hello")).unwrap_err();
+        assert_eq!(error.code, "InvalidRequestContentException");
+        assert!(error.message.starts_with(
+            "Could not parse request body into json: Could not parse payload into json: "
+        ));
+    }
+
+    #[test]
+    fn client_contexts_are_decoded_and_checked() {
+        let good = STANDARD.encode(r#"{"custom":{"a":1}}"#);
+        let name = "x-amz-client-context";
+        assert_eq!(
+            client_context(&headers(name, &good)).unwrap().unwrap(),
+            r#"{"custom":{"a":1}}"#
+        );
+        assert!(client_context(&headers(name, "%%%")).is_err());
+        assert!(client_context(&headers(name, &STANDARD.encode("[1]"))).is_err());
+        assert!(client_context(&HeaderMap::new()).unwrap().is_none());
+    }
+
+    #[test]
+    fn asynchronous_invocation_says_that_it_is_not_there() {
+        let name = "x-amz-invocation-type";
+        assert_eq!(kind(&HeaderMap::new()).unwrap(), Kind::RequestResponse);
+        let event = kind(&headers(name, "Event")).unwrap_err();
+        assert_eq!(event.code, "InvalidParameterValueException");
+        assert_eq!(
+            kind(&headers(name, "x")).unwrap_err().code,
+            "ValidationException"
+        );
+    }
+}

@@ -1,0 +1,131 @@
+//! How a function looks to Lambda's clients. Pure.
+
+use std::collections::BTreeMap;
+
+use thaw_api_types::lambda::{
+    CodeLocation, Environment, EphemeralStorage, FunctionConfiguration, GetFunctionResponse,
+    LoggingConfig, RuntimeVersionConfig, SnapStartResponse, TracingConfig,
+};
+
+use crate::clock;
+use crate::invocation::LATEST;
+use crate::record::{Function, LastUpdate, State};
+
+/// Which members a view has: lists omit the state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Detail {
+    /// All members.
+    Full,
+    /// Without State and LastUpdateStatus.
+    ListItem,
+}
+
+/// FunctionConfiguration of a function's target. `arn` carries a qualifier if the client named one.
+#[must_use]
+pub fn configuration(
+    function: &Function,
+    arn: &str,
+    region: &str,
+    detail: Detail,
+) -> FunctionConfiguration {
+    let settings = &function.target.settings;
+    let mut view = FunctionConfiguration {
+        function_name: function.name.clone(),
+        function_arn: arn.to_owned(),
+        runtime: settings.runtime.clone(),
+        role: settings.role.clone(),
+        handler: settings.handler.clone(),
+        code_size: function.target.code.bytes,
+        code_sha256: function.target.code.sha256.clone(),
+        description: settings.description.clone(),
+        timeout: settings.timeout_seconds,
+        memory_size: settings.memory_mib,
+        last_modified: clock::last_modified(function.modified_unix_ms),
+        version: LATEST.to_owned(),
+        environment: settings
+            .environment
+            .clone()
+            .map(|variables| Environment { variables }),
+        tracing_config: TracingConfig::default(),
+        revision_id: function.revision_id.clone(),
+        package_type: "Zip".to_owned(),
+        architectures: vec!["x86_64".to_owned()],
+        ephemeral_storage: EphemeralStorage::default(),
+        snap_start: SnapStartResponse::default(),
+        runtime_version_config: RuntimeVersionConfig {
+            runtime_version_arn: format!("arn:aws:lambda:{region}::runtime:{}", settings.runtime),
+        },
+        logging_config: LoggingConfig {
+            log_format: "Text".to_owned(),
+            log_group: format!("/aws/lambda/{}", function.name),
+        },
+        ..FunctionConfiguration::default()
+    };
+    if detail == Detail::Full {
+        state(function, &mut view);
+    }
+    view
+}
+
+fn state(function: &Function, view: &mut FunctionConfiguration) {
+    view.state = Some(function.state.word().to_owned());
+    let (reason, code) = match &function.state {
+        State::Active => (None, None),
+        State::Pending => (Some("The function is being created."), Some("Creating")),
+        State::Failed(reason) => (Some(reason.as_str()), Some("InternalError")),
+    };
+    view.state_reason = reason.map(str::to_owned);
+    view.state_reason_code = code.map(str::to_owned);
+    let Some(update) = &function.last_update else {
+        return;
+    };
+    view.last_update_status = Some(update.word().to_owned());
+    let (reason, code) = match update {
+        LastUpdate::Successful => (None, None),
+        LastUpdate::InProgress => (Some("The function is being updated."), Some("Updating")),
+        LastUpdate::Failed(reason) => (Some(reason.as_str()), Some("InternalError")),
+    };
+    view.last_update_status_reason = reason.map(str::to_owned);
+    view.last_update_status_reason_code = code.map(str::to_owned);
+}
+
+/// Body of GetFunction; the code is at `location`.
+#[must_use]
+pub fn function(
+    configuration: FunctionConfiguration,
+    tags: &BTreeMap<String, String>,
+    location: String,
+) -> GetFunctionResponse {
+    GetFunctionResponse {
+        configuration,
+        code: CodeLocation {
+            repository_type: "S3".to_owned(),
+            location,
+        },
+        tags: tags.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing;
+
+    #[test]
+    fn a_pending_function_has_no_update_status() {
+        let view = configuration(&testing::function("f"), "arn", "r", Detail::Full);
+        assert_eq!(view.state.as_deref(), Some("Pending"));
+        assert_eq!(
+            view.state_reason.as_deref(),
+            Some("The function is being created.")
+        );
+        assert_eq!(view.state_reason_code.as_deref(), Some("Creating"));
+        assert_eq!(view.last_update_status, None);
+    }
+
+    #[test]
+    fn a_list_item_has_no_state() {
+        let view = configuration(&testing::function("f"), "arn", "r", Detail::ListItem);
+        assert_eq!(view.state, None);
+    }
+}

@@ -1,0 +1,65 @@
+//! The router, and serving until told to stop.
+
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::{Request, State};
+use axum::routing::{any, get};
+use tokio::net::TcpListener;
+use tower_http::trace::TraceLayer;
+
+use crate::state::App;
+use crate::{function_url, lambda, thaw_routes};
+
+/// All routes. What no other takes is the Lambda API's, whose errors have a shape of their own.
+pub fn router(app: Arc<App>) -> Router {
+    let url = |State(app): State<Arc<App>>, request: Request| function_url::serve(app, request);
+    let api = |State(app): State<Arc<App>>, request: Request| lambda::serve(app, request);
+    Router::new()
+        .route("/healthz", get(thaw_routes::health))
+        .route("/thaw/v1/functions", get(thaw_routes::list))
+        .route("/thaw/v1/functions/{name}", get(thaw_routes::function))
+        .route("/thaw/v1/functions/{name}/code", get(thaw_routes::code))
+        .route("/thaw/v1/functions/{name}/logs", get(thaw_routes::logs))
+        .route(
+            "/thaw/v1/functions/{name}/progress",
+            get(thaw_routes::progress),
+        )
+        .route("/fn/{name}", any(url))
+        .route("/fn/{name}/", any(url))
+        .route("/fn/{name}/{*path}", any(url))
+        .fallback(api)
+        .layer(TraceLayer::new_for_http())
+        .with_state(app)
+}
+
+/// Serves until `shutdown` ends, then lets running requests end within the drain limit.
+///
+/// # Errors
+/// The listener failed.
+pub async fn serve(
+    listener: TcpListener,
+    router: Router,
+    app: &Arc<App>,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> io::Result<()> {
+    let stop = app.stop.clone();
+    let told = app.stop.clone();
+    let service = router.into_make_service_with_connect_info::<SocketAddr>();
+    let serving = axum::serve(listener, service).with_graceful_shutdown(async move {
+        shutdown.await;
+        // Streams end now; requests that wait for a sandbox are refused.
+        told.cancel();
+    });
+    let limit = app.limits.drain_limit;
+    tokio::select! {
+        served = serving => served,
+        () = async {
+            stop.cancelled().await;
+            tokio::time::sleep(limit).await;
+        } => Ok(()),
+    }
+}

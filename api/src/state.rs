@@ -1,0 +1,362 @@
+//! The gateway's state: all functions, and what they share.
+//!
+//! **Invariant:** memory follows the database: a change is committed first and shown afterwards, one at a time. **Invariant:** of the
+//! requests that change one function, one runs at a time ([`App::claim_name`]); the others are refused as Lambda does.
+
+use std::collections::{BTreeMap, HashSet};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, watch};
+use tokio::task::AbortHandle;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::deploy;
+use crate::engine::{Engine, Sandboxes};
+use crate::gateway::{GatewayConfig, Limits, StartError};
+use crate::logs::Log;
+use crate::progress::Progress;
+use crate::record::Function;
+use crate::store::{Store, StoreError};
+
+/// Bodies of more than a megabyte that are held at once; others wait.
+const UPLOADS_MAX: usize = 4;
+
+/// Snapshots that are verified at once when the gateway starts.
+const OPENINGS_MAX: usize = 2;
+
+/// How long the end of the machine below may take.
+const ENGINE_CLOSE_LIMIT: Duration = Duration::from_secs(15);
+
+/// The gateway's state.
+pub struct App {
+    /// `THAW_HOME`.
+    pub home: PathBuf,
+    /// Where the gateway serves.
+    pub address: SocketAddr,
+    /// Region in ARNs.
+    pub region: String,
+    /// Account in ARNs.
+    pub account_id: String,
+    /// Sandboxes kept restored for each function.
+    pub ready_count: usize,
+    /// Limits.
+    pub limits: Limits,
+    /// The database.
+    pub store: Store,
+    /// The machine below.
+    pub engine: Arc<dyn Engine>,
+    /// Whether functions can be invoked.
+    pub health: watch::Sender<Health>,
+    /// Ends streams and background work.
+    pub stop: CancellationToken,
+    /// Background work.
+    pub tasks: TaskTracker,
+    /// One permit for each function that is being frozen.
+    pub freezes: Semaphore,
+    /// One permit for each snapshot that is being verified.
+    pub openings: Semaphore,
+    /// One permit for each large body in memory.
+    pub uploads: Semaphore,
+    functions: RwLock<BTreeMap<String, Arc<Live>>>,
+    changing: Arc<Mutex<HashSet<String>>>,
+    /// Orders commits, so that memory and database change together.
+    commits: tokio::sync::Mutex<()>,
+}
+
+/// Whether functions can be invoked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Health {
+    /// Not yet, and why.
+    NotReady(String),
+    /// They can.
+    Ready,
+    /// Not any more.
+    Stopping,
+}
+
+/// One function in memory.
+pub struct Live {
+    /// The bare name.
+    pub name: String,
+    /// Its sandboxes.
+    pub pool: watch::Sender<PoolSlot>,
+    /// Steps of its newest deployment.
+    pub progress: Progress,
+    /// Its log.
+    pub log: Arc<Log>,
+    record: RwLock<Arc<Function>>,
+    last_error: Mutex<Option<String>>,
+    job: Mutex<Option<AbortHandle>>,
+}
+
+/// A function's sandboxes.
+#[derive(Clone)]
+pub enum PoolSlot {
+    /// None: it is not deployed yet, failed to initialise, or was deleted.
+    Closed,
+    /// The snapshot is being verified.
+    Opening,
+    /// There.
+    Open(Arc<dyn Sandboxes>),
+    /// The snapshot cannot be used, and why.
+    Failed(String),
+}
+
+/// The right to change the function of one name; given back on drop.
+pub struct NameClaim {
+    name: String,
+    changing: Arc<Mutex<HashSet<String>>>,
+}
+
+impl Drop for NameClaim {
+    fn drop(&mut self) {
+        self.changing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&self.name);
+    }
+}
+
+impl App {
+    /// Loads all functions and begins to make them ready.
+    ///
+    /// # Errors
+    /// The database cannot be read, or the state folder cannot be cleaned.
+    pub async fn open(
+        config: GatewayConfig,
+        address: SocketAddr,
+        store: Store,
+        engine: Arc<dyn Engine>,
+    ) -> Result<(Arc<Self>, TcpListener), StartError> {
+        let records = store.load().await?;
+        let folder = config.home.join("functions");
+        deploy::clean(&folder, &records).map_err(|(path, source)| StartError::Home {
+            act: "clean",
+            path,
+            source,
+        })?;
+        let functions = records
+            .into_iter()
+            .map(|record| {
+                let log = Log::new(folder.join(&record.name).join("log"));
+                (record.name.clone(), Arc::new(Live::new(record, log)))
+            })
+            .collect();
+        let app = Arc::new(Self {
+            home: config.home,
+            address,
+            region: config.region,
+            account_id: config.account_id,
+            ready_count: config.ready_count,
+            store,
+            engine,
+            health: watch::Sender::new(Health::NotReady("the gateway is starting".to_owned())),
+            stop: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+            freezes: Semaphore::new(config.limits.freeze_concurrency_max),
+            openings: Semaphore::new(OPENINGS_MAX),
+            uploads: Semaphore::new(UPLOADS_MAX),
+            limits: config.limits,
+            functions: RwLock::new(functions),
+            changing: Arc::default(),
+            commits: tokio::sync::Mutex::new(()),
+        });
+        app.tasks.spawn(deploy::start_all(Arc::clone(&app)));
+        Ok((app, config.listener))
+    }
+
+    /// The folder of one function.
+    #[must_use]
+    pub fn folder(&self, name: &str) -> PathBuf {
+        self.home.join("functions").join(name)
+    }
+
+    /// The unqualified ARN of a function.
+    #[must_use]
+    pub fn arn(&self, name: &str) -> String {
+        format!(
+            "arn:aws:lambda:{}:{}:function:{name}",
+            self.region, self.account_id
+        )
+    }
+
+    /// One function.
+    #[must_use]
+    pub fn find(&self, name: &str) -> Option<Arc<Live>> {
+        let functions = self
+            .functions
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        functions.get(name).cloned()
+    }
+
+    /// All functions, ordered by name.
+    #[must_use]
+    pub fn all(&self) -> Vec<Arc<Live>> {
+        let functions = self
+            .functions
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        functions.values().cloned().collect()
+    }
+
+    /// How many functions there are.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        let functions = self
+            .functions
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        functions.len()
+    }
+
+    /// Commits a new function and shows it.
+    ///
+    /// # Errors
+    /// The database refused; nothing is shown.
+    pub async fn insert(&self, live: Arc<Live>) -> Result<(), StoreError> {
+        let _commit = self.commits.lock().await;
+        self.store.put(&live.record()).await?;
+        let mut functions = self
+            .functions
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        functions.insert(live.name.clone(), live);
+        Ok(())
+    }
+
+    /// Commits the end of a function and hides it.
+    ///
+    /// # Errors
+    /// The database refused; the function is still there.
+    pub async fn remove(&self, live: &Arc<Live>) -> Result<(), StoreError> {
+        let _commit = self.commits.lock().await;
+        self.store.remove(&live.name).await?;
+        let mut functions = self
+            .functions
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        functions.remove(&live.name);
+        Ok(())
+    }
+
+    /// Whether this very function, not one that was created under its name later, is still there.
+    #[must_use]
+    pub fn is_current(&self, live: &Arc<Live>) -> bool {
+        self.find(&live.name)
+            .is_some_and(|found| Arc::ptr_eq(&found, live))
+    }
+
+    /// The right to change the function of this name; `None` while another request has it.
+    #[must_use]
+    pub fn claim_name(&self, name: &str) -> Option<NameClaim> {
+        let mut changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        changing.insert(name.to_owned()).then(|| NameClaim {
+            name: name.to_owned(),
+            changing: Arc::clone(&self.changing),
+        })
+    }
+
+    /// Commits a change of a function and shows it. `None` when the function is gone, or `change` says that there is
+    /// nothing to change (any more).
+    ///
+    /// # Errors
+    /// The database refused; memory still shows the old record.
+    pub async fn change<T>(
+        &self,
+        live: &Arc<Live>,
+        change: impl FnOnce(&mut Function) -> Option<T>,
+    ) -> Result<Option<T>, StoreError> {
+        let _commit = self.commits.lock().await;
+        if !self.is_current(live) {
+            return Ok(None);
+        }
+        let mut record = (*live.record()).clone();
+        let Some(value) = change(&mut record) else {
+            return Ok(None);
+        };
+        self.store.put(&record).await?;
+        live.show(record);
+        Ok(Some(value))
+    }
+
+    /// Ends background work, pools and monitors. Requests have ended before, or are cut off.
+    pub async fn close(&self) {
+        self.health.send_replace(Health::Stopping);
+        self.stop.cancel();
+        for live in self.all() {
+            live.abort_job();
+        }
+        self.engine.shutdown(ENGINE_CLOSE_LIMIT).await;
+        self.tasks.close();
+        let _ = tokio::time::timeout(ENGINE_CLOSE_LIMIT, self.tasks.wait()).await;
+    }
+}
+
+impl Live {
+    /// A function in memory, without sandboxes.
+    #[must_use]
+    pub fn new(record: Function, log: Log) -> Self {
+        Self {
+            name: record.name.clone(),
+            pool: watch::Sender::new(PoolSlot::Closed),
+            progress: Progress::default(),
+            log: Arc::new(log),
+            record: RwLock::new(Arc::new(record)),
+            last_error: Mutex::new(None),
+            job: Mutex::new(None),
+        }
+    }
+
+    /// The function as committed.
+    #[must_use]
+    pub fn record(&self) -> Arc<Function> {
+        let record = self.record.read().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(&record)
+    }
+
+    fn show(&self, record: Function) {
+        let mut slot = self.record.write().unwrap_or_else(PoisonError::into_inner);
+        *slot = Arc::new(record);
+    }
+
+    /// The newest failure since the gateway started.
+    #[must_use]
+    pub fn last_error(&self) -> Option<String> {
+        let slot = self
+            .last_error
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        slot.clone()
+    }
+
+    /// Remembers a failure.
+    pub fn set_last_error(&self, text: Option<String>) {
+        let mut slot = self
+            .last_error
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *slot = text;
+    }
+
+    /// Remembers the deployment that runs.
+    pub fn set_job(&self, job: AbortHandle) {
+        let mut slot = self.job.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(old) = slot.replace(job) {
+            old.abort();
+        }
+    }
+
+    /// Ends the deployment that runs; its VM ends with it.
+    pub fn abort_job(&self) {
+        let mut slot = self.job.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(job) = slot.take() {
+            job.abort();
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! What both doors to a function share in headers: measuring, and trace ids.
+
+use std::time::Duration;
+
+use axum::http::{HeaderMap, HeaderValue};
+use thaw_runtime::{InvocationTimings, Measure};
+use uuid::Uuid;
+
+use crate::clock;
+
+/// Longest trace id that is taken from a client.
+const TRACE_ID_BYTES_MAX: usize = 256;
+
+/// Whether the client wants `Server-Timing`: `X-Thaw-Timing: 1`.
+#[must_use]
+pub fn measure(headers: &HeaderMap) -> Measure {
+    match headers.get("x-thaw-timing").map(HeaderValue::as_bytes) {
+        Some(b"1") => Measure::On,
+        _ => Measure::Off,
+    }
+}
+
+/// `Server-Timing`, milliseconds: `restore` was done ahead of the request and is no part of `total`, which is the
+/// gateway's own, from the request's head to the response.
+#[must_use]
+pub fn header(timings: &InvocationTimings, total: Duration) -> HeaderValue {
+    let metrics = [
+        ("queue", timings.queued),
+        ("claim", timings.claim_to_first_instruction),
+        ("first-byte", timings.first_instruction_to_agent_byte),
+        ("function", timings.agent_byte_to_response),
+        ("restore", timings.restore),
+        ("total", total),
+    ];
+    let text: Vec<String> = metrics
+        .iter()
+        .map(|(name, took)| format!("{name};dur={:.3}", took.as_secs_f64() * 1000.0))
+        .collect();
+    // Names and numbers always make a header.
+    HeaderValue::from_str(&text.join(", ")).unwrap_or_else(|_| HeaderValue::from_static(""))
+}
+
+/// The client's `X-Amzn-Trace-Id`, or a new one that is not sampled.
+#[must_use]
+pub fn trace_id(headers: &HeaderMap) -> String {
+    let given = headers
+        .get("x-amzn-trace-id")
+        .and_then(|value| value.to_str().ok())
+        .filter(|text| !text.is_empty() && text.len() <= TRACE_ID_BYTES_MAX);
+    if let Some(given) = given {
+        return given.to_owned();
+    }
+    let random = Uuid::new_v4().simple().to_string();
+    let (root, parent) = (&random[..24], &Uuid::new_v4().simple().to_string()[..16]);
+    let seconds = clock::unix_ms() / 1000;
+    format!("Root=1-{seconds:08x}-{root};Parent={parent};Sampled=0")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timings_are_milliseconds() {
+        let timings = InvocationTimings {
+            queued: Duration::from_micros(1500),
+            ..InvocationTimings::default()
+        };
+        let value = header(&timings, Duration::from_millis(12));
+        assert_eq!(
+            value,
+            "queue;dur=1.500, claim;dur=0.000, first-byte;dur=0.000, function;dur=0.000, restore;dur=0.000, total;dur=12.000"
+        );
+    }
+
+    #[test]
+    fn a_trace_id_is_made_when_none_came() {
+        let made = trace_id(&HeaderMap::new());
+        assert!(
+            made.starts_with("Root=1-") && made.ends_with(";Sampled=0"),
+            "{made}"
+        );
+        let mut headers = HeaderMap::new();
+        headers.insert("x-amzn-trace-id", HeaderValue::from_static("Root=1-a-b"));
+        assert_eq!(trace_id(&headers), "Root=1-a-b");
+    }
+}
