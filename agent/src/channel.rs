@@ -124,9 +124,9 @@ impl<S: AsyncWrite + Unpin> Writer<S> {
             .map_err(ChannelError::Message)
     }
 
-    /// Something was queued and not written.
-    pub(crate) fn is_pending(&self) -> bool {
-        !self.buffer.is_empty()
+    /// Bytes queued and not written.
+    pub(crate) fn queued_bytes(&self) -> usize {
+        self.buffer.len()
     }
 
     /// Writes everything queued; waits while the host does not read.

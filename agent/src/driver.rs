@@ -6,7 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use rustix::process::Signal;
 use serde_json::json;
-use thaw_agent_protocol::{AgentMessage, Configure, HostMessage, LogStream, Thaw};
+use thaw_agent_protocol::{AgentMessage, Configure, HostMessage, Thaw};
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
@@ -26,6 +26,13 @@ const TERMINATE_GRACE: Duration = Duration::from_secs(2);
 
 /// Time for the last message of a failing agent to leave.
 const FATAL_GRACE: Duration = Duration::from_secs(1);
+
+/// How long output may lie in the pipes. A short invocation's whole output then travels together with its answer, in one
+/// write to the channel.
+const OUTPUT_DELAY: Duration = Duration::from_millis(5);
+
+/// Bytes that may be queued for the channel before they are written.
+const QUEUED_BYTES_MAX: usize = 128 * 1024;
 
 /// Why a sandbox ended before the host asked for it.
 #[derive(Debug, Error)]
@@ -79,12 +86,14 @@ pub struct Driver<W, M> {
     output: Option<Output>,
     parked: Option<oneshot::Sender<Answer>>,
     init_limit: Option<Instant>,
+    output_due: Option<Instant>,
 }
 
 enum Event {
     Message(Option<Incoming>),
     Call(Option<PendingCall>),
-    Output((LogStream, Vec<u8>)),
+    OutputBegins,
+    OutputDue,
     ChildEnded,
     InitLimit,
 }
@@ -123,6 +132,7 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
             output: None,
             parked: None,
             init_limit: None,
+            output_due: None,
         })
     }
 
@@ -157,7 +167,7 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
             let event = match self.messages.try_recv() {
                 Ok(message) => Event::Message(Some(message)),
                 Err(_) => {
-                    if self.writer.is_pending() {
+                    if self.writer.queued_bytes() > 0 {
                         // Let a call that was just answered reach the runtime before the host hears of the thaw.
                         tokio::task::yield_now().await;
                         self.writer.flush().await?;
@@ -172,13 +182,14 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
     }
 
     async fn wait(&mut self) -> Event {
-        let init_limit = self.init_limit;
+        let (init_limit, output_due) = (self.init_limit, self.output_due);
         let silent = self.life.is_frozen();
         tokio::select! {
             message = self.messages.recv() => Event::Message(message),
             call = self.calls.recv() => Event::Call(call),
             _ = self.children.recv() => Event::ChildEnded,
-            piece = next_output(&mut self.output), if !silent => Event::Output(piece),
+            () = begin_output(&mut self.output), if !silent && output_due.is_none() => Event::OutputBegins,
+            () = sleep_until(output_due.unwrap_or_else(Instant::now)), if !silent && output_due.is_some() => Event::OutputDue,
             () = sleep_until(init_limit.unwrap_or_else(Instant::now)), if init_limit.is_some() => Event::InitLimit,
         }
     }
@@ -198,14 +209,17 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
             }
             Event::Call(None) => Err(DriverError::ServerEnded),
             Event::Call(Some(PendingCall { call, reply })) => self.called(call, reply).await,
-            Event::Output((stream, bytes)) => {
-                self.writer
-                    .send(AgentMessage::Log { stream, bytes })
-                    .await?;
+            Event::OutputBegins => {
+                self.output_due = Instant::now().checked_add(OUTPUT_DELAY);
+                Ok(Next::GoOn)
+            }
+            Event::OutputDue => {
+                self.queue_output_so_far().await?;
+                self.writer.flush().await?;
                 Ok(Next::GoOn)
             }
             Event::ChildEnded => {
-                let Some(runtime) = &self.runtime else {
+                let Some(runtime) = &mut self.runtime else {
                     return Ok(Next::GoOn);
                 };
                 let Some(cause) = runtime.reap(self.host.reap) else {
@@ -245,7 +259,7 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
                 Effect::Answer(answer) => send_answer(&mut reply, answer),
                 Effect::Wake(answer) => send_answer(&mut self.parked, answer),
                 Effect::Send(message) => {
-                    self.send_output_so_far().await?;
+                    self.queue_output_so_far().await?;
                     self.writer.send(message).await?;
                 }
                 Effect::Start(configure) => {
@@ -325,40 +339,47 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
         Ok(address.to_string())
     }
 
-    /// Sends what the runtime has written up to now; what it writes meanwhile can wait.
-    async fn send_output_so_far(&mut self) -> Result<(), DriverError> {
+    /// Queues what the runtime has written up to now; what it writes meanwhile can wait.
+    async fn queue_output_so_far(&mut self) -> Result<(), ChannelError> {
+        self.output_due = None;
         let Some(output) = &mut self.output else {
             return Ok(());
         };
         let mut backlog = output.backlog();
         while let Some((stream, bytes)) = output.take(&mut backlog) {
-            self.writer
-                .send(AgentMessage::Log { stream, bytes })
-                .await?;
+            self.writer.queue(AgentMessage::Log { stream, bytes })?;
+            if self.writer.queued_bytes() > QUEUED_BYTES_MAX {
+                self.writer.flush().await?;
+            }
         }
         Ok(())
     }
 
-    /// Ends the runtime: SIGTERM, its last output, SIGKILL.
+    /// Ends the runtime: SIGTERM, its last output, SIGKILL. The host may have stopped listening.
     async fn stop(&mut self) {
-        let Some(runtime) = &self.runtime else { return };
-        runtime.signal(Signal::TERM);
-        let (children, output, writer) = (&mut self.children, &mut self.output, &mut self.writer);
-        let reap = self.host.reap;
-        let ended = async {
-            while runtime.reap(reap).is_none() {
-                tokio::select! {
-                    _ = children.recv() => {}
-                    (stream, bytes) = next_output(output) => {
-                        // The host may have stopped listening.
-                        let _ = writer.send(AgentMessage::Log { stream, bytes }).await;
-                    }
+        if let Some(runtime) = &self.runtime {
+            runtime.signal(Signal::TERM);
+        }
+        let _ = timeout(TERMINATE_GRACE, self.last_output()).await;
+        if let Some(runtime) = &self.runtime {
+            runtime.signal(Signal::KILL);
+        }
+    }
+
+    async fn last_output(&mut self) -> Result<(), ChannelError> {
+        while let Some(runtime) = &mut self.runtime
+            && !runtime.has_ended()
+        {
+            tokio::select! {
+                _ = self.children.recv() => drop(runtime.reap(self.host.reap)),
+                () = begin_output(&mut self.output) => {
+                    self.queue_output_so_far().await?;
+                    self.writer.flush().await?;
                 }
             }
-        };
-        let _ = timeout(TERMINATE_GRACE, ended).await;
-        runtime.signal(Signal::KILL);
-        let _ = timeout(FATAL_GRACE, self.send_output_so_far()).await;
+        }
+        self.queue_output_so_far().await?;
+        self.writer.flush().await
     }
 }
 
@@ -369,9 +390,9 @@ fn send_answer(caller: &mut Option<oneshot::Sender<Answer>>, answer: Answer) {
     }
 }
 
-async fn next_output(output: &mut Option<Output>) -> (LogStream, Vec<u8>) {
+async fn begin_output(output: &mut Option<Output>) {
     match output {
-        Some(output) => output.next().await,
+        Some(output) => output.readable().await,
         None => std::future::pending().await,
     }
 }

@@ -18,6 +18,7 @@ pub const LOG_BYTES_MAX: usize = 64 * 1024;
 pub(crate) struct Output {
     stdout: Pipe,
     stderr: Pipe,
+    first: Option<(LogStream, Vec<u8>)>,
     buffer: Vec<u8>,
 }
 
@@ -43,6 +44,7 @@ impl Output {
         let output = Self {
             stdout,
             stderr,
+            first: None,
             buffer: vec![0; LOG_BYTES_MAX],
         };
         let ends = WritingEnds {
@@ -52,16 +54,17 @@ impl Output {
         Ok((output, ends))
     }
 
-    /// The next bytes of either stream; waits without end when both are closed. Cancelling loses nothing.
-    pub(crate) async fn next(&mut self) -> (LogStream, Vec<u8>) {
-        loop {
+    /// Waits until either stream has bytes, and reads the first of them; without end when both are closed. Cancelling
+    /// loses nothing. What was read is handed out by [`Self::take`], which must be called before this is again.
+    pub(crate) async fn readable(&mut self) {
+        while self.first.is_none() {
             let pipe = tokio::select! {
                 () = self.stdout.ready() => &mut self.stdout,
                 () = self.stderr.ready() => &mut self.stderr,
             };
-            if let Some(bytes) = pipe.read(&mut self.buffer) {
-                return (pipe.stream, bytes);
-            }
+            self.first = pipe
+                .read(&mut self.buffer)
+                .map(|bytes| (pipe.stream, bytes));
         }
     }
 
@@ -73,23 +76,27 @@ impl Output {
         }
     }
 
-    /// Reads the next piece of a backlog; `None` when it is used up.
+    /// The next piece of a backlog, at most [`LOG_BYTES_MAX`]; `None` when it is used up.
     pub(crate) fn take(&mut self, backlog: &mut Backlog) -> Option<(LogStream, Vec<u8>)> {
         for (pipe, left) in [
             (&mut self.stdout, &mut backlog.stdout),
             (&mut self.stderr, &mut backlog.stderr),
         ] {
-            let length = (*left).min(self.buffer.len());
-            if length == 0 {
-                continue;
-            }
-            // Straight from the pipe: tokio learns of these bytes only when the event loop turns next.
-            match rustix::io::read(&pipe.receiver, &mut self.buffer[..length]) {
-                Ok(read) if read > 0 => {
-                    *left -= read;
-                    return Some((pipe.stream, self.buffer[..read].to_vec()));
+            let first = self.first.take_if(|(stream, _)| *stream == pipe.stream);
+            let mut bytes = first.map(|(_, bytes)| bytes).unwrap_or_default();
+            let length = (*left).min(LOG_BYTES_MAX - bytes.len());
+            if length > 0 {
+                // Straight from the pipe: tokio learns of these bytes only when the event loop turns next.
+                match rustix::io::read(&pipe.receiver, &mut self.buffer[..length]) {
+                    Ok(read) if read > 0 => {
+                        *left -= read;
+                        bytes.extend_from_slice(&self.buffer[..read]);
+                    }
+                    _ => *left = 0,
                 }
-                _ => *left = 0,
+            }
+            if !bytes.is_empty() {
+                return Some((pipe.stream, bytes));
             }
         }
         None

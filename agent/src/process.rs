@@ -38,6 +38,7 @@ pub enum Reap {
 pub(crate) struct Runtime {
     pid: Pid,
     oom_kills_at_start: u64,
+    ended: bool,
 }
 
 /// Chooses the program to run: the first that exists and may be executed.
@@ -103,11 +104,12 @@ impl Runtime {
         Ok(Self {
             pid,
             oom_kills_at_start,
+            ended: false,
         })
     }
 
     /// Waits for every child that ended, without blocking; says how the runtime ended if it is among them.
-    pub(crate) fn reap(&self, reap: Reap) -> Option<RuntimeExitCause> {
+    pub(crate) fn reap(&mut self, reap: Reap) -> Option<RuntimeExitCause> {
         let mut cause = None;
         let mut reaped = |status: WaitStatus| {
             cause = match (status.exit_status(), status.terminating_signal()) {
@@ -133,7 +135,13 @@ impl Runtime {
                 }
             }
         }
+        self.ended |= cause.is_some();
         cause
+    }
+
+    /// The runtime was found ended by [`Self::reap`].
+    pub(crate) fn has_ended(&self) -> bool {
+        self.ended
     }
 
     /// Sends a signal to the runtime's process group. That it is gone already is no failure.

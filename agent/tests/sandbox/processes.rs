@@ -171,6 +171,15 @@ fn a_runtime_writing_without_end_neither_fills_memory_nor_blocks_answers() {
 }
 
 #[test]
+fn shutdown_after_the_runtime_ended_does_not_wait_for_it() {
+    let mut sandbox = Sandbox::script("#!/bin/sh\n");
+    assert!(matches!(sandbox.message(), AgentMessage::RuntimeExit(_)));
+    let start = std::time::Instant::now();
+    sandbox.shutdown().unwrap();
+    assert!(start.elapsed() < Duration::from_millis(1500));
+}
+
+#[test]
 fn shutdown_lets_the_runtime_say_goodbye() {
     let mut sandbox = Sandbox::script(
         "#!/bin/sh\ntrap 'echo goodbye; exit 0' TERM\necho ready\nwhile :; do sleep 0.05; done\n",
