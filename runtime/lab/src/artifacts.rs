@@ -12,10 +12,14 @@ use std::{
     io,
     path::{Path, PathBuf},
     process::ExitStatus,
+    time::Duration,
 };
 
 /// The static init that build.rs compiled.
 pub const INIT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/thaw-lab-init"));
+
+/// How long files of another build of Thaw are kept: two may take turns on one machine.
+pub const KEPT_FOR: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// Why the lab could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -115,6 +119,7 @@ pub fn build(cache: &Path, progress: &mut dyn FnMut(&str)) -> Result<(), BuildEr
     let lock = folder.join("lock");
     let file = File::create(&lock).map_err(io_error("make", &lock))?;
     file.lock().map_err(io_error("lock", &lock))?; // freed when `file` is closed
+    sweep(&folder, &[".new", ".tmp"], Duration::ZERO);
     let mark = folder.join("current");
     let built = current(cache).ok();
     if built.is_some() && !debian::lists_are_newer_than(&mark) {
@@ -132,6 +137,8 @@ pub fn build(cache: &Path, progress: &mut dyn FnMut(&str)) -> Result<(), BuildEr
     };
     let artifacts = Artifacts::at(folder.join(&name));
     if !artifacts.initrd.is_file() {
+        sweep(&artifacts.folder, &[".tmp"], Duration::ZERO);
+        sweep(&artifacts.folder, &["initrd-"], KEPT_FOR);
         progress("making the lab's initramfs");
         write_atomically(&artifacts.initrd, &initrd(&artifacts.modules)?)?;
     }
@@ -171,6 +178,23 @@ fn fetch(
     Ok(name)
 }
 
+/// Removes files and folders in `folder` with such a name and at least that age: what a killed process left, or an older build of Thaw
+/// made. What cannot be removed stays, it costs space alone.
+pub fn sweep(folder: &Path, prefixes: &[&str], age: Duration) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let is_meant = prefixes
+            .iter()
+            .any(|prefix| name.as_encoded_bytes().starts_with(prefix.as_bytes()));
+        let changed = entry.metadata().and_then(|found| found.modified());
+        let is_old = changed.is_ok_and(|time| time.elapsed().is_ok_and(|elapsed| elapsed >= age));
+        if is_meant && is_old {
+            let path = entry.path();
+            let _ = fs::remove_dir_all(&path).or_else(|_| fs::remove_file(&path));
+        }
+    }
+}
+
 fn initrd(modules: &Path) -> Result<Vec<u8>, BuildError> {
     let mut archive = cpio::Archive::default();
     for folder in ["dev", "modules", "proc", "sys"] {
@@ -202,5 +226,27 @@ fn io_error(act: &'static str, path: &Path) -> impl FnOnce(io::Error) -> BuildEr
         act,
         path: path.to_path_buf(),
         source,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sweeping_removes_what_is_named_and_old_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        fs::create_dir(at(".new1")).unwrap();
+        fs::write(at(".new1").join("part"), "x").unwrap();
+        for name in [".tmp2", "initrd-3", "vmlinux"] {
+            fs::write(at(name), "x").unwrap();
+        }
+        sweep(folder.path(), &[".new", ".tmp"], Duration::ZERO);
+        sweep(folder.path(), &["initrd-"], KEPT_FOR);
+        assert_eq!(
+            debian::entries(folder.path()).unwrap(),
+            [at("initrd-3"), at("vmlinux")]
+        );
     }
 }

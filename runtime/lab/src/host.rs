@@ -96,7 +96,7 @@ impl Check {
     }
 }
 
-/// The judgement alone: about 0.1 s, at most [`probe::LIMIT`] (2 s) when /dev/kvm hangs.
+/// The judgement alone: about 0.1 s, at most 2 s when /dev/kvm hangs.
 pub fn kvm_verdict() -> KvmVerdict {
     probe::probe().map_or_else(
         |failure| KvmVerdict::Lab {

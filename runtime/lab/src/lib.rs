@@ -12,6 +12,12 @@
 //! - The lab is no security boundary: its command acts on the writable folders, and through virtiofsd on everything, with the rights
 //!   of the user who started it. Keep untrusted code in the sandboxes inside.
 //!
+//! What the command sees of this machine's files: everything its user may read, `/run` and `/dev/shm` apart, which are fresh. The
+//! writable folders go straight to this machine: mmap (shared and private), fsync, flock and record locks, fallocate with hole punching,
+//! SEEK_HOLE, O_DIRECT, copy_file_range, sockets and SQLite's WAL mode work there; O_TMPFILE, reflinks and extended attributes fail with
+//! EOPNOTSUPP. Locks are the lab's own: a process on this machine does not see them. An ordinary user's lab shows files of others as
+//! nobody's, and a process in it that is not root cannot make files in the writable folders (EINVAL).
+//!
 //! Where to start: [`Lab`], then `run.rs` (one run), `machine.rs` (QEMU), `init/main.rs` (process 1 of the lab).
 
 mod artifacts;

@@ -91,7 +91,6 @@ fn run(arguments: Arguments) -> Result<i32, Failure> {
         println!("{text}");
         return Ok(0);
     }
-    let signals = signals::of_this_process().map_err(|error| failed(error.into()))?;
     let lab = Lab::new(arguments.cache.unwrap_or_else(default_cache));
     let mut notice = |text: &str| eprintln!("thaw-lab: {text}");
     lab.build(&mut notice)
@@ -101,6 +100,7 @@ fn run(arguments: Arguments) -> Result<i32, Failure> {
     {
         notice(&format!("no saved state, booting instead: {error}"));
     }
+    let signals = signals::of_this_process().map_err(|error| failed(error.into()))?;
     let cwd = std::env::current_dir().map_err(|error| failed(error.into()))?;
     let run = LabRun {
         writable: arguments.writable,

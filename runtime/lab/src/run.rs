@@ -4,7 +4,7 @@ mod session;
 
 use crate::{
     LabRun, PortForward, StartMode,
-    artifacts::{Artifacts, NotBuilt},
+    artifacts::{self, Artifacts, NotBuilt},
     clock,
     machine::{Machine, MachineError},
     protocol::{self, HostMessage, InitMessage},
@@ -254,6 +254,8 @@ pub fn save(
     if saved.exists() {
         return Ok(());
     }
+    artifacts::sweep(&artifacts.folder, &[".saving"], Duration::ZERO);
+    artifacts::sweep(&artifacts.folder, &["saved-"], artifacts::KEPT_FOR);
     progress("booting the lab once, to resume it from now on");
     let mut console = String::new();
     for attempt in 1..=BOOT_ATTEMPTS_MAX {

@@ -51,3 +51,13 @@ pub fn virtiofsd() -> Result<PathBuf, MissingTool> {
         Ok,
     )
 }
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn missing_program_is_named_with_its_package() {
+        let error = super::find("no-such-program", "its-package").unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains("no-such-program") && text.contains("apt-get install its-package"));
+    }
+}
