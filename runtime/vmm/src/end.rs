@@ -90,8 +90,8 @@ pub fn forward_device_faults(faults: &Receiver<DeviceFault>, ends: &EndSender) {
     for fault in faults {
         match fault {
             // The agent may close its channel and connect again: what that means is its protocol's business.
-            DeviceFault::AgentDisconnected | DeviceFault::AgentReplaced => {
-                tracing::debug!(fault = %fault, "agent channel changed");
+            DeviceFault::AgentDisconnected => {
+                tracing::debug!(fault = %fault, "agent channel closed");
             }
             DeviceFault::Guest { .. } | DeviceFault::AgentStreamClosed | DeviceFault::Thread(_) => {
                 ends.send(MachineEnd::Device(fault));

@@ -91,9 +91,6 @@ pub enum DeviceFault {
     /// The guest closed or reset the agent channel.
     #[error("agent channel closed by the guest")]
     AgentDisconnected,
-    /// The guest opened a second agent channel, which replaced the first.
-    #[error("agent channel opened again by the guest")]
-    AgentReplaced,
     /// The device thread cannot go on; the machine must be destroyed.
     #[error("device thread failed")]
     Thread(#[source] std::io::Error),

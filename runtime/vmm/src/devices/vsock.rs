@@ -124,7 +124,6 @@ impl Vsock {
     fn tell(&self, happening: Option<Happening>) {
         match happening {
             None | Some(Happening::Opened) => {}
-            Some(Happening::Replaced) => self.faults.report(DeviceFault::AgentReplaced),
             Some(Happening::Closed) => self.faults.report(DeviceFault::AgentDisconnected),
         }
     }

@@ -21,8 +21,6 @@ pub(in crate::devices) const TO_HOST_BYTES_MAX: u32 = 256 * 1024;
 pub(in crate::devices) const TO_GUEST_BYTES_MAX: usize = 256 * 1024;
 /// Answers waiting for receive buffers; with more, transmit buffers are left in their queue.
 const REPLIES_MAX: usize = 64;
-/// Answers that one packet can cause: a reset of the old connection and a response to the new.
-const REPLIES_PER_PACKET: usize = 2;
 /// Room that is won before the guest is told unasked.
 const CREDIT_UPDATE_BYTES: u32 = TO_HOST_BYTES_MAX / 4;
 
@@ -31,8 +29,6 @@ const CREDIT_UPDATE_BYTES: u32 = TO_HOST_BYTES_MAX / 4;
 pub(in crate::devices) enum Happening {
     /// The guest opened the channel.
     Opened,
-    /// The guest opened the channel although it was open.
-    Replaced,
     /// The guest closed the channel, or broke it and was cut off.
     Closed,
 }
@@ -133,7 +129,7 @@ impl Channel {
 
     /// Whether another packet's answers would still fit.
     pub(in crate::devices) fn can_receive(&self) -> bool {
-        self.replies.len() + REPLIES_PER_PACKET < REPLIES_MAX
+        self.replies.len() < REPLIES_MAX
     }
 
     /// Takes one packet from the guest. `payload` has `header.length` bytes. `host_open` says whether there is
@@ -188,35 +184,19 @@ impl Channel {
     }
 
     fn open(&mut self, header: &Header, host_open: bool) -> Option<Happening> {
-        // Bytes of closed connections must not pile up behind a host that does not read.
-        if !host_open || self.to_host.len() > TO_HOST_BYTES_MAX as usize {
+        // Anyone in the guest may call; the first, the agent, keeps the channel as long as it lives. Bytes of closed
+        // connections must not pile up behind a host that does not read.
+        let full = self.to_host.len() > TO_HOST_BYTES_MAX as usize;
+        if self.connection.is_some() || !host_open || full {
             self.refuse(header);
             return None;
         }
-        let old = self
-            .connection
-            .as_ref()
-            .map(|connection| connection.guest_port);
-        if let Some(guest_port) = old.filter(|&port| port != header.src_port) {
-            let kind = TYPE_STREAM;
-            self.replies.push_back(ReplyStateV1 {
-                op: OP_RST,
-                kind,
-                host_port: AGENT_PORT,
-                guest_port,
-            });
-        }
-        self.drop_connection();
         let mut connection = Connection::new(header.src_port);
         connection.peer_buf_alloc = header.buf_alloc;
         connection.peer_fwd_cnt = header.fwd_cnt;
         self.connection = Some(connection);
         self.reply(OP_RESPONSE, header);
-        Some(if old.is_some() {
-            Happening::Replaced
-        } else {
-            Happening::Opened
-        })
+        Some(Happening::Opened)
     }
 
     fn take_data(&mut self, header: &Header, payload: &[u8]) -> Option<Happening> {
