@@ -193,7 +193,8 @@ pub fn run(
             Attempt::Started(machine) => return driver.drive(machine, run),
             Attempt::Signalled(signal) => return Ok(128 + signal),
             Attempt::Failed(why) => {
-                notice(&format!("the saved lab did not resume, booting: {why}"))
+                saved.forget(); // the next start makes a new one
+                notice(&format!("the saved lab did not resume, booting: {why}"));
             }
         }
     }

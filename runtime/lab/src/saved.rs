@@ -120,6 +120,11 @@ impl SavedState {
         self.folder.is_dir()
     }
 
+    /// Removes it. What cannot be removed is tried again at the next start.
+    pub fn forget(&self) {
+        let _ = fs::remove_dir_all(&self.folder);
+    }
+
     /// Saves a machine that was started with [`qemu::Start::BootToSave`] and has booted. The machine stands still afterwards.
     pub fn save(&self, machine: &Machine, tsc_khz: u64) -> Result<(), StateError> {
         let home = self.folder.parent().unwrap_or(Path::new("."));
@@ -141,7 +146,7 @@ impl SavedState {
         for file in [&state, &memory] {
             file.sync_all().map_err(io_error("sync", staging.path()))?;
         }
-        let _ = fs::remove_dir_all(&self.folder); // an unusable one, or none
+        self.forget();
         fs::rename(staging.path(), &self.folder).map_err(io_error("name", &self.folder))
     }
 

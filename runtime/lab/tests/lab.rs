@@ -153,6 +153,30 @@ fn command_in_a_booted_lab_runs_as_if_it_were_here() {
 }
 
 #[test]
+fn damaged_saved_state_costs_a_boot_and_is_replaced() {
+    let _turn = turn();
+    let run = || {
+        let output = lab(&[], &["echo", "hello"]).output();
+        assert_eq!(text(&output.stdout), "hello\n", "{}", text(&output.stderr));
+        text(&output.stderr)
+    };
+    run();
+    let kernels = fs::read_dir(Path::new(env!("CARGO_TARGET_TMPDIR")).join("lab/kernel")).unwrap();
+    let folders =
+        kernels.flat_map(|kernel| fs::read_dir(kernel.unwrap().path()).into_iter().flatten());
+    for state in folders
+        .map(|entry| entry.unwrap().path().join("state"))
+        .filter(|path| path.exists())
+    {
+        let bytes = fs::read(&state).unwrap();
+        fs::write(&state, &bytes[..bytes.len() / 2]).unwrap();
+    }
+    assert_eq!(run().matches("did not resume, booting").count(), 1);
+    assert!(run().contains("booting the lab once"));
+    assert_eq!(run(), "");
+}
+
+#[test]
 fn kvm_in_the_lab_is_judged_native() {
     let _turn = turn();
     let output = lab(&[], &[env!("CARGO_BIN_EXE_thaw-lab"), "--doctor"]).output();
