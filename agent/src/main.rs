@@ -1,6 +1,7 @@
 //! The guest's init; see the library of this package.
 #![forbid(unsafe_code)]
 
+use std::net::TcpListener;
 use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 
@@ -13,7 +14,6 @@ use thaw_agent::identity::Guest;
 use thaw_agent::process::{Host, Reap};
 use thaw_agent::sys::{self, User};
 use thaw_agent_protocol::AGENT_PORT;
-use tokio::net::TcpListener;
 
 /// sbx_user1051 of Lambda: code in the wild expects these numbers.
 const RUNTIME_USER: User = User { uid: 993, gid: 990 };
@@ -37,23 +37,24 @@ fn main() -> ExitCode {
 
 fn live() -> anyhow::Result<()> {
     boot::boot()?;
+    let machine = Guest::open().context("opening /dev/urandom")?;
+    let listener = TcpListener::bind(api::ADDRESS)
+        .and_then(|listener| listener.set_nonblocking(true).map(|()| listener))
+        .with_context(|| format!("listening on {}", api::ADDRESS))?;
+    // Last, so that whatever else fails is on the console and the host sees no agent at all.
     let channel = sys::connect_host(AGENT_PORT)
         .with_context(|| format!("connecting to the host, vsock port {AGENT_PORT}"))?;
-    let machine = Guest::open().context("opening /dev/urandom")?;
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("starting the event loop")?
-        .block_on(serve(channel, machine))
+        .block_on(serve(channel, listener, machine))
 }
 
-async fn serve(channel: OwnedFd, machine: Guest) -> anyhow::Result<()> {
+async fn serve(channel: OwnedFd, listener: TcpListener, machine: Guest) -> anyhow::Result<()> {
     let (reader, writer) = channel::split(channel).context("polling the agent channel")?;
-    let listener = TcpListener::bind(api::ADDRESS)
-        .await
-        .with_context(|| format!("listening on {}", api::ADDRESS))?;
     let settings = Settings {
-        listener,
+        listener: tokio::net::TcpListener::from_std(listener).context("polling the Runtime API")?,
         host: Host {
             user: Some(RUNTIME_USER),
             task_root: "/var/task".into(),
