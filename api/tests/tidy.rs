@@ -12,12 +12,24 @@ use serde_json::Value;
 const ARROWS: &[(&str, &[&str])] = &[
     ("thaw-agent", &["thaw-agent-protocol"]),
     ("thaw-agent-protocol", &[]),
-    ("thaw-api", &["thaw-api-types", "thaw-images", "thaw-lab", "thaw-runtime", "thaw-snapshot"]),
+    (
+        "thaw-api",
+        &[
+            "thaw-api-types",
+            "thaw-images",
+            "thaw-lab",
+            "thaw-runtime",
+            "thaw-snapshot",
+        ],
+    ),
     ("thaw-api-types", &[]),
     ("thaw-images", &[]),
     ("thaw-lab", &[]),
     ("thaw-loadtest", &[]),
-    ("thaw-runtime", &["thaw-agent-protocol", "thaw-snapshot", "thaw-vmm-control"]),
+    (
+        "thaw-runtime",
+        &["thaw-agent-protocol", "thaw-snapshot", "thaw-vmm-control"],
+    ),
     ("thaw-snapshot", &[]),
     ("thaw-vmm", &["thaw-snapshot", "thaw-vmm-control"]),
     ("thaw-vmm-control", &[]),
@@ -38,20 +50,42 @@ const UNSAFE_ALLOWED: &[&str] = &["agent", "runtime/vmm", "runtime/lab"];
 const LINES_MAX: usize = 700;
 
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .unwrap()
+        .to_owned()
 }
 
 fn packages() -> Vec<Value> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let metadata = Command::new(cargo).args(["metadata", "--no-deps", "--offline", "--format-version", "1"]).current_dir(root()).output().unwrap();
-    assert!(metadata.status.success(), "{}", String::from_utf8_lossy(&metadata.stderr));
-    serde_json::from_slice::<Value>(&metadata.stdout).unwrap()["packages"].as_array().unwrap().clone()
+    let metadata = Command::new(cargo)
+        .args([
+            "metadata",
+            "--no-deps",
+            "--offline",
+            "--format-version",
+            "1",
+        ])
+        .current_dir(root())
+        .output()
+        .unwrap();
+    assert!(
+        metadata.status.success(),
+        "{}",
+        String::from_utf8_lossy(&metadata.stderr)
+    );
+    serde_json::from_slice::<Value>(&metadata.stdout).unwrap()["packages"]
+        .as_array()
+        .unwrap()
+        .clone()
 }
 
 /// Names of a package's ordinary dependencies.
 fn dependencies(package: &Value) -> BTreeSet<String> {
     let all = package["dependencies"].as_array().unwrap().iter();
-    all.filter(|dependency| dependency["kind"] != "dev").map(|dependency| dependency["name"].as_str().unwrap().to_owned()).collect()
+    all.filter(|dependency| dependency["kind"] != "dev")
+        .map(|dependency| dependency["name"].as_str().unwrap().to_owned())
+        .collect()
 }
 
 fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
@@ -69,7 +103,10 @@ fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
 fn all_sources() -> Vec<PathBuf> {
     let mut found = Vec::new();
     sources(&root(), &mut found);
-    assert!(found.len() > 50, "the walk over the sources finds too little");
+    assert!(
+        found.len() > 50,
+        "the walk over the sources finds too little"
+    );
     found
 }
 
@@ -77,17 +114,32 @@ fn all_sources() -> Vec<PathBuf> {
 fn dependency_arrows_are_those_of_the_architecture() {
     let packages = packages();
     let known: BTreeSet<_> = ARROWS.iter().map(|(name, _)| *name).collect();
-    let present: BTreeSet<_> = packages.iter().map(|package| package["name"].as_str().unwrap()).collect();
-    assert_eq!(present, known, "a crate appeared or went: draw its arrows here and in ARCHITECTURE.md");
+    let present: BTreeSet<_> = packages
+        .iter()
+        .map(|package| package["name"].as_str().unwrap())
+        .collect();
+    assert_eq!(
+        present, known,
+        "a crate appeared or went: draw its arrows here and in ARCHITECTURE.md"
+    );
     for package in &packages {
         let name = package["name"].as_str().unwrap();
         let allowed = ARROWS.iter().find(|(known, _)| *known == name).unwrap().1;
-        let ours: Vec<_> = dependencies(package).into_iter().filter(|dependency| dependency.starts_with("thaw-")).collect();
+        let ours: Vec<_> = dependencies(package)
+            .into_iter()
+            .filter(|dependency| dependency.starts_with("thaw-"))
+            .collect();
         for dependency in &ours {
-            assert!(allowed.contains(&dependency.as_str()), "{name} must not depend on {dependency}");
+            assert!(
+                allowed.contains(&dependency.as_str()),
+                "{name} must not depend on {dependency}"
+            );
         }
         for arrow in allowed {
-            assert!(ours.iter().any(|dependency| dependency == arrow), "{name} does not use {arrow} any more: remove the arrow");
+            assert!(
+                ours.iter().any(|dependency| dependency == arrow),
+                "{name} does not use {arrow} any more: remove the arrow"
+            );
         }
     }
 }
@@ -96,9 +148,15 @@ fn dependency_arrows_are_those_of_the_architecture() {
 fn crates_keep_what_they_exist_to_forbid() {
     let packages = packages();
     for (name, forbidden) in FORBIDDEN {
-        let package = packages.iter().find(|package| package["name"] == *name).unwrap();
+        let package = packages
+            .iter()
+            .find(|package| package["name"] == *name)
+            .unwrap();
         for dependency in dependencies(package) {
-            assert!(!forbidden.contains(&dependency.as_str()), "{name} must not depend on {dependency}");
+            assert!(
+                !forbidden.contains(&dependency.as_str()),
+                "{name} must not depend on {dependency}"
+            );
         }
     }
 }
@@ -107,9 +165,20 @@ fn crates_keep_what_they_exist_to_forbid() {
 fn every_version_stands_in_the_one_table() {
     for package in packages() {
         let manifest = fs::read_to_string(package["manifest_path"].as_str().unwrap()).unwrap();
-        let stray: Vec<_> = manifest.lines().filter(|line| line.contains("version = \"") || line.contains(" = \"^")).collect();
-        assert!(stray.is_empty(), "{}: {stray:?} belongs in the workspace's table", package["name"]);
-        assert!(manifest.contains("[lints]\nworkspace = true"), "{} does not use the workspace's lints", package["name"]);
+        let stray: Vec<_> = manifest
+            .lines()
+            .filter(|line| line.contains("version = \"") || line.contains(" = \"^"))
+            .collect();
+        assert!(
+            stray.is_empty(),
+            "{}: {stray:?} belongs in the workspace's table",
+            package["name"]
+        );
+        assert!(
+            manifest.contains("[lints]\nworkspace = true"),
+            "{} does not use the workspace's lints",
+            package["name"]
+        );
     }
 }
 
@@ -117,14 +186,26 @@ fn every_version_stands_in_the_one_table() {
 fn unsafe_code_is_forbidden_where_it_is_not_needed() {
     for package in packages() {
         let manifest = PathBuf::from(package["manifest_path"].as_str().unwrap());
-        let folder = manifest.parent().unwrap().strip_prefix(root()).unwrap().to_str().unwrap().to_owned();
+        let folder = manifest
+            .parent()
+            .unwrap()
+            .strip_prefix(root())
+            .unwrap()
+            .to_str()
+            .unwrap()
+            .to_owned();
         if UNSAFE_ALLOWED.contains(&folder.as_str()) {
             continue;
         }
         for target in package["targets"].as_array().unwrap() {
             if target["kind"][0] == "lib" || target["kind"][0] == "bin" {
                 let path = target["src_path"].as_str().unwrap();
-                assert!(fs::read_to_string(path).unwrap().contains("#![forbid(unsafe_code)]"), "{path} does not forbid unsafe code");
+                assert!(
+                    fs::read_to_string(path)
+                        .unwrap()
+                        .contains("#![forbid(unsafe_code)]"),
+                    "{path} does not forbid unsafe code"
+                );
             }
         }
     }
@@ -133,11 +214,23 @@ fn unsafe_code_is_forbidden_where_it_is_not_needed() {
 #[test]
 fn files_are_short_enough_to_read_and_named_as_the_house_does() {
     for path in all_sources() {
-        assert!(!path.ends_with("mod.rs"), "{}: modules are foo.rs beside foo/", path.display());
+        assert!(
+            !path.ends_with("mod.rs"),
+            "{}: modules are foo.rs beside foo/",
+            path.display()
+        );
         let name = path.file_stem().unwrap().to_str().unwrap();
-        assert!(!["utils", "util", "common", "helpers", "manager"].contains(&name), "{}: name it after what it does", path.display());
+        assert!(
+            !["utils", "util", "common", "helpers", "manager"].contains(&name),
+            "{}: name it after what it does",
+            path.display()
+        );
         let lines = fs::read_to_string(&path).unwrap().lines().count();
-        assert!(lines <= LINES_MAX, "{} has {lines} lines, at most {LINES_MAX} are read with pleasure", path.display());
+        assert!(
+            lines <= LINES_MAX,
+            "{} has {lines} lines, at most {LINES_MAX} are read with pleasure",
+            path.display()
+        );
     }
 }
 
@@ -145,8 +238,14 @@ fn files_are_short_enough_to_read_and_named_as_the_house_does() {
 fn no_test_is_ignored() {
     for path in all_sources() {
         let text = fs::read_to_string(&path).unwrap();
-        let ignored = text.lines().any(|line| line.trim_start().starts_with("#[ignore"));
-        assert!(!ignored, "{}: a test that does not run proves nothing", path.display());
+        let ignored = text
+            .lines()
+            .any(|line| line.trim_start().starts_with("#[ignore"));
+        assert!(
+            !ignored,
+            "{}: a test that does not run proves nothing",
+            path.display()
+        );
     }
 }
 
@@ -165,10 +264,24 @@ fn every_invariant_names_a_test_that_exists() {
     }
     let mut count = 0;
     for paragraph in architecture.split("**Invariant:**").skip(1) {
-        let paragraph = paragraph.split("\n\n").next().unwrap().split("\n- ").next().unwrap();
-        let names: Vec<_> = paragraph.split('`').filter(|word| word.contains('_') && !word.contains(' ') && !word.contains('/')).collect();
-        let found = names.iter().any(|name| tests.contains(&format!("fn {name}(")) || tests.contains(&format!("def {name}(")));
-        assert!(found, "no test of these exists: {names:?}, for the invariant:{paragraph}");
+        let paragraph = paragraph
+            .split("\n\n")
+            .next()
+            .unwrap()
+            .split("\n- ")
+            .next()
+            .unwrap();
+        let names: Vec<_> = paragraph
+            .split('`')
+            .filter(|word| word.contains('_') && !word.contains(' ') && !word.contains('/'))
+            .collect();
+        let found = names.iter().any(|name| {
+            tests.contains(&format!("fn {name}(")) || tests.contains(&format!("def {name}("))
+        });
+        assert!(
+            found,
+            "no test of these exists: {names:?}, for the invariant:{paragraph}"
+        );
         count += 1;
     }
     assert!(count >= 10, "ARCHITECTURE.md names only {count} invariants");

@@ -1,0 +1,160 @@
+//! The command line: what a person types, turned into calls of the gateway (over HTTP), of the lab, or of the libraries.
+//!
+//! One file a command. `venue` decides where work that needs KVM runs; `client` speaks to a gateway; `output` prints.
+
+mod bench;
+mod client;
+mod deploy;
+mod doctor;
+mod installation;
+mod invoke;
+mod lab;
+mod list;
+mod logs;
+mod output;
+mod package;
+mod progress;
+mod snapshot;
+mod up;
+mod venue;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::{Args, Parser, Subcommand};
+
+use client::Client;
+use output::Format;
+
+/// Exit code of a command that failed.
+const FAILED: u8 = 1;
+
+#[derive(Parser)]
+#[command(
+    name = "thaw",
+    version,
+    about = "Freeze a function once, thaw it for every request."
+)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// What every command understands.
+#[derive(Args, Clone, Debug)]
+struct Global {
+    /// Folder that holds all state.
+    #[arg(long, global = true, env = "THAW_HOME", value_name = "DIR")]
+    home: Option<PathBuf>,
+    /// The gateway to speak to.
+    #[arg(
+        long,
+        global = true,
+        env = "THAW_ENDPOINT",
+        default_value = "http://127.0.0.1:8080",
+        value_name = "URL"
+    )]
+    endpoint: String,
+    /// Print JSON instead of text.
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve functions until SIGINT or SIGTERM.
+    Up(up::UpArgs),
+    /// Say whether this machine can run sandboxes, and what is missing.
+    Doctor,
+    /// Deploy a folder or a zip as a function, and freeze it.
+    Deploy(deploy::DeployArgs),
+    /// Call a function and print its answer.
+    Invoke(invoke::InvokeArgs),
+    /// Print what a function wrote.
+    Logs(logs::LogsArgs),
+    /// List functions.
+    Ls,
+    /// Remove functions.
+    Rm(list::RmArgs),
+    /// Build, list, inspect, verify and remove snapshots.
+    #[command(subcommand)]
+    Snapshot(snapshot::SnapshotCommand),
+    /// Measure what a request costs, part by part.
+    Bench(bench::BenchArgs),
+    /// Run a command in the lab, the emulated KVM host.
+    Lab(lab::LabArgs),
+}
+
+impl Global {
+    /// The folder that holds all state, absolute.
+    fn home(&self) -> anyhow::Result<PathBuf> {
+        let home = match &self.home {
+            Some(home) => home.clone(),
+            None => {
+                let user =
+                    std::env::home_dir().context("this user has no home folder: set THAW_HOME")?;
+                user.join(".local/share/thaw")
+            }
+        };
+        std::path::absolute(&home).with_context(|| format!("{} is no usable path", home.display()))
+    }
+
+    fn client(&self) -> anyhow::Result<Client> {
+        Client::new(&self.endpoint)
+    }
+
+    fn format(&self) -> Format {
+        if self.json {
+            Format::Json
+        } else {
+            Format::Text
+        }
+    }
+}
+
+/// Parses, runs, and prints the one error there can be, with its causes.
+pub fn main() -> ExitCode {
+    let filter =
+        tracing_subscriber::EnvFilter::try_from_env("THAW_LOG").unwrap_or_else(|_| "warn".into());
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
+    let cli = Cli::parse();
+    match run(&cli) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("thaw: {error:#}");
+            ExitCode::from(FAILED)
+        }
+    }
+}
+
+fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
+    let global = &cli.global;
+    match &cli.command {
+        Command::Up(args) => up::run(global, args),
+        Command::Doctor => doctor::run(global),
+        Command::Deploy(args) => wait(deploy::run(global, args)),
+        Command::Invoke(args) => wait(invoke::run(global, args)),
+        Command::Logs(args) => wait(logs::run(global, args)),
+        Command::Ls => wait(list::ls(global)),
+        Command::Rm(args) => wait(list::rm(global, args)),
+        Command::Snapshot(command) => snapshot::run(global, command),
+        Command::Bench(args) => bench::run(global, args),
+        Command::Lab(args) => lab::run(global, args),
+    }
+}
+
+/// Runs a command that speaks to a gateway.
+fn wait<T>(command: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    runtime
+        .context("cannot start the I/O runtime")?
+        .block_on(command)
+}

@@ -1,0 +1,293 @@
+//! A client of one gateway: the Lambda API where it says what is needed, Thaw's own routes for the rest.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, anyhow};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use futures_util::StreamExt as _;
+use futures_util::stream::BoxStream;
+use reqwest::{Method, RequestBuilder, Response, StatusCode};
+use serde_json::{Value, json};
+use thaw_api::record::Settings;
+use thaw_api_types::thaw::{ListResponse, ProgressEvent};
+
+/// Longest wait for a connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+const FUNCTIONS: &str = "/2015-03-31/functions";
+
+/// Lambda demands a role; Thaw has no use for one.
+pub const ROLE: &str = "arn:aws:iam::000000000000:role/thaw";
+
+/// What `deploy` sends.
+pub struct Deployment {
+    /// Function name.
+    pub name: String,
+    /// The code.
+    pub zip: Vec<u8>,
+    /// Everything else.
+    pub settings: Settings,
+}
+
+impl Deployment {
+    /// A Python function `app.handler` with room to spare.
+    pub fn python(name: &str, zip: Vec<u8>) -> Self {
+        let (runtime, handler, role) = ("python3.11".into(), "app.handler".into(), ROLE.into());
+        let (description, environment) = (String::new(), None);
+        let settings = Settings {
+            runtime,
+            handler,
+            role,
+            description,
+            timeout_seconds: 60,
+            memory_mib: 128,
+            environment,
+        };
+        Self {
+            name: name.to_owned(),
+            zip,
+            settings,
+        }
+    }
+}
+
+/// A function's answer.
+pub struct Answer {
+    /// `X-Amz-Function-Error`.
+    pub function_error: Option<String>,
+    /// Decoded log tail.
+    pub log: String,
+    /// `Server-Timing`, when it was asked for.
+    pub timing: Option<String>,
+    /// The body.
+    pub payload: Vec<u8>,
+}
+
+/// One gateway.
+#[derive(Clone)]
+pub struct Client {
+    endpoint: String,
+    http: reqwest::Client,
+}
+
+impl Client {
+    /// A client of the gateway at `endpoint`; nothing is sent yet.
+    pub fn new(endpoint: &str) -> anyhow::Result<Self> {
+        let http = reqwest::Client::builder()
+            .connect_timeout(CONNECT_TIMEOUT)
+            .build()
+            .context("cannot make an HTTP client")?;
+        Ok(Self {
+            endpoint: endpoint.trim_end_matches('/').to_owned(),
+            http,
+        })
+    }
+
+    /// The gateway's address.
+    pub fn endpoint(&self) -> &str {
+        &self.endpoint
+    }
+
+    /// Whether functions can be invoked; the reason if not.
+    pub async fn healthy(&self) -> anyhow::Result<()> {
+        self.answer(self.request(Method::GET, "/healthz"))
+            .await
+            .map(drop)
+    }
+
+    /// Creates the function, or gives an existing one new code and configuration.
+    pub async fn deploy(&self, deployment: &Deployment) -> anyhow::Result<()> {
+        let code = STANDARD.encode(&deployment.zip);
+        let settings = &deployment.settings;
+        let configuration = json!({
+            "Runtime": settings.runtime, "Handler": settings.handler, "Role": settings.role, "Timeout": settings.timeout_seconds,
+            "MemorySize": settings.memory_mib, "Environment": { "Variables": settings.environment.clone().unwrap_or_default() },
+        });
+        let mut create = configuration.clone();
+        create["FunctionName"] = deployment.name.clone().into();
+        create["Code"] = json!({ "ZipFile": code });
+        let answer = self
+            .send(self.request(Method::POST, FUNCTIONS).json(&create))
+            .await?;
+        if answer.status() != StatusCode::CONFLICT {
+            return checked(answer).await.map(drop);
+        }
+        let function = format!("{FUNCTIONS}/{}", deployment.name);
+        self.answer(
+            self.request(Method::PUT, &format!("{function}/configuration"))
+                .json(&configuration),
+        )
+        .await?;
+        self.settled(&deployment.name).await?;
+        self.answer(
+            self.request(Method::PUT, &format!("{function}/code"))
+                .json(&json!({ "ZipFile": code })),
+        )
+        .await
+        .map(drop)
+    }
+
+    /// Waits until no update of the function is in progress.
+    async fn settled(&self, name: &str) -> anyhow::Result<()> {
+        let mut events = self.progress(name).await?;
+        while let Some(event) = events.next().await {
+            if event?.done {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// The steps of the function's newest deployment, those that are over included.
+    pub async fn progress(
+        &self,
+        name: &str,
+    ) -> anyhow::Result<BoxStream<'static, anyhow::Result<ProgressEvent>>> {
+        let answer = self
+            .answer(self.request(Method::GET, &format!("/thaw/v1/functions/{name}/progress")))
+            .await?;
+        Ok(lines(answer)
+            .map(|line| {
+                serde_json::from_slice(&line?).context("the gateway's progress is malformed")
+            })
+            .boxed())
+    }
+
+    /// Calls a function.
+    pub async fn invoke(
+        &self,
+        name: &str,
+        payload: Vec<u8>,
+        measured: bool,
+    ) -> anyhow::Result<Answer> {
+        let mut request = self.request(Method::POST, &format!("{FUNCTIONS}/{name}/invocations"));
+        request = request.header("X-Amz-Log-Type", "Tail").body(payload);
+        if measured {
+            request = request.header("X-Thaw-Timing", "1");
+        }
+        let answer = self.answer(request).await?;
+        let header = |name: &str| {
+            answer
+                .headers()
+                .get(name)
+                .and_then(|value| value.to_str().ok())
+                .map(str::to_owned)
+        };
+        let log = header("x-amz-log-result")
+            .and_then(|text| STANDARD.decode(text).ok())
+            .unwrap_or_default();
+        let (function_error, timing) = (header("x-amz-function-error"), header("server-timing"));
+        let payload = answer
+            .bytes()
+            .await
+            .context("the connection broke while the answer came")?
+            .to_vec();
+        Ok(Answer {
+            function_error,
+            timing,
+            log: String::from_utf8_lossy(&log).into_owned(),
+            payload,
+        })
+    }
+
+    /// Every function with its state.
+    pub async fn list(&self) -> anyhow::Result<ListResponse> {
+        let answer = self
+            .answer(self.request(Method::GET, "/thaw/v1/functions"))
+            .await?;
+        answer
+            .json()
+            .await
+            .context("the gateway's list is malformed")
+    }
+
+    /// Removes a function.
+    pub async fn delete(&self, name: &str) -> anyhow::Result<()> {
+        self.answer(self.request(Method::DELETE, &format!("{FUNCTIONS}/{name}")))
+            .await
+            .map(drop)
+    }
+
+    /// What a function wrote: the last `tail` lines, then, if `follow`, whatever comes.
+    pub async fn logs(
+        &self,
+        name: &str,
+        follow: bool,
+        tail: u32,
+    ) -> anyhow::Result<BoxStream<'static, anyhow::Result<Vec<u8>>>> {
+        let path = format!("/thaw/v1/functions/{name}/logs?follow={follow}&tail={tail}");
+        let answer = self.answer(self.request(Method::GET, &path)).await?;
+        Ok(answer
+            .bytes_stream()
+            .map(|chunk| Ok(chunk.context("the connection broke")?.to_vec()))
+            .boxed())
+    }
+
+    fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        self.http
+            .request(method, format!("{}{path}", self.endpoint))
+    }
+
+    async fn send(&self, request: RequestBuilder) -> anyhow::Result<Response> {
+        request.send().await.map_err(|error| {
+            if error.is_connect() {
+                anyhow!("no gateway answers at {}: start one with `thaw up`, or name another with --endpoint", self.endpoint)
+            } else {
+                anyhow!(error).context(format!("the gateway at {} did not answer", self.endpoint))
+            }
+        })
+    }
+
+    async fn answer(&self, request: RequestBuilder) -> anyhow::Result<Response> {
+        checked(self.send(request).await?).await
+    }
+}
+
+/// An error of the gateway becomes an error with the gateway's own message.
+async fn checked(answer: Response) -> anyhow::Result<Response> {
+    let status = answer.status();
+    if status.is_success() {
+        return Ok(answer);
+    }
+    let kind = answer
+        .headers()
+        .get("x-amzn-errortype")
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or_default()
+        .to_owned();
+    let body = answer.text().await.unwrap_or_default();
+    let document: Value = serde_json::from_str(&body).unwrap_or_default();
+    let message = ["message", "Message"]
+        .iter()
+        .find_map(|name| document[name].as_str())
+        .unwrap_or(body.trim());
+    let kind = if kind.is_empty() {
+        status.to_string()
+    } else {
+        kind
+    };
+    Err(anyhow!("{message} ({kind})"))
+}
+
+/// A body's lines as they come.
+fn lines(answer: Response) -> BoxStream<'static, anyhow::Result<Vec<u8>>> {
+    let parts = (answer.bytes_stream(), Vec::new());
+    futures_util::stream::unfold(parts, |(mut chunks, mut buffer)| async move {
+        loop {
+            if let Some(end) = buffer.iter().position(|byte| *byte == b'\n') {
+                let line = buffer.drain(..=end).collect();
+                return Some((Ok(line), (chunks, buffer)));
+            }
+            match chunks.next().await? {
+                Ok(chunk) => buffer.extend_from_slice(&chunk),
+                Err(error) => {
+                    return Some((
+                        Err(anyhow!(error).context("the connection broke")),
+                        (chunks, buffer),
+                    ));
+                }
+            }
+        }
+    })
+    .boxed()
+}

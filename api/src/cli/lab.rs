@@ -1,0 +1,39 @@
+//! `thaw lab -- COMMAND`: any command in the lab.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Args;
+
+use super::Global;
+use super::progress::Steps;
+use super::venue::InLab;
+
+#[derive(Args)]
+pub struct LabArgs {
+    /// Folder that the command may write to; the working folder is always one.
+    #[arg(short, long, value_name = "DIR")]
+    writable: Vec<PathBuf>,
+    /// Port of this machine's loopback that leads to the same port in the lab.
+    #[arg(short, long, value_name = "PORT")]
+    port: Vec<u16>,
+    /// Program and arguments.
+    #[arg(last = true, required = true)]
+    command: Vec<OsString>,
+}
+
+pub fn run(global: &Global, args: &LabArgs) -> anyhow::Result<ExitCode> {
+    let home = global.home()?;
+    std::fs::create_dir_all(&home)?;
+    let mut writable = args.writable.clone();
+    writable.push(std::env::current_dir()?);
+    let command = args.command.clone();
+    InLab {
+        home: &home,
+        command,
+        writable,
+        ports: args.port.clone(),
+    }
+    .run(&mut Steps::new())
+}

@@ -1,0 +1,370 @@
+//! `thaw snapshot …`: snapshots as files. All but `build` need no KVM and no gateway.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail, ensure};
+use clap::{Args, Subcommand};
+use serde_json::{Value, json};
+use thaw_api::engine::{Engine as _, EngineStep, FreezeJob, HostEngine};
+use thaw_api::environment;
+use thaw_runtime::{Runtime, RuntimeConfig};
+use thaw_snapshot::Snapshot;
+
+use super::deploy::Settings;
+use super::installation::Installation;
+use super::output::{self, Format};
+use super::progress::Steps;
+use super::up::prepare_images;
+use super::venue::{InLab, LabChoice, Venue};
+use super::{Global, package};
+
+#[derive(Subcommand)]
+pub enum SnapshotCommand {
+    /// Freeze a folder or a zip without a gateway.
+    Build(BuildArgs),
+    /// List all snapshots: deployed functions' and those built by hand.
+    Ls,
+    /// Show what is in a snapshot.
+    Inspect(Which),
+    /// Check every byte of a snapshot against its digests.
+    Verify(Which),
+    /// Remove a snapshot built by hand.
+    Rm(Which),
+}
+
+#[derive(Args)]
+pub struct BuildArgs {
+    /// Folder or zip with the function's code.
+    code: PathBuf,
+    /// Name of the snapshot.
+    #[arg(long)]
+    name: String,
+    #[command(flatten)]
+    settings: Settings,
+    /// Where the VM runs while it is built.
+    #[arg(long, value_enum, default_value_t = LabChoice::Auto)]
+    lab: LabChoice,
+    /// Set when this process was started inside the lab by another one.
+    #[arg(long, hide = true)]
+    in_lab: bool,
+}
+
+#[derive(Args)]
+pub struct Which {
+    /// Name of a snapshot built by hand, name of a function, or path of a file.
+    snapshot: String,
+}
+
+/// Longest initialisation of a function whose snapshot is built by hand.
+const INIT_LIMIT: Duration = Duration::from_secs(60);
+/// File name of the snapshot in its folder.
+const FILE: &str = "snapshot.thaw";
+
+/// A snapshot file and how it came to be.
+struct Found {
+    name: String,
+    origin: &'static str,
+    path: PathBuf,
+}
+
+pub fn run(global: &Global, command: &SnapshotCommand) -> anyhow::Result<ExitCode> {
+    let (home, format) = (global.home()?, global.format());
+    match command {
+        SnapshotCommand::Build(args) => return build(global, &home, args),
+        SnapshotCommand::Ls => ls(&home, format)?,
+        SnapshotCommand::Inspect(which) => inspect(&find(&home, &which.snapshot)?, format)?,
+        SnapshotCommand::Verify(which) => verify(&find(&home, &which.snapshot)?, format)?,
+        SnapshotCommand::Rm(which) => rm(&home, &which.snapshot)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn build(global: &Global, home: &Path, args: &BuildArgs) -> anyhow::Result<ExitCode> {
+    ensure!(
+        is_plain_name(&args.name),
+        "{:?} is no name for a snapshot: use letters, digits, - and _",
+        args.name
+    );
+    let installation = Installation::locate()?;
+    let mut steps = Steps::new();
+    if !args.in_lab {
+        fs::create_dir_all(home).with_context(|| format!("cannot make {}", home.display()))?;
+        prepare_images(home, &installation, &mut steps)?;
+        let folder = home.join("snapshots").join(&args.name);
+        ensure!(
+            !folder.join(FILE).exists(),
+            "there is a snapshot {} already: `thaw snapshot rm {0}` removes it",
+            args.name
+        );
+        fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        fs::write(folder.join("code.zip"), package::zip_of(&args.code)?)
+            .context("cannot store the code")?;
+        if let Venue::Lab(_) = Venue::choose(args.lab) {
+            let mut command: Vec<OsString> = vec![installation.thaw.clone().into()];
+            command.extend(std::env::args_os().skip(1));
+            command.extend(["--home".into(), home.into(), "--in-lab".into()]);
+            return InLab {
+                home,
+                command,
+                writable: Vec::new(),
+                ports: Vec::new(),
+            }
+            .run(&mut steps);
+        }
+    }
+    let path = super::wait(freeze(home, &installation, args, steps))?;
+    if global.format() == Format::Json {
+        output::json(&describe(&Found {
+            name: args.name.clone(),
+            origin: "built",
+            path,
+        })?)?;
+    } else {
+        println!("{}", path.display());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn freeze(
+    home: &Path,
+    installation: &Installation,
+    args: &BuildArgs,
+    mut steps: Steps,
+) -> anyhow::Result<PathBuf> {
+    let folder = home.join("snapshots").join(&args.name);
+    let runtime = Runtime::new(RuntimeConfig {
+        vmm: installation.vmm.clone(),
+        ..RuntimeConfig::default()
+    })?;
+    let engine = HostEngine::new(runtime, home.to_owned(), installation.agent.clone());
+    let settings = args.settings.record();
+    let job = FreezeJob {
+        function: args.name.clone(),
+        revision: "built".into(),
+        zip: folder.join("code.zip"),
+        folder: folder.clone(),
+        memory_mib: settings.memory_mib,
+        vcpu_count: environment::vcpu_count(settings.memory_mib),
+        bootstrap: environment::bootstrap(&settings.runtime),
+        environment: environment::variables(&args.name, "us-east-1", &settings),
+        init_limit: INIT_LIMIT,
+        runtime: settings.runtime,
+    };
+    let artifact = engine
+        .freeze(job, &mut |step| steps.begin(words(step)))
+        .await;
+    engine.shutdown(Duration::from_secs(10)).await;
+    artifact
+        .map(|artifact| artifact.snapshot)
+        .with_context(|| format!("cannot freeze {}", args.name))
+}
+
+fn words(step: EngineStep) -> &'static str {
+    match step {
+        EngineStep::Images => "check the images",
+        EngineStep::Code => "make the code image",
+        EngineStep::Booting => "boot the guest",
+        EngineStep::AgentUp => "start the runtime",
+        EngineStep::Initializing => "initialise the function",
+        EngineStep::Ready => "freeze",
+        EngineStep::Saving => "write the snapshot",
+        EngineStep::Saved { .. } => "finish",
+    }
+}
+
+fn is_plain_name(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() <= 64
+        && name
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_')
+}
+
+/// Every snapshot file below `home`: functions/NAME/REVISION/FILE and snapshots/NAME/FILE.
+fn all(home: &Path) -> Vec<Found> {
+    let folders = |path: PathBuf| {
+        let entries = fs::read_dir(path)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|entry| entry.path());
+        let mut folders: Vec<_> = entries.filter(|path| path.is_dir()).collect();
+        folders.sort();
+        folders
+    };
+    let name = |folder: &Path| {
+        folder
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned()
+    };
+    let mut found = Vec::new();
+    for function in folders(home.join("functions")) {
+        for revision in folders(function.clone()) {
+            found.push(Found {
+                name: name(&function),
+                origin: "deployed",
+                path: revision.join(FILE),
+            });
+        }
+    }
+    for folder in folders(home.join("snapshots")) {
+        found.push(Found {
+            name: name(&folder),
+            origin: "built",
+            path: folder.join(FILE),
+        });
+    }
+    found.retain(|snapshot| snapshot.path.is_file());
+    found
+}
+
+fn find(home: &Path, text: &str) -> anyhow::Result<Found> {
+    if let Some(found) = all(home).into_iter().find(|snapshot| snapshot.name == text) {
+        return Ok(found);
+    }
+    let path = PathBuf::from(text);
+    ensure!(
+        path.is_file(),
+        "there is no snapshot, function or file {text}: `thaw snapshot ls` lists them"
+    );
+    Ok(Found {
+        name: text.to_owned(),
+        origin: "file",
+        path,
+    })
+}
+
+fn ls(home: &Path, format: Format) -> anyhow::Result<()> {
+    let found = all(home);
+    if format == Format::Json {
+        return output::json(
+            &found
+                .iter()
+                .map(|snapshot| {
+                    describe(snapshot).unwrap_or_else(|error| damaged(snapshot, &error))
+                })
+                .collect::<Vec<_>>(),
+        );
+    }
+    if found.is_empty() {
+        println!("no snapshots yet: `thaw deploy` and `thaw snapshot build` make some");
+        return Ok(());
+    }
+    let rows = found.iter().map(|snapshot| {
+        let value = describe(snapshot).unwrap_or_else(|error| damaged(snapshot, &error));
+        let text = |key: &str| value[key].as_str().unwrap_or("-").to_owned();
+        let stored = value["storedBytes"]
+            .as_u64()
+            .map_or_else(|| "damaged".into(), output::bytes);
+        vec![
+            snapshot.name.clone(),
+            snapshot.origin.into(),
+            text("runtime"),
+            value["memoryMiB"].to_string(),
+            stored,
+            text("digest").chars().take(12).collect(),
+        ]
+    });
+    output::table(
+        &["name", "origin", "runtime", "mib", "stored", "digest"],
+        rows,
+    );
+    Ok(())
+}
+
+fn damaged(found: &Found, error: &anyhow::Error) -> Value {
+    json!({ "name": found.name, "origin": found.origin, "path": found.path, "error": format!("{error:#}") })
+}
+
+fn describe(found: &Found) -> anyhow::Result<Value> {
+    let snapshot = Snapshot::open(&found.path)?;
+    let (metadata, cpu, memory) = (snapshot.metadata()?, snapshot.cpu()?, snapshot.memory()?);
+    let sections: Vec<_> = snapshot
+        .sections()
+        .map(|(kind, length)| json!({ "section": kind.to_string(), "bytes": length }))
+        .collect();
+    let disks = (0..u8::MAX)
+        .filter_map(|index| snapshot.disk(index).ok())
+        .map(|disk| disk.stored_bytes())
+        .sum::<u64>();
+    Ok(json!({
+        "name": found.name, "origin": found.origin, "path": found.path, "digest": snapshot.digest().to_string(),
+        "function": metadata.function, "revision": metadata.revision, "runtime": metadata.runtime, "handler": metadata.handler,
+        "createdUnixMs": metadata.created_unix_ms, "thawVersion": metadata.thaw_version, "agentVersion": metadata.agent_version,
+        "kernelVersion": metadata.kernel_version, "vcpus": metadata.vcpu_count, "memoryMiB": memory.length >> 20,
+        "fileBytes": snapshot.file_bytes(), "storedBytes": memory.stored_bytes() + disks, "memoryStoredBytes": memory.stored_bytes(),
+        "memoryRuns": memory.runs.len(), "diskStoredBytes": disks, "cpuVendor": cpu.vendor, "tscKHz": cpu.tsc_khz, "sections": sections,
+    }))
+}
+
+fn inspect(found: &Found, format: Format) -> anyhow::Result<()> {
+    let value = describe(found)?;
+    if format == Format::Json {
+        return output::json(&value);
+    }
+    for (key, value) in value
+        .as_object()
+        .into_iter()
+        .flatten()
+        .filter(|(key, _)| *key != "sections")
+    {
+        println!(
+            "{key:<18} {}",
+            value
+                .as_str()
+                .map_or_else(|| value.to_string(), str::to_owned)
+        );
+    }
+    println!();
+    let rows = value["sections"].as_array().into_iter().flatten();
+    output::table(
+        &["section", "size"],
+        rows.map(|row| {
+            vec![
+                row["section"].as_str().unwrap_or_default().to_owned(),
+                output::bytes(row["bytes"].as_u64().unwrap_or_default()),
+            ]
+        }),
+    );
+    Ok(())
+}
+
+fn verify(found: &Found, format: Format) -> anyhow::Result<()> {
+    let began = Instant::now();
+    let snapshot = Snapshot::open(&found.path)?;
+    snapshot
+        .verify()
+        .with_context(|| format!("{} is damaged", found.path.display()))?;
+    let seconds = began.elapsed().as_secs_f64();
+    match format {
+        Format::Json => output::json(
+            &json!({ "name": found.name, "digest": snapshot.digest().to_string(), "ok": true, "seconds": seconds }),
+        ),
+        Format::Text => {
+            println!(
+                "{}: every byte is as it was written ({seconds:.2} s)",
+                found.name
+            );
+            Ok(())
+        }
+    }
+}
+
+fn rm(home: &Path, name: &str) -> anyhow::Result<()> {
+    let folder = home.join("snapshots").join(name);
+    if !is_plain_name(name) || !folder.is_dir() {
+        if all(home).iter().any(|snapshot| snapshot.name == name) {
+            bail!("{name} is the snapshot of a deployed function: `thaw rm {name}` removes both");
+        }
+        bail!("there is no snapshot {name} built by hand: `thaw snapshot ls` lists them");
+    }
+    fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {}", folder.display()))?;
+    println!("removed {name}");
+    Ok(())
+}

@@ -1,0 +1,272 @@
+//! `thaw up`: images first, on this machine; then the gateway, here or in the lab.
+
+use std::ffi::OsString;
+use std::fs::{File, OpenOptions, TryLockError};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail, ensure};
+use clap::Args;
+use thaw_api::gateway::{Exposure, Gateway, GatewayConfig};
+use thaw_images::{ImageStore, Progress, RuntimeName};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::client::{Client, Deployment};
+use super::installation::Installation;
+use super::progress::Steps;
+use super::venue::{InLab, LabChoice, Venue};
+use super::{Global, package};
+
+/// The function that `--example` deploys.
+const EXAMPLE: &str = "hello";
+/// Longest wait for the gateway to be able to invoke functions.
+const READY_LIMIT: Duration = Duration::from_secs(120);
+
+#[derive(Args)]
+pub struct UpArgs {
+    /// Where to serve; loopback only, as long as no keys are configured.
+    #[arg(long, default_value = "127.0.0.1:8080", value_name = "ADDRESS")]
+    listen: SocketAddr,
+    /// Sandboxes kept restored and ready for each function.
+    #[arg(long, default_value_t = 2)]
+    ready: usize,
+    /// Deploy this folder as the function `hello`, if there is none yet.
+    #[arg(long, value_name = "DIR")]
+    example: Option<std::path::PathBuf>,
+    /// Where sandboxes run.
+    #[arg(long, value_enum, default_value_t = LabChoice::Auto)]
+    lab: LabChoice,
+    /// Set when this process was started inside the lab by another `thaw up`: serve the lab's own network.
+    #[arg(long, hide = true)]
+    in_lab: bool,
+}
+
+pub fn run(global: &Global, args: &UpArgs) -> anyhow::Result<ExitCode> {
+    let (home, installation) = (global.home()?, Installation::locate()?);
+    if args.in_lab {
+        return serve(&home, &installation, args);
+    }
+    ensure!(
+        args.listen.ip().is_loopback(),
+        "{} is not a loopback address: without keys the gateway serves this machine only",
+        args.listen
+    );
+    std::fs::create_dir_all(&home).with_context(|| format!("cannot make {}", home.display()))?;
+    let venue = Venue::choose(args.lab);
+    eprintln!(
+        "thaw: state in {}, sandboxes in {}",
+        home.display(),
+        venue.describe()
+    );
+    let mut steps = Steps::new();
+    prepare_images(&home, &installation, &mut steps)?;
+    match venue {
+        Venue::Native => {
+            drop(steps);
+            serve(&home, &installation, args)
+        }
+        Venue::Lab(_) => {
+            let _lock = lock(&home)?; // locks do not reach across the lab's border, so both sides hold one
+            ensure_port_free(args.listen)?;
+            let command = in_lab_command(&home, &installation, args);
+            InLab {
+                home: &home,
+                command,
+                writable: Vec::new(),
+                ports: vec![args.listen.port()],
+            }
+            .run(&mut steps)
+        }
+    }
+}
+
+fn in_lab_command(home: &Path, installation: &Installation, args: &UpArgs) -> Vec<OsString> {
+    let mut command: Vec<OsString> = vec![
+        installation.thaw.clone().into(),
+        "--home".into(),
+        home.into(),
+        "up".into(),
+    ];
+    command.extend([
+        "--in-lab".into(),
+        "--listen".into(),
+        args.listen.to_string().into(),
+    ]);
+    command.extend(["--ready".into(), args.ready.to_string().into()]);
+    if let Some(example) = &args.example {
+        command.extend(["--example".into(), example.into()]);
+    }
+    command
+}
+
+fn lock(home: &Path) -> anyhow::Result<File> {
+    let path = home.join("up.lock");
+    let file = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path);
+    let file = file.with_context(|| format!("cannot open {}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => bail!(
+            "another `thaw up` uses {}: stop it, or choose another --home",
+            home.display()
+        ),
+        Err(TryLockError::Error(error)) => {
+            Err(error).with_context(|| format!("cannot lock {}", path.display()))
+        }
+    }
+}
+
+/// The emulator would only say that it cannot forward.
+fn ensure_port_free(address: SocketAddr) -> anyhow::Result<()> {
+    std::net::TcpListener::bind(address)
+        .map(drop)
+        .with_context(|| format!("cannot serve on {address}: choose another with --listen"))
+}
+
+/// Everything that guests boot from; nothing to do when it is there.
+pub fn prepare_images(
+    home: &Path,
+    installation: &Installation,
+    steps: &mut Steps,
+) -> anyhow::Result<()> {
+    let store = ImageStore::new(home);
+    let kernel = store
+        .kernel(steps)
+        .context("cannot make the guest kernel")?;
+    store
+        .initramfs(&kernel, &installation.agent)
+        .context("cannot make the initramfs")?;
+    for name in [RuntimeName::Provided, RuntimeName::Python311] {
+        store
+            .runtime(name, steps)
+            .with_context(|| format!("cannot make the image {name}"))?;
+    }
+    steps.end();
+    Ok(())
+}
+
+impl Progress for Steps {
+    fn step(&mut self, name: &str) {
+        self.begin(name);
+    }
+
+    fn detail(&mut self, _text: &str) {}
+
+    fn done(&mut self, _took: Duration) {
+        self.end();
+    }
+}
+
+fn serve(home: &Path, installation: &Installation, args: &UpArgs) -> anyhow::Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the I/O runtime")?;
+    runtime.block_on(async {
+        // In the lab, the port is forwarded from this machine's loopback to the lab's only network interface.
+        let (address, exposure) = if args.in_lab {
+            (
+                SocketAddr::from(([0, 0, 0, 0], args.listen.port())),
+                Exposure::ForwardedLoopback,
+            )
+        } else {
+            (args.listen, Exposure::Loopback)
+        };
+        let listener = TcpListener::bind(address)
+            .await
+            .with_context(|| format!("cannot serve on {address}: choose another with --listen"))?;
+        let url = format!("http://{}", args.listen);
+        let mut config = GatewayConfig::new(
+            home.to_owned(),
+            listener,
+            installation.vmm.clone(),
+            installation.agent.clone(),
+        );
+        config.exposure = exposure;
+        config.ready_count = args.ready;
+        let gateway = Gateway::start(config)
+            .await
+            .context("the gateway cannot start")?;
+        let announcement = tokio::spawn(announce(
+            url,
+            format!("http://127.0.0.1:{}", args.listen.port()),
+            args.example.clone(),
+        ));
+        let served = gateway
+            .run_until(stop_signal()?)
+            .await
+            .context("the gateway failed");
+        announcement.abort();
+        eprintln!("thaw: stopped");
+        served.map(|()| ExitCode::SUCCESS)
+    })
+}
+
+/// Resolves at the first SIGINT or SIGTERM.
+pub fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
+    let mut terminate = signal(SignalKind::terminate()).context("cannot catch SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot catch SIGINT")?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
+}
+
+/// Once functions can be invoked, deploys the example if asked, and says how to call it.
+async fn announce(url: String, inner: String, example: Option<std::path::PathBuf>) {
+    if let Err(error) = try_announce(&url, &inner, example.as_deref()).await {
+        eprintln!("thaw: {error:#}");
+    }
+}
+
+async fn try_announce(url: &str, inner: &str, example: Option<&Path>) -> anyhow::Result<()> {
+    let client = Client::new(inner)?;
+    wait_healthy(&client).await?;
+    println!("thaw: serving on {url}");
+    let Some(example) = example else {
+        println!("  thaw deploy DIR --name NAME    then    curl {url}/fn/NAME/");
+        return Ok(());
+    };
+    if !client
+        .list()
+        .await?
+        .functions
+        .iter()
+        .any(|function| function.name == EXAMPLE)
+    {
+        let zip = package::zip_of(example)?;
+        let deployment = Deployment::python(EXAMPLE, zip);
+        client
+            .deploy(&deployment)
+            .await
+            .context("cannot deploy the example")?;
+    }
+    let last = super::deploy::follow(&client, EXAMPLE, &mut Steps::new()).await?;
+    if let Some(error) = last.error {
+        bail!("the example could not be frozen: {error}");
+    }
+    println!("  curl {url}/fn/{EXAMPLE}/");
+    Ok(())
+}
+
+/// Waits until functions can be invoked.
+pub async fn wait_healthy(client: &Client) -> anyhow::Result<()> {
+    let began = tokio::time::Instant::now();
+    loop {
+        match client.healthy().await {
+            Ok(()) => return Ok(()),
+            Err(error) if began.elapsed() > READY_LIMIT => {
+                return Err(error.context("the gateway is not ready"));
+            }
+            Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+        }
+    }
+}
