@@ -4,7 +4,9 @@ use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixStream;
 
-use thaw_vmm_control::{BootRequest, DISK_COUNT_MAX, Disk, DiskAccess as Access, DiskSource, Timings, VCPU_COUNT_MAX};
+use thaw_vmm_control::{
+    BootRequest, DISK_COUNT_MAX, Disk, DiskAccess as Access, DiskSource, Timings, VCPU_COUNT_MAX,
+};
 use thiserror::Error;
 
 use crate::arch::x86_64::acpi::{self, AcpiError};
@@ -89,7 +91,9 @@ impl Blame for BootError {
             Self::Memory(error) => error.fault(),
             Self::Load(error) => error.fault(),
             Self::Devices(
-                DeviceBuildError::TooManyDisks(_) | DeviceBuildError::DiskWindow { .. } | DeviceBuildError::DiskId { .. },
+                DeviceBuildError::TooManyDisks(_)
+                | DeviceBuildError::DiskWindow { .. }
+                | DeviceBuildError::DiskId { .. },
             ) => Fault::Caller,
             _ => Fault::Host,
         }
@@ -107,29 +111,64 @@ pub(crate) fn access(access: Access) -> DiskAccess {
 /// Takes a disk that is a whole file.
 pub(crate) fn whole_file(disk: &Disk, file: File) -> io::Result<(DiskConfig, DiskBase)> {
     let length = file.metadata()?.len();
-    let base = DiskBase { file: file.try_clone()?, offset: 0 };
-    Ok((DiskConfig { file, access: access(disk.access), id: disk.id.clone(), offset: 0, length }, base))
+    let base = DiskBase {
+        file: file.try_clone()?,
+        offset: 0,
+    };
+    Ok((
+        DiskConfig {
+            file,
+            access: access(disk.access),
+            id: disk.id.clone(),
+            offset: 0,
+            length,
+        },
+        base,
+    ))
 }
 
 fn check(request: &BootRequest, descriptors: usize) -> Result<(), BootError> {
-    let BootRequest { vcpu_count, memory_mib: _, command_line: _, has_initramfs, disks } = request;
+    let BootRequest {
+        vcpu_count,
+        memory_mib: _,
+        command_line: _,
+        has_initramfs,
+        disks,
+    } = request;
     if *vcpu_count == 0 || *vcpu_count > VCPU_COUNT_MAX {
-        return Err(BootError::Limit { what: "vcpu count", value: usize::from(*vcpu_count) });
+        return Err(BootError::Limit {
+            what: "vcpu count",
+            value: usize::from(*vcpu_count),
+        });
     }
     if disks.len() > DISK_COUNT_MAX {
-        return Err(BootError::Limit { what: "disk count", value: disks.len() });
+        return Err(BootError::Limit {
+            what: "disk count",
+            value: disks.len(),
+        });
     }
-    if let Some(disk) = disks.iter().position(|disk| disk.source != DiskSource::Descriptor) {
+    if let Some(disk) = disks
+        .iter()
+        .position(|disk| disk.source != DiskSource::Descriptor)
+    {
         return Err(BootError::DiskSource(disk));
     }
     let expected = 1 + usize::from(*has_initramfs) + disks.len();
     if descriptors != expected {
-        return Err(BootError::Descriptors { expected, found: descriptors });
+        return Err(BootError::Descriptors {
+            expected,
+            found: descriptors,
+        });
     }
     Ok(())
 }
 
-fn set_vcpu(host: &Host, bare: &Bare, number: u8, entry: vm_memory::GuestAddress) -> Result<(), VcpuStateError> {
+fn set_vcpu(
+    host: &Host,
+    bare: &Bare,
+    number: u8,
+    entry: vm_memory::GuestAddress,
+) -> Result<(), VcpuStateError> {
     let call = |call| move |source| VcpuStateError::Call { call, source };
     let fd = &bare.vcpus[usize::from(number)];
     let count = u8::try_from(bare.vcpus.len()).expect("limited by VCPU_COUNT_MAX");
@@ -138,8 +177,10 @@ fn set_vcpu(host: &Host, bare: &Bare, number: u8, entry: vm_memory::GuestAddress
     // The others wait for the boot processor's INIT and SIPI, as KVM makes them.
     if number == 0 {
         let fresh = fd.get_sregs().map_err(call("KVM_GET_SREGS"))?;
-        fd.set_sregs(&regs::entry_sregs(&fresh)).map_err(call("KVM_SET_SREGS"))?;
-        fd.set_regs(&regs::entry_regs(entry)).map_err(call("KVM_SET_REGS"))?;
+        fd.set_sregs(&regs::entry_sregs(&fresh))
+            .map_err(call("KVM_SET_SREGS"))?;
+        fd.set_regs(&regs::entry_regs(entry))
+            .map_err(call("KVM_SET_REGS"))?;
     }
     Ok(())
 }
@@ -148,38 +189,79 @@ fn set_vcpu(host: &Host, bare: &Bare, number: u8, entry: vm_memory::GuestAddress
 ///
 /// # Errors
 /// A request out of limits, a file that is no kernel, or this host.
-pub fn boot(request: &BootRequest, files: Vec<File>, agent: UnixStream, claimed_ns: u64) -> Result<Machine, BootError> {
+pub fn boot(
+    request: &BootRequest,
+    files: Vec<File>,
+    agent: UnixStream,
+    claimed_ns: u64,
+) -> Result<Machine, BootError> {
     check(request, files.len())?;
-    let mut timings = Timings { claimed_ns: Some(claimed_ns), ..Default::default() };
+    let mut timings = Timings {
+        claimed_ns: Some(claimed_ns),
+        ..Default::default()
+    };
     let memory_bytes = u64::from(request.memory_mib) << 20;
     let memory = GuestMemory::reserve(memory_bytes).map_err(BootError::Memory)?;
     timings.memory_mapped_ns = Some(monotonic_ns());
     let host = Host::open().map_err(BootError::Host)?;
-    let bare = host.make(memory, request.vcpu_count).map_err(BootError::Host)?;
+    let bare = host
+        .make(memory, request.vcpu_count)
+        .map_err(BootError::Host)?;
     timings.vm_made_ns = Some(monotonic_ns());
 
     let mut files = files.into_iter();
-    let kernel = files.next().ok_or(BootError::Descriptors { expected: 1, found: 0 })?;
-    let initramfs = if request.has_initramfs { files.next() } else { None };
-    let disks = request.disks.iter().zip(files).enumerate().map(|(disk, (config, file))| {
-        whole_file(config, file).map_err(|source| BootError::DiskFile { disk, source })
-    });
+    let kernel = files.next().ok_or(BootError::Descriptors {
+        expected: 1,
+        found: 0,
+    })?;
+    let initramfs = if request.has_initramfs {
+        files.next()
+    } else {
+        None
+    };
+    let disks = request
+        .disks
+        .iter()
+        .zip(files)
+        .enumerate()
+        .map(|(disk, (config, file))| {
+            whole_file(config, file).map_err(|source| BootError::DiskFile { disk, source })
+        });
     let (disks, disk_bases) = disks.collect::<Result<(Vec<_>, Vec<_>), _>>()?;
     let view = bare.memory.view();
-    let config = DevicesConfig { disks, guest_cid: GUEST_CID, agent_stream: agent };
+    let config = DevicesConfig {
+        disks,
+        guest_cid: GUEST_CID,
+        agent_stream: agent,
+    };
     let devices = Devices::new(config, view.clone()).map_err(BootError::Devices)?;
     let windows = devices.mmio_windows().map_err(BootError::Devices)?;
 
     let described = acpi_windows(&windows).map_err(BootError::Assemble)?;
     let rsdp = acpi::write(&view, request.vcpu_count, &described).map_err(BootError::Acpi)?;
-    let entry = loader::load(&view, memory_bytes, &kernel, initramfs.as_ref(), &request.command_line, rsdp)
-        .map_err(BootError::Load)?;
+    let entry = loader::load(
+        &view,
+        memory_bytes,
+        &kernel,
+        initramfs.as_ref(),
+        &request.command_line,
+        rsdp,
+    )
+    .map_err(BootError::Load)?;
     regs::write_tables(&view).map_err(BootError::Tables)?;
     for vcpu in 0..request.vcpu_count {
         set_vcpu(&host, &bare, vcpu, entry).map_err(|source| BootError::Vcpu { vcpu, source })?;
     }
     timings.state_set_ns = Some(monotonic_ns());
-    let parts = Parts { bare, devices, windows, disk_bases, memory_runs: None, frozen: None, timings };
+    let parts = Parts {
+        bare,
+        devices,
+        windows,
+        disk_bases,
+        memory_runs: None,
+        frozen: None,
+        timings,
+    };
     Machine::assemble(parts).map_err(BootError::Assemble)
 }
 
@@ -188,8 +270,18 @@ mod tests {
     use super::*;
 
     fn request() -> BootRequest {
-        let disk = Disk { id: "a".into(), access: Access::ReadOnly, source: DiskSource::Descriptor };
-        BootRequest { vcpu_count: 1, memory_mib: 128, command_line: String::new(), has_initramfs: true, disks: vec![disk] }
+        let disk = Disk {
+            id: "a".into(),
+            access: Access::ReadOnly,
+            source: DiskSource::Descriptor,
+        };
+        BootRequest {
+            vcpu_count: 1,
+            memory_mib: 128,
+            command_line: String::new(),
+            has_initramfs: true,
+            disks: vec![disk],
+        }
     }
 
     #[test]
@@ -205,10 +297,22 @@ mod tests {
     #[test]
     fn processors_and_disks_have_limits() {
         for vcpu_count in [0, VCPU_COUNT_MAX + 1] {
-            assert!(matches!(check(&BootRequest { vcpu_count, ..request() }, 3), Err(BootError::Limit { .. })));
+            assert!(matches!(
+                check(
+                    &BootRequest {
+                        vcpu_count,
+                        ..request()
+                    },
+                    3
+                ),
+                Err(BootError::Limit { .. })
+            ));
         }
         let disks = vec![request().disks[0].clone(); DISK_COUNT_MAX + 1];
-        assert!(matches!(check(&BootRequest { disks, ..request() }, 11), Err(BootError::Limit { .. })));
+        assert!(matches!(
+            check(&BootRequest { disks, ..request() }, 11),
+            Err(BootError::Limit { .. })
+        ));
     }
 
     #[test]

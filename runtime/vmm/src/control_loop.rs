@@ -59,7 +59,12 @@ enum Next {
 impl Monitor {
     /// A monitor without a machine. Both sockets are blocking.
     pub fn new(control: UnixStream, agent: UnixStream) -> Self {
-        Self { control, agent: Some(agent), life: Life::Empty, machine: None }
+        Self {
+            control,
+            agent: Some(agent),
+            life: Life::Empty,
+            machine: None,
+        }
     }
 
     /// Serves requests until `Quit` or until the runtime closes the control socket.
@@ -86,7 +91,10 @@ impl Monitor {
                 }
             }
             self.report_end()?;
-            while let Some((request, fds)) = receiver.next_message::<Request>().map_err(ControlError::Wire)? {
+            while let Some((request, fds)) = receiver
+                .next_message::<Request>()
+                .map_err(ControlError::Wire)?
+            {
                 if self.answer(request, fds)? == Next::Quit {
                     return Ok(());
                 }
@@ -115,7 +123,9 @@ impl Monitor {
         if self.life == Life::Ended {
             return Ok(());
         }
-        let Some(exit) = self.machine.as_mut().and_then(Machine::ended) else { return Ok(()) };
+        let Some(exit) = self.machine.as_mut().and_then(Machine::ended) else {
+            return Ok(());
+        };
         self.life = self.life.ended();
         let Exit { reason, detail, .. } = &exit;
         tracing::info!(?reason, detail, "machine ended");
@@ -138,7 +148,11 @@ impl Monitor {
             },
         };
         self.send(&FromMonitor::Reply(reply))?;
-        Ok(if act == Act::Quit { Next::Quit } else { Next::Go })
+        Ok(if act == Act::Quit {
+            Next::Quit
+        } else {
+            Next::Go
+        })
     }
 
     fn act(&mut self, request: Request, fds: Vec<OwnedFd>) -> Result<Reply, Failure> {
@@ -152,11 +166,14 @@ impl Monitor {
             }
             Request::Restore(request) => {
                 let agent = self.agent.take().ok_or_else(|| failure(&AgentUsed))?;
-                self.machine = Some(restore(&request, files, agent, now).map_err(|error| failure(&error))?);
+                self.machine =
+                    Some(restore(&request, files, agent, now).map_err(|error| failure(&error))?);
             }
             Request::Status => return Ok(Reply::Status(self.status())),
             Request::Quit => {}
-            Request::Resume | Request::Pause | Request::Save(_) => return self.act_on_machine(request, files),
+            Request::Resume | Request::Pause | Request::Save(_) => {
+                return self.act_on_machine(request, files);
+            }
         }
         Ok(Reply::Done)
     }
@@ -167,7 +184,9 @@ impl Monitor {
             Request::Resume => machine.resume().map_err(|error| failure(&error))?,
             Request::Pause => machine.pause().map_err(|error| failure(&error))?,
             Request::Save(request) => {
-                return save(machine, request, files).map(Reply::Saved).map_err(|error| failure(&error));
+                return save(machine, request, files)
+                    .map(Reply::Saved)
+                    .map_err(|error| failure(&error));
             }
             Request::Boot(_) | Request::Restore(_) | Request::Status | Request::Quit => {}
         }
@@ -175,9 +194,14 @@ impl Monitor {
     }
 
     fn status(&self) -> Status {
-        let Some(machine) = &self.machine else { return Status::default() };
+        let Some(machine) = &self.machine else {
+            return Status::default();
+        };
         let console = String::from_utf8_lossy(&machine.console()).into_owned();
-        Status { console, timings: machine.timings() }
+        Status {
+            console,
+            timings: machine.timings(),
+        }
     }
 }
 
@@ -203,14 +227,24 @@ mod tests {
         let (_agent, agent) = UnixStream::pair().unwrap();
         let monitor = thread::spawn(move || Monitor::new(theirs, agent).serve());
         let mut receiver = Receiver::new();
-        let save = Request::Save(SaveRequest { metadata: serde_json::Value::Null });
+        let save = Request::Save(SaveRequest {
+            metadata: serde_json::Value::Null,
+        });
         for request in [Request::Resume, Request::Pause, save] {
-            let Reply::Failed(failed) = ask(&ours, &mut receiver, &request) else { panic!("done without a machine") };
+            let Reply::Failed(failed) = ask(&ours, &mut receiver, &request) else {
+                panic!("done without a machine")
+            };
             assert_eq!(failed.fault, Fault::Caller);
         }
-        assert_eq!(ask(&ours, &mut receiver, &Request::Status), Reply::Status(Status::default()));
+        assert_eq!(
+            ask(&ours, &mut receiver, &Request::Status),
+            Reply::Status(Status::default())
+        );
         let restore = Request::Restore(RestoreRequest { disks: Vec::new() });
-        assert!(matches!(ask(&ours, &mut receiver, &restore), Reply::Failed(_)));
+        assert!(matches!(
+            ask(&ours, &mut receiver, &restore),
+            Reply::Failed(_)
+        ));
         assert_eq!(ask(&ours, &mut receiver, &Request::Quit), Reply::Done);
         monitor.join().unwrap().unwrap();
     }

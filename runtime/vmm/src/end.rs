@@ -28,17 +28,29 @@ impl MachineEnd {
     pub fn exit(&self, console: &[u8]) -> Exit {
         let (reason, detail) = match self {
             Self::Vcpu(end) => (end.reason(), fault::chain(end)),
-            Self::Device(end @ DeviceFault::Guest { .. }) => (ExitReason::GuestFault, fault::chain(end)),
+            Self::Device(end @ DeviceFault::Guest { .. }) => {
+                (ExitReason::GuestFault, fault::chain(end))
+            }
             Self::Device(end) => (ExitReason::HostFault, fault::chain(end)),
         };
-        let panicked = console.windows(PANIC_MARK.len()).any(|window| window == PANIC_MARK);
+        let panicked = console
+            .windows(PANIC_MARK.len())
+            .any(|window| window == PANIC_MARK);
         // A panicking kernel resets (`panic=-1`) or faults on its way there.
         let reason = match reason {
             ExitReason::Reset | ExitReason::GuestFault if panicked => ExitReason::Panic,
             reason => reason,
         };
-        let detail = if reason == ExitReason::Shutdown { String::new() } else { detail };
-        Exit { reason, detail, console: String::from_utf8_lossy(console).into_owned() }
+        let detail = if reason == ExitReason::Shutdown {
+            String::new()
+        } else {
+            detail
+        };
+        Exit {
+            reason,
+            detail,
+            console: String::from_utf8_lossy(console).into_owned(),
+        }
     }
 }
 
@@ -74,7 +86,13 @@ impl EndReceiver {
 pub fn channel() -> std::io::Result<(EndSender, EndReceiver)> {
     let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
     let (sender, receiver) = mpsc::channel();
-    Ok((EndSender { sender, wake: Arc::clone(&wake) }, EndReceiver { receiver, wake }))
+    Ok((
+        EndSender {
+            sender,
+            wake: Arc::clone(&wake),
+        },
+        EndReceiver { receiver, wake },
+    ))
 }
 
 impl EndSender {
@@ -107,18 +125,31 @@ mod tests {
     #[test]
     fn a_reset_after_a_panic_is_a_panic() {
         let end = MachineEnd::Vcpu(RunError::Reset);
-        assert_eq!(end.exit(b"[1.0] Kernel panic - not syncing: oops").reason, ExitReason::Panic);
-        assert_eq!(end.exit(b"reboot: Restarting system").reason, ExitReason::Reset);
+        assert_eq!(
+            end.exit(b"[1.0] Kernel panic - not syncing: oops").reason,
+            ExitReason::Panic
+        );
+        assert_eq!(
+            end.exit(b"reboot: Restarting system").reason,
+            ExitReason::Reset
+        );
     }
 
     #[test]
     fn a_power_off_is_a_shutdown_whatever_was_on_the_console() {
-        let exit = MachineEnd::Vcpu(RunError::PowerOff).exit(b"Kernel panic in a log that was replayed");
-        assert_eq!((exit.reason, exit.detail.as_str()), (ExitReason::Shutdown, ""));
+        let exit =
+            MachineEnd::Vcpu(RunError::PowerOff).exit(b"Kernel panic in a log that was replayed");
+        assert_eq!(
+            (exit.reason, exit.detail.as_str()),
+            (ExitReason::Shutdown, "")
+        );
     }
 
     #[test]
     fn the_console_survives_broken_utf8() {
-        assert_eq!(MachineEnd::Vcpu(RunError::Reset).exit(b"a\xffb").console, "a\u{fffd}b");
+        assert_eq!(
+            MachineEnd::Vcpu(RunError::Reset).exit(b"a\xffb").console,
+            "a\u{fffd}b"
+        );
     }
 }

@@ -2,8 +2,8 @@
 
 use std::error::Error;
 
-pub use thaw_vmm_control::Fault;
 use thaw_vmm_control::Failure;
+pub use thaw_vmm_control::Fault;
 
 /// An error that knows whose fault it is.
 pub trait Blame: Error {
@@ -24,14 +24,9 @@ pub fn chain(error: &dyn Error) -> String {
 }
 
 /// The answer to a request that failed with `error`.
-pub fn failure(error: &dyn Blame) -> Failure
-{
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
+pub fn failure(error: &dyn Blame) -> Failure {
+    Failure {
+        message: chain(error),
+        fault: error.fault(),
     }
-    Failure { message: text, fault: error.fault() }
 }

@@ -92,16 +92,33 @@ impl Host {
         if let Some((_, name)) = REQUIRED.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
             return Err(HostError::Lacks(name));
         }
-        let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(call("KVM_GET_SUPPORTED_CPUID"))?;
+        let supported = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(call("KVM_GET_SUPPORTED_CPUID"))?;
         let supported = supported.as_slice().iter().map(Into::into).collect();
         let deadline = kvm.check_extension(Cap::TscDeadlineTimer);
-        let deadline_timer = if deadline { DeadlineTimer::Present } else { DeadlineTimer::Absent };
-        Ok(Self { kvm, supported, deadline_timer })
+        let deadline_timer = if deadline {
+            DeadlineTimer::Present
+        } else {
+            DeadlineTimer::Absent
+        };
+        Ok(Self {
+            kvm,
+            supported,
+            deadline_timer,
+        })
     }
 
     /// CPUID of one vCPU of a new machine on this host.
     pub fn cpuid(&self, vcpu: u8, vcpu_count: u8) -> Vec<CpuidEntryV1> {
-        guest(&self.supported, Topology { vcpu, vcpu_count, deadline_timer: self.deadline_timer })
+        guest(
+            &self.supported,
+            Topology {
+                vcpu,
+                vcpu_count,
+                deadline_timer: self.deadline_timer,
+            },
+        )
     }
 
     /// Makes a machine around `memory`. Slots are registered before the interrupt chips exist, which is cheaper: afterwards KVM
@@ -111,15 +128,29 @@ impl Host {
     /// Any KVM call that fails.
     pub fn make(&self, memory: GuestMemory, vcpu_count: u8) -> Result<Bare, HostError> {
         let vm = self.kvm.create_vm().map_err(call("KVM_CREATE_VM"))?;
-        vm.set_tss_address(layout::TSS).map_err(call("KVM_SET_TSS_ADDR"))?;
+        vm.set_tss_address(layout::TSS)
+            .map_err(call("KVM_SET_TSS_ADDR"))?;
         memory.register(&vm).map_err(HostError::Memory)?;
         vm.create_irq_chip().map_err(call("KVM_CREATE_IRQCHIP"))?;
         let vcpus = (0..u64::from(vcpu_count))
             .map(|number| vm.create_vcpu(number).map_err(call("KVM_CREATE_VCPU")))
             .collect::<Result<_, _>>()?;
-        let listed = self.kvm.get_msr_index_list().map_err(call("KVM_GET_MSR_INDEX_LIST"))?;
-        let xsave_bytes = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0).max(XSAVE_BYTES);
-        let limits = HostVcpuLimits { msr_indices: msr::to_save(listed.as_slice()), xsave_bytes };
-        Ok(Bare { vm, memory, vcpus, limits })
+        let listed = self
+            .kvm
+            .get_msr_index_list()
+            .map_err(call("KVM_GET_MSR_INDEX_LIST"))?;
+        let xsave_bytes = usize::try_from(vm.check_extension_int(Cap::Xsave2))
+            .unwrap_or(0)
+            .max(XSAVE_BYTES);
+        let limits = HostVcpuLimits {
+            msr_indices: msr::to_save(listed.as_slice()),
+            xsave_bytes,
+        };
+        Ok(Bare {
+            vm,
+            memory,
+            vcpus,
+            limits,
+        })
     }
 }

@@ -93,7 +93,11 @@ impl Life {
                 | (Act::Pause, Self::Running)
                 | (Act::Status | Act::Quit, _)
         );
-        if admitted { Ok(()) } else { Err(Refused { act, life: self }) }
+        if admitted {
+            Ok(())
+        } else {
+            Err(Refused { act, life: self })
+        }
     }
 
     /// The state after an admitted `act` was done.
@@ -126,8 +130,22 @@ impl Life {
 mod tests {
     use super::*;
 
-    const ACTS: [Act; 7] = [Act::Boot, Act::Restore, Act::Resume, Act::Pause, Act::Save, Act::Status, Act::Quit];
-    const LIVES: [Life; 5] = [Life::Empty, Life::Running, Life::Paused, Life::Ended, Life::Broken];
+    const ACTS: [Act; 7] = [
+        Act::Boot,
+        Act::Restore,
+        Act::Resume,
+        Act::Pause,
+        Act::Save,
+        Act::Status,
+        Act::Quit,
+    ];
+    const LIVES: [Life; 5] = [
+        Life::Empty,
+        Life::Running,
+        Life::Paused,
+        Life::Ended,
+        Life::Broken,
+    ];
 
     #[test]
     fn status_and_quit_are_always_possible_and_change_nothing() {
@@ -141,7 +159,10 @@ mod tests {
 
     #[test]
     fn only_a_paused_machine_is_saved() {
-        let admitted: Vec<_> = LIVES.into_iter().filter(|life| life.admit(Act::Save).is_ok()).collect();
+        let admitted: Vec<_> = LIVES
+            .into_iter()
+            .filter(|life| life.admit(Act::Save).is_ok())
+            .collect();
         assert_eq!(admitted, [Life::Paused]);
     }
 
@@ -158,6 +179,9 @@ mod tests {
     fn a_machine_is_made_once() {
         let running = Life::Empty.done(Act::Boot);
         assert!(running.admit(Act::Boot).is_err() && running.admit(Act::Restore).is_err());
-        assert_eq!(running.done(Act::Pause).done(Act::Save).done(Act::Resume), Life::Running);
+        assert_eq!(
+            running.done(Act::Pause).done(Act::Save).done(Act::Resume),
+            Life::Running
+        );
     }
 }

@@ -18,7 +18,10 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::arch::x86_64::acpi::VirtioWindow;
 use crate::arch::x86_64::interrupts::{self, InterruptError};
 use crate::arch::x86_64::vcpu_state::{self, HostVcpuLimits, VcpuStateError, VcpuStateV1};
-use crate::devices::{DeviceBuildError, DevicePauseError, DeviceStartError, DeviceThread, Devices, MmioWindow, SERIAL_GSI};
+use crate::devices::{
+    DeviceBuildError, DevicePauseError, DeviceStartError, DeviceThread, Devices, MmioWindow,
+    SERIAL_GSI,
+};
 use crate::end::{self, EndReceiver};
 use crate::fault::{Blame, Fault};
 use crate::host::Bare;
@@ -149,14 +152,19 @@ pub fn acpi_windows(windows: &[MmioWindow]) -> Result<Vec<VirtioWindow>, Assembl
         let outside = |_| AssembleError::Window(window.base);
         let base = u32::try_from(window.base).map_err(outside)?;
         let length = u32::try_from(window.length).map_err(outside)?;
-        Ok(VirtioWindow { base, length, gsi: window.gsi })
+        Ok(VirtioWindow {
+            base,
+            length,
+            gsi: window.gsi,
+        })
     };
     windows.iter().map(convert).collect()
 }
 
 fn connect(vm: &VmFd, windows: &[MmioWindow], serial: &EventFd) -> Result<(), AssembleError> {
     let interrupt = |event: &EventFd, gsi| {
-        vm.register_irqfd(event, gsi).map_err(|source| AssembleError::Interrupt { gsi, source })
+        vm.register_irqfd(event, gsi)
+            .map_err(|source| AssembleError::Interrupt { gsi, source })
     };
     interrupt(serial, SERIAL_GSI)?;
     for window in windows {
@@ -164,7 +172,11 @@ fn connect(vm: &VmFd, windows: &[MmioWindow], serial: &EventFd) -> Result<(), As
         let address = window.notify_address();
         for (queue, event) in &window.notify {
             vm.register_ioevent(event, &IoEventAddress::Mmio(address), *queue)
-                .map_err(|source| AssembleError::Notification { address, queue: *queue, source })?;
+                .map_err(|source| AssembleError::Notification {
+                    address,
+                    queue: *queue,
+                    source,
+                })?;
         }
     }
     Ok(())
@@ -195,13 +207,30 @@ impl Machine {
     /// # Errors
     /// KVM refused a connection, or the host a thread.
     pub fn assemble(parts: Parts) -> Result<Self, AssembleError> {
-        let Parts { bare, devices, windows, disk_bases, memory_runs, frozen, timings } = parts;
-        let Bare { vm, memory, vcpus, limits } = bare;
-        let serial = devices.serial_interrupt().map_err(AssembleError::Describe)?;
+        let Parts {
+            bare,
+            devices,
+            windows,
+            disk_bases,
+            memory_runs,
+            frozen,
+            timings,
+        } = parts;
+        let Bare {
+            vm,
+            memory,
+            vcpus,
+            limits,
+        } = bare;
+        let serial = devices
+            .serial_interrupt()
+            .map_err(AssembleError::Describe)?;
         connect(&vm, &windows, &serial)?;
         let (end_sender, ends) = end::channel().map_err(AssembleError::EventFd)?;
         let (fault_sender, fault_receiver) = std::sync::mpsc::channel();
-        let device_thread = devices.start(fault_sender).map_err(AssembleError::Devices)?;
+        let device_thread = devices
+            .start(fault_sender)
+            .map_err(AssembleError::Devices)?;
         let forward = end_sender.clone();
         std::thread::Builder::new()
             .name("device-faults".into())
@@ -254,7 +283,8 @@ impl Machine {
             self.set_time(&frozen)?;
         }
         for (vcpu, running) in self.vcpus.iter().enumerate() {
-            vcpu_state::tell_paused(&running.fd()).map_err(|source| SwitchError::Time { vcpu, source })?;
+            vcpu_state::tell_paused(&running.fd())
+                .map_err(|source| SwitchError::Time { vcpu, source })?;
         }
         self.vcpus.iter().for_each(Vcpu::run);
         Ok(())
@@ -263,7 +293,9 @@ impl Machine {
     /// Steps 10 to 12 of [`vcpu_state`]'s order.
     fn set_time(&self, frozen: &Frozen) -> Result<(), SwitchError> {
         let time = |vcpu| move |source| SwitchError::Time { vcpu, source };
-        let Some(first) = self.vcpus.first() else { return Ok(()) };
+        let Some(first) = self.vcpus.first() else {
+            return Ok(());
+        };
         let offset = vcpu_state::offset_for(&first.fd(), frozen.time.tsc).map_err(time(0))?;
         for (number, (vcpu, state)) in self.vcpus.iter().zip(&frozen.vcpus).enumerate() {
             vcpu_state::set_time(&vcpu.fd(), state, offset).map_err(time(number))?;
@@ -327,4 +359,3 @@ impl Machine {
         }
     }
 }
-

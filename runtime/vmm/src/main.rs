@@ -48,13 +48,18 @@ fn ignore_terminal_signals() {
 }
 
 fn main() -> ExitCode {
-    let sockets = (std::env::args_os().len() == 1).then(|| inherited(CONTROL_FD).zip(inherited(AGENT_FD))).flatten();
+    let sockets = (std::env::args_os().len() == 1)
+        .then(|| inherited(CONTROL_FD).zip(inherited(AGENT_FD)))
+        .flatten();
     let Some((control, agent)) = sockets else {
         eprint!("{USAGE}");
         return ExitCode::from(2);
     };
     let filter = EnvFilter::new("warn");
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
     ignore_terminal_signals();
     if let Err(error) = harden() {
         tracing::error!(error = %error, "process could not be hardened");

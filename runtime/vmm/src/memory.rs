@@ -12,7 +12,9 @@ use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use thiserror::Error;
 use vm_memory::mmap::MmapRegionError;
-use vm_memory::{Address, GuestAddress, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap, MmapRegion};
+use vm_memory::{
+    Address, GuestAddress, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap, MmapRegion,
+};
 
 use crate::arch::x86_64::layout::{MEMORY_MIB_MAX, MEMORY_MIB_MIN, memory_ranges};
 use crate::fault::{Blame, Fault};
@@ -24,7 +26,9 @@ const PROTECTION: i32 = libc::PROT_READ | libc::PROT_WRITE;
 #[derive(Debug, Error)]
 pub enum MemoryError {
     /// The size is not one we make.
-    #[error("guest memory of {bytes} bytes is not within {MEMORY_MIB_MIN} to {MEMORY_MIB_MAX} mib in whole mib")]
+    #[error(
+        "guest memory of {bytes} bytes is not within {MEMORY_MIB_MIN} to {MEMORY_MIB_MAX} mib in whole mib"
+    )]
     Size {
         /// What was asked for.
         bytes: u64,
@@ -48,7 +52,9 @@ pub enum MemoryError {
         source: io::Error,
     },
     /// The file is shorter than the memory it should hold: a later access would kill the process.
-    #[error("memory section at offset {offset} of {bytes} bytes lies outside a file of {file_bytes} bytes or is not page aligned")]
+    #[error(
+        "memory section at offset {offset} of {bytes} bytes lies outside a file of {file_bytes} bytes or is not page aligned"
+    )]
     Section {
         /// Where in the file.
         offset: u64,
@@ -105,13 +111,20 @@ impl GuestMemory {
     /// A size out of [`MEMORY_MIB_MIN`] to [`MEMORY_MIB_MAX`], or no address space.
     pub fn reserve(bytes: u64) -> Result<Self, MemoryError> {
         let mib = bytes >> 20;
-        let whole = bytes % (1 << 20) == 0 && (u64::from(MEMORY_MIB_MIN)..=u64::from(MEMORY_MIB_MAX)).contains(&mib);
-        let length = usize::try_from(bytes).ok().filter(|_| whole).ok_or(MemoryError::Size { bytes })?;
+        let whole = bytes.is_multiple_of(1 << 20)
+            && (u64::from(MEMORY_MIB_MIN)..=u64::from(MEMORY_MIB_MAX)).contains(&mib);
+        let length = usize::try_from(bytes)
+            .ok()
+            .filter(|_| whole)
+            .ok_or(MemoryError::Size { bytes })?;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         // SAFETY: a new mapping at an address that the kernel picks; nothing existing is touched.
         let host = unsafe { libc::mmap(ptr::null_mut(), length, PROTECTION, flags, -1, 0) };
         if host == libc::MAP_FAILED {
-            return Err(MemoryError::Reserve { bytes, source: io::Error::last_os_error() });
+            return Err(MemoryError::Reserve {
+                bytes,
+                source: io::Error::last_os_error(),
+            });
         }
         let host = host.cast::<u8>();
         let mut regions = Vec::new();
@@ -120,13 +133,21 @@ impl GuestMemory {
             let length = usize::try_from(range.length).map_err(|_| MemoryError::Size { bytes })?;
             // SAFETY: `offset + length` is within the mapping made above, because the ranges sum up to `bytes`; it stays
             // mapped for ever by the module's invariant.
-            let region = unsafe { MmapRegion::build_raw(host.add(offset), length, PROTECTION, flags) };
+            let region =
+                unsafe { MmapRegion::build_raw(host.add(offset), length, PROTECTION, flags) };
             let region = region.map_err(MemoryError::Region)?;
-            regions.push(GuestRegionMmap::new(region, range.start).ok_or(MemoryError::Range(range.start.raw_value()))?);
+            regions.push(
+                GuestRegionMmap::new(region, range.start)
+                    .ok_or(MemoryError::Range(range.start.raw_value()))?,
+            );
             offset += length;
         }
         let regions = GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Ranges)?;
-        Ok(Self { host, bytes, regions })
+        Ok(Self {
+            host,
+            bytes,
+            regions,
+        })
     }
 
     /// Maps `bytes` of `file` at `offset` privately over the reserved range: the guest reads the file's pages and keeps its
@@ -137,19 +158,43 @@ impl GuestMemory {
     pub fn map_private(&self, file: &File, offset: u64) -> Result<(), MemoryError> {
         let map = |source| MemoryError::MapFile { offset, source };
         let file_bytes = file.metadata().map_err(map)?.len();
-        let inside = offset.checked_add(self.bytes).is_some_and(|end| end <= file_bytes);
+        let inside = offset
+            .checked_add(self.bytes)
+            .is_some_and(|end| end <= file_bytes);
         let bytes = self.bytes;
         if !inside || !offset.is_multiple_of(PAGE_BYTES) {
-            return Err(MemoryError::Section { offset, bytes, file_bytes });
+            return Err(MemoryError::Section {
+                offset,
+                bytes,
+                file_bytes,
+            });
         }
-        let (Ok(length), Ok(position)) = (usize::try_from(bytes), libc::off_t::try_from(offset)) else {
-            return Err(MemoryError::Section { offset, bytes, file_bytes });
+        let (Ok(length), Ok(position)) = (usize::try_from(bytes), libc::off_t::try_from(offset))
+        else {
+            return Err(MemoryError::Section {
+                offset,
+                bytes,
+                file_bytes,
+            });
         };
         let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
         // SAFETY: replaces exactly the range that `reserve` made and this value owns. No reference into it exists: all
         // access is by volatile copies, and no vCPU runs before the machine is restored.
-        let mapped = unsafe { libc::mmap(self.host.cast(), length, PROTECTION, flags, file.as_raw_fd(), position) };
-        if mapped == libc::MAP_FAILED { Err(map(io::Error::last_os_error())) } else { Ok(()) }
+        let mapped = unsafe {
+            libc::mmap(
+                self.host.cast(),
+                length,
+                PROTECTION,
+                flags,
+                file.as_raw_fd(),
+                position,
+            )
+        };
+        if mapped == libc::MAP_FAILED {
+            Err(map(io::Error::last_os_error()))
+        } else {
+            Ok(())
+        }
     }
 
     /// Tells KVM of the memory. Before interrupt chips and vCPUs exist this is several times cheaper than after.
@@ -167,7 +212,8 @@ impl GuestMemory {
                 userspace_addr: host,
             };
             // SAFETY: the range is mapped for the life of the process (the module's invariant), and slots do not overlap.
-            unsafe { vm.set_user_memory_region(region) }.map_err(|source| MemoryError::Slot { slot, source })?;
+            unsafe { vm.set_user_memory_region(region) }
+                .map_err(|source| MemoryError::Slot { slot, source })?;
             host += range.length;
         }
         Ok(())
@@ -210,16 +256,30 @@ mod tests {
     #[test]
     fn a_size_out_of_bounds_is_refused() {
         for bytes in [0, 63 << 20, (64 << 20) + 1, 10_241 << 20, u64::MAX] {
-            assert!(matches!(GuestMemory::reserve(bytes), Err(MemoryError::Size { .. })), "{bytes}");
+            assert!(
+                matches!(GuestMemory::reserve(bytes), Err(MemoryError::Size { .. })),
+                "{bytes}"
+            );
         }
     }
 
     #[test]
     fn memory_above_the_hole_is_reachable() {
         let memory = GuestMemory::reserve(4 << 30).unwrap();
-        memory.view().write_obj(7u8, GuestAddress((1 << 32) + 5)).unwrap();
-        assert!(memory.view().write_obj(7u8, GuestAddress(0xd000_0000)).is_err());
-        assert_eq!(memory.address_of(3 << 30), Some((GuestAddress(1 << 32), 1 << 30)));
+        memory
+            .view()
+            .write_obj(7u8, GuestAddress((1 << 32) + 5))
+            .unwrap();
+        assert!(
+            memory
+                .view()
+                .write_obj(7u8, GuestAddress(0xd000_0000))
+                .is_err()
+        );
+        assert_eq!(
+            memory.address_of(3 << 30),
+            Some((GuestAddress(1 << 32), 1 << 30))
+        );
         assert_eq!(memory.address_of(4 << 30), None);
     }
 
@@ -245,7 +305,10 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         file.set_len(64 << 20).unwrap();
         for offset in [1, 4096, u64::MAX] {
-            assert!(matches!(memory.map_private(&file, offset), Err(MemoryError::Section { .. })));
+            assert!(matches!(
+                memory.map_private(&file, offset),
+                Err(MemoryError::Section { .. })
+            ));
         }
     }
 }

@@ -100,7 +100,11 @@ pub enum RestoreError {
 }
 
 fn list(missing: &[MissingFeature]) -> String {
-    missing.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+    missing
+        .iter()
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(", ")
 }
 
 impl Blame for RestoreError {
@@ -110,7 +114,10 @@ impl Blame for RestoreError {
             Self::DiskFile { .. } | Self::Interrupts(InterruptError::Call { .. }) => Fault::Host,
             Self::Host(error) => error.fault(),
             Self::Memory(error) => error.fault(),
-            Self::Vcpu { source: VcpuStateError::Call { .. } | VcpuStateError::Msr(_), .. } => Fault::Host,
+            Self::Vcpu {
+                source: VcpuStateError::Call { .. } | VcpuStateError::Msr(_),
+                ..
+            } => Fault::Host,
             Self::Assemble(_) | Self::Windows(_) => Fault::Host,
             _ => Fault::Caller,
         }
@@ -125,17 +132,29 @@ fn disks(
     files: Vec<File>,
 ) -> Result<(Vec<DiskConfig>, Vec<DiskBase>), RestoreError> {
     if request.len() != saved.len() {
-        return Err(RestoreError::DiskCount { expected: saved.len(), found: request.len() });
+        return Err(RestoreError::DiskCount {
+            expected: saved.len(),
+            found: request.len(),
+        });
     }
-    let expected = request.iter().filter(|disk| disk.source == DiskSource::Descriptor).count();
+    let expected = request
+        .iter()
+        .filter(|disk| disk.source == DiskSource::Descriptor)
+        .count();
     if files.len() != expected {
-        return Err(RestoreError::Descriptors { expected: expected + 1, found: files.len() + 1 });
+        return Err(RestoreError::Descriptors {
+            expected: expected + 1,
+            found: files.len() + 1,
+        });
     }
     let mut files = files.into_iter();
     let mut pairs = (Vec::new(), Vec::new());
     for (index, (disk, saved)) in request.iter().zip(saved).enumerate() {
         let wrong = |why| RestoreError::Disk { disk: index, why };
-        let used = |source| RestoreError::DiskFile { disk: index, source };
+        let used = |source| RestoreError::DiskFile {
+            disk: index,
+            source,
+        };
         if (disk.access == Access::CopyOnWrite) != saved.is_stored {
             return Err(wrong("its access differs"));
         }
@@ -144,7 +163,9 @@ fn disks(
                 if saved.is_stored {
                     return Err(wrong("its content is in the snapshot"));
                 }
-                let file = files.next().ok_or_else(|| wrong("its descriptor is missing"))?;
+                let file = files
+                    .next()
+                    .ok_or_else(|| wrong("its descriptor is missing"))?;
                 whole_file(disk, file).map_err(used)?
             }
             DiskSource::Snapshot => {
@@ -154,9 +175,21 @@ fn disks(
                     return Err(RestoreError::Contradiction("a disk section's length"));
                 }
                 let file = snapshot.file().try_clone().map_err(used)?;
-                let base = DiskBase { file: file.try_clone().map_err(used)?, offset: section.offset };
+                let base = DiskBase {
+                    file: file.try_clone().map_err(used)?,
+                    offset: section.offset,
+                };
                 let id = disk.id.clone();
-                (DiskConfig { file, access: access(disk.access), id, offset: section.offset, length: saved.bytes }, base)
+                (
+                    DiskConfig {
+                        file,
+                        access: access(disk.access),
+                        id,
+                        offset: section.offset,
+                        length: saved.bytes,
+                    },
+                    base,
+                )
             }
         };
         if config.length != saved.bytes {
@@ -173,16 +206,30 @@ fn disks(
 ///
 /// # Errors
 /// See [`RestoreError`]; an error of any KVM call that sets state is one, none is ignored.
-pub fn restore(request: &RestoreRequest, files: Vec<File>, agent: UnixStream, claimed_ns: u64) -> Result<Machine, RestoreError> {
-    let mut timings = Timings { claimed_ns: Some(claimed_ns), ..Default::default() };
+pub fn restore(
+    request: &RestoreRequest,
+    files: Vec<File>,
+    agent: UnixStream,
+    claimed_ns: u64,
+) -> Result<Machine, RestoreError> {
+    let mut timings = Timings {
+        claimed_ns: Some(claimed_ns),
+        ..Default::default()
+    };
     let mut files = files.into_iter();
-    let file = files.next().ok_or(RestoreError::Descriptors { expected: 1, found: 0 })?;
+    let file = files.next().ok_or(RestoreError::Descriptors {
+        expected: 1,
+        found: 0,
+    })?;
     let snapshot = Snapshot::from_file(file, "given").map_err(RestoreError::Open)?;
     let cpu = snapshot.cpu().map_err(RestoreError::Read)?;
     let host = Host::open().map_err(RestoreError::Host)?;
-    let section = snapshot.section(SectionKind::Machine).map_err(RestoreError::Read)?;
+    let section = snapshot
+        .section(SectionKind::Machine)
+        .map_err(RestoreError::Read)?;
     let state = state::decode(&section).map_err(RestoreError::State)?;
-    let vcpu_count = u8::try_from(state.vcpus.len()).map_err(|_| RestoreError::Contradiction("the vcpu count"))?;
+    let vcpu_count = u8::try_from(state.vcpus.len())
+        .map_err(|_| RestoreError::Contradiction("the vcpu count"))?;
     // What a machine of this shape would be told here; some bits speak of the shape.
     let missing = cpu.missing_on(&state::cpu_record(&host.cpuid(0, vcpu_count), cpu.tsc_khz));
     if !missing.is_empty() {
@@ -197,18 +244,37 @@ pub fn restore(request: &RestoreRequest, files: Vec<File>, agent: UnixStream, cl
     let memory = GuestMemory::reserve(state.memory_bytes).map_err(RestoreError::Memory)?;
     let bare = host.make(memory, vcpu_count).map_err(RestoreError::Host)?;
     timings.vm_made_ns = Some(monotonic_ns());
-    bare.memory.map_private(snapshot.file(), stored.offset).map_err(RestoreError::Memory)?;
+    bare.memory
+        .map_private(snapshot.file(), stored.offset)
+        .map_err(RestoreError::Memory)?;
     timings.memory_mapped_ns = Some(monotonic_ns());
 
     for (vcpu, (fd, saved)) in bare.vcpus.iter().zip(&state.vcpus).enumerate() {
-        vcpu_state::restore(fd, saved, &bare.limits, cpu.tsc_khz).map_err(|source| RestoreError::Vcpu { vcpu, source })?;
+        vcpu_state::restore(fd, saved, &bare.limits, cpu.tsc_khz)
+            .map_err(|source| RestoreError::Vcpu { vcpu, source })?;
     }
     interrupts::restore(&bare.vm, &state.chips).map_err(RestoreError::Interrupts)?;
-    let config = DevicesConfig { disks, guest_cid: GUEST_CID, agent_stream: agent };
-    let devices = Devices::restore(config, bare.memory.view(), state.devices).map_err(RestoreError::Devices)?;
+    let config = DevicesConfig {
+        disks,
+        guest_cid: GUEST_CID,
+        agent_stream: agent,
+    };
+    let devices = Devices::restore(config, bare.memory.view(), state.devices)
+        .map_err(RestoreError::Devices)?;
     let windows = devices.mmio_windows().map_err(RestoreError::Windows)?;
     timings.state_set_ns = Some(monotonic_ns());
-    let frozen = Some(Frozen { time: state.time, vcpus: state.vcpus });
-    let parts = Parts { bare, devices, windows, disk_bases, memory_runs: Some(stored.runs), frozen, timings };
+    let frozen = Some(Frozen {
+        time: state.time,
+        vcpus: state.vcpus,
+    });
+    let parts = Parts {
+        bare,
+        devices,
+        windows,
+        disk_bases,
+        memory_runs: Some(stored.runs),
+        frozen,
+        timings,
+    };
     Machine::assemble(parts).map_err(RestoreError::Assemble)
 }

@@ -62,7 +62,10 @@ impl Blame for SaveError {
 /// Reads everything but memory and disk content.
 fn capture(machine: &Machine) -> Result<(MachineStateV1, u32), SaveError> {
     let failed = |vcpu| move |source| SaveError::Vcpu { vcpu, source };
-    let Some(first) = machine.vcpus.first() else { return Err(SaveError::Disk(0)) };
+    let first = machine
+        .vcpus
+        .first()
+        .expect("a machine has at least one vcpu");
     let time = match machine.frozen() {
         // Never resumed since it was restored: its clocks still stand where they stood.
         Some(frozen) => frozen.time,
@@ -74,7 +77,8 @@ fn capture(machine: &Machine) -> Result<(MachineStateV1, u32), SaveError> {
     let offset = vcpu_state::tsc_offset(&first.fd()).map_err(failed(0))?;
     let mut vcpus = Vec::with_capacity(machine.vcpus.len());
     for (number, vcpu) in machine.vcpus.iter().enumerate() {
-        let mut state = vcpu_state::save(&vcpu.fd(), &machine.limits, offset).map_err(failed(number))?;
+        let mut state =
+            vcpu_state::save(&vcpu.fd(), &machine.limits, offset).map_err(failed(number))?;
         if let Some(frozen) = machine.frozen().and_then(|frozen| frozen.vcpus.get(number)) {
             (state.tsc_deadline, state.tsc_ahead) = (frozen.tsc_deadline, frozen.tsc_ahead);
         }
@@ -84,7 +88,10 @@ fn capture(machine: &Machine) -> Result<(MachineStateV1, u32), SaveError> {
     let disks = (0..machine.devices.disk_count())
         .map(|disk| {
             let (bytes, access) = machine.devices.disk(disk).ok_or(SaveError::Disk(disk))?;
-            Ok(DiskV1 { bytes, is_stored: access == DiskAccess::CopyOnWrite })
+            Ok(DiskV1 {
+                bytes,
+                is_stored: access == DiskAccess::CopyOnWrite,
+            })
         })
         .collect::<Result<_, _>>()?;
     let state = MachineStateV1 {
@@ -102,7 +109,11 @@ fn capture(machine: &Machine) -> Result<(MachineStateV1, u32), SaveError> {
 ///
 /// # Errors
 /// Any call that fails; the file is of no use then.
-pub fn save(machine: &Machine, request: SaveRequest, mut files: Vec<File>) -> Result<Saved, SaveError> {
+pub fn save(
+    machine: &Machine,
+    request: SaveRequest,
+    mut files: Vec<File>,
+) -> Result<Saved, SaveError> {
     let SaveRequest { metadata } = request;
     let metadata: Metadata = serde_json::from_value(metadata).map_err(SaveError::Metadata)?;
     let (Some(file), true) = (files.pop(), files.is_empty()) else {
@@ -112,15 +123,34 @@ pub fn save(machine: &Machine, request: SaveRequest, mut files: Vec<File>) -> Re
     let write = SaveError::Write;
     let mut writer = Writer::new(file);
     writer.metadata(&metadata).map_err(write)?;
-    writer.cpu(&state::cpu_record(&state.vcpus[0].cpuid, tsc_khz)).map_err(write)?;
-    writer.section(SectionKind::Machine, &state::encode(&state).map_err(SaveError::Encode)?).map_err(write)?;
+    writer
+        .cpu(&state::cpu_record(&state.vcpus[0].cpuid, tsc_khz))
+        .map_err(write)?;
+    writer
+        .section(
+            SectionKind::Machine,
+            &state::encode(&state).map_err(SaveError::Encode)?,
+        )
+        .map_err(write)?;
     let mut memory = MemorySource::new(&machine.memory, machine.memory_runs.as_deref());
-    writer.sparse_section(SectionKind::Memory, machine.memory.bytes(), &mut memory).map_err(write)?;
+    writer
+        .sparse_section(SectionKind::Memory, machine.memory.bytes(), &mut memory)
+        .map_err(write)?;
     for (index, disk) in (0u8..).zip(&state.disks).filter(|(_, disk)| disk.is_stored) {
-        let base = machine.disk_bases.get(usize::from(index)).ok_or(SaveError::Disk(usize::from(index)))?;
-        let mut source = DiskContent { devices: &machine.devices, index: usize::from(index), bytes: disk.bytes, base };
+        let base = machine
+            .disk_bases
+            .get(usize::from(index))
+            .ok_or(SaveError::Disk(usize::from(index)))?;
+        let mut source = DiskContent {
+            devices: &machine.devices,
+            index: usize::from(index),
+            bytes: disk.bytes,
+            base,
+        };
         let length = disk.bytes.next_multiple_of(PAGE_BYTES);
-        writer.sparse_section(SectionKind::Disk(index), length, &mut source).map_err(write)?;
+        writer
+            .sparse_section(SectionKind::Disk(index), length, &mut source)
+            .map_err(write)?;
     }
     let summary = writer.finish().map_err(write)?;
     Ok(Saved {
@@ -147,7 +177,11 @@ const PAGEMAP_BATCH: u64 = 4096;
 
 impl<'a> MemorySource<'a> {
     fn new(memory: &'a GuestMemory, runs: Option<&'a [PageRun]>) -> Self {
-        Self { memory, runs: runs.unwrap_or_default(), pagemap: File::open("/proc/self/pagemap").ok() }
+        Self {
+            memory,
+            runs: runs.unwrap_or_default(),
+            pagemap: File::open("/proc/self/pagemap").ok(),
+        }
     }
 
     /// The first page from `page` that this process has touched.
@@ -161,7 +195,9 @@ impl<'a> MemorySource<'a> {
             let batch = &mut entries[..usize::try_from(8 * count).map_err(io::Error::other)?];
             pagemap.read_exact_at(batch, 8 * (first + at))?;
             let (words, _) = batch.as_chunks::<8>();
-            let touched = words.iter().position(|word| u64::from_le_bytes(*word) & PAGEMAP_THERE != 0);
+            let touched = words
+                .iter()
+                .position(|word| u64::from_le_bytes(*word) & PAGEMAP_THERE != 0);
             if let Some(position) = touched {
                 return Ok(Some(at + position as u64));
             }
@@ -185,15 +221,20 @@ impl PageSource for MemorySource<'_> {
             let at = offset + done as u64;
             let outside = || io::Error::from(io::ErrorKind::InvalidInput);
             let (address, left) = self.memory.address_of(at).ok_or_else(outside)?;
-            let count = usize::try_from(left).unwrap_or(usize::MAX).min(buffer.len() - done);
-            view.read_slice(&mut buffer[done..done + count], address).map_err(io::Error::other)?;
+            let count = usize::try_from(left)
+                .unwrap_or(usize::MAX)
+                .min(buffer.len() - done);
+            view.read_slice(&mut buffer[done..done + count], address)
+                .map_err(io::Error::other)?;
             done += count;
         }
         Ok(())
     }
 
     fn next_data(&mut self, offset: u64) -> io::Result<Option<u64>> {
-        let Some(pagemap) = &self.pagemap else { return Ok(Some(offset)) };
+        let Some(pagemap) = &self.pagemap else {
+            return Ok(Some(offset));
+        };
         let page = offset / PAGE_BYTES;
         let next = match (self.next_touched(pagemap, page)?, self.next_stored(page)) {
             (Some(one), Some(other)) => Some(one.min(other)),
@@ -214,21 +255,29 @@ struct DiskContent<'a> {
 impl PageSource for DiskContent<'_> {
     fn read_at(&mut self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
         let inside = self.bytes.saturating_sub(offset);
-        let count = usize::try_from(inside).unwrap_or(usize::MAX).min(buffer.len());
+        let count = usize::try_from(inside)
+            .unwrap_or(usize::MAX)
+            .min(buffer.len());
         let (content, beyond) = buffer.split_at_mut(count);
         // The last page of a disk that is no whole number of pages.
         beyond.fill(0);
-        self.devices.disk_read_at(self.index, offset, content).map_err(io::Error::other)
+        self.devices
+            .disk_read_at(self.index, offset, content)
+            .map_err(io::Error::other)
     }
 
     fn next_data(&mut self, offset: u64) -> io::Result<Option<u64>> {
-        let in_base = match rustix::fs::seek(&self.base.file, SeekFrom::Data(self.base.offset + offset)) {
-            Ok(position) => Some(position.saturating_sub(self.base.offset)),
-            Err(rustix::io::Errno::NXIO) => None,
-            Err(error) => return Err(error.into()),
-        };
+        let in_base =
+            match rustix::fs::seek(&self.base.file, SeekFrom::Data(self.base.offset + offset)) {
+                Ok(position) => Some(position.saturating_sub(self.base.offset)),
+                Err(rustix::io::Errno::NXIO) => None,
+                Err(error) => return Err(error.into()),
+            };
         let written = self.devices.disk_written_runs(self.index);
-        let in_delta = written.iter().find(|run| run.end > offset).map(|run| run.start.max(offset));
+        let in_delta = written
+            .iter()
+            .find(|run| run.end > offset)
+            .map(|run| run.start.max(offset));
         let next = match (in_base, in_delta) {
             (Some(one), Some(other)) => Some(one.min(other)),
             (one, other) => one.or(other),

@@ -76,8 +76,12 @@ pub fn encode(state: &MachineStateV1) -> Result<Vec<u8>, postcard::Error> {
 /// # Errors
 /// Not decodable, bytes left over, or numbers out of limits.
 pub fn decode(bytes: &[u8]) -> Result<MachineStateV1, StateError> {
-    let (state, rest) = postcard::take_from_bytes::<MachineStateV1>(bytes).map_err(StateError::Decode)?;
-    let limit = |what, value: usize| StateError::Limit { what, value: value as u64 };
+    let (state, rest) =
+        postcard::take_from_bytes::<MachineStateV1>(bytes).map_err(StateError::Decode)?;
+    let limit = |what, value: usize| StateError::Limit {
+        what,
+        value: value as u64,
+    };
     if !rest.is_empty() {
         return Err(limit("bytes left over", rest.len()));
     }
@@ -88,8 +92,11 @@ pub fn decode(bytes: &[u8]) -> Result<MachineStateV1, StateError> {
         return Err(limit("disk count", state.disks.len()));
     }
     let mib = u64::from(MEMORY_MIB_MIN)..=u64::from(MEMORY_MIB_MAX);
-    if state.memory_bytes % (1 << 20) != 0 || !mib.contains(&(state.memory_bytes >> 20)) {
-        return Err(StateError::Limit { what: "memory bytes", value: state.memory_bytes });
+    if !state.memory_bytes.is_multiple_of(1 << 20) || !mib.contains(&(state.memory_bytes >> 20)) {
+        return Err(StateError::Limit {
+            what: "memory bytes",
+            value: state.memory_bytes,
+        });
     }
     Ok(state)
 }
@@ -97,14 +104,37 @@ pub fn decode(bytes: &[u8]) -> Result<MachineStateV1, StateError> {
 /// The record of a vCPU's CPUID that a restore compares with its host.
 pub fn cpu_record(cpuid: &[CpuidEntryV1], tsc_khz: u32) -> CpuRecord {
     let vendor = cpuid.iter().find(|entry| entry.function == 0).map(|entry| {
-        let bytes: Vec<u8> = [entry.ebx, entry.edx, entry.ecx].iter().flat_map(|word| word.to_le_bytes()).collect();
+        let bytes: Vec<u8> = [entry.ebx, entry.edx, entry.ecx]
+            .iter()
+            .flat_map(|word| word.to_le_bytes())
+            .collect();
         String::from_utf8_lossy(&bytes).into_owned()
     });
     let leaves = cpuid.iter().map(|entry| {
-        let CpuidEntryV1 { function, index, flags, eax, ebx, ecx, edx } = *entry;
-        Leaf { function, index, flags, eax, ebx, ecx, edx }
+        let CpuidEntryV1 {
+            function,
+            index,
+            flags,
+            eax,
+            ebx,
+            ecx,
+            edx,
+        } = *entry;
+        Leaf {
+            function,
+            index,
+            flags,
+            eax,
+            ebx,
+            ecx,
+            edx,
+        }
     });
-    CpuRecord { vendor: vendor.unwrap_or_default(), tsc_khz, leaves: leaves.collect() }
+    CpuRecord {
+        vendor: vendor.unwrap_or_default(),
+        tsc_khz,
+        leaves: leaves.collect(),
+    }
 }
 
 #[cfg(test)]
@@ -143,11 +173,24 @@ mod tests {
         };
         MachineStateV1 {
             memory_bytes,
-            time: FrozenTimeV1 { clock_ns: 1, tsc: 2 },
+            time: FrozenTimeV1 {
+                clock_ns: 1,
+                tsc: 2,
+            },
             vcpus: vec![vcpu(); vcpu_count],
-            chips: InterruptChipsV1 { pic_master: vec![], pic_slave: vec![], ioapic: vec![] },
-            disks: vec![DiskV1 { bytes: 512, is_stored: true }],
-            devices: DevicesStateV1 { serial, slots: Vec::new() },
+            chips: InterruptChipsV1 {
+                pic_master: vec![],
+                pic_slave: vec![],
+                ioapic: vec![],
+            },
+            disks: vec![DiskV1 {
+                bytes: 512,
+                is_stored: true,
+            }],
+            devices: DevicesStateV1 {
+                serial,
+                slots: Vec::new(),
+            },
         }
     }
 
@@ -159,8 +202,16 @@ mod tests {
 
     #[test]
     fn numbers_out_of_limits_are_refused() {
-        for state in [machine(0, 128 << 20), machine(5, 128 << 20), machine(1, 0), machine(1, (64 << 20) + 4096)] {
-            assert!(matches!(decode(&encode(&state).unwrap()), Err(StateError::Limit { .. })));
+        for state in [
+            machine(0, 128 << 20),
+            machine(5, 128 << 20),
+            machine(1, 0),
+            machine(1, (64 << 20) + 4096),
+        ] {
+            assert!(matches!(
+                decode(&encode(&state).unwrap()),
+                Err(StateError::Limit { .. })
+            ));
         }
     }
 
@@ -187,6 +238,9 @@ mod tests {
             edx: word(b"enti"),
         };
         let record = cpu_record(&[leaf], 2_596_146);
-        assert_eq!((record.vendor.as_str(), record.tsc_khz, record.leaves.len()), ("AuthenticAMD", 2_596_146, 1));
+        assert_eq!(
+            (record.vendor.as_str(), record.tsc_khz, record.leaves.len()),
+            ("AuthenticAMD", 2_596_146, 1)
+        );
     }
 }

@@ -123,8 +123,14 @@ impl RunError {
         match self {
             Self::PowerOff => ExitReason::Shutdown,
             Self::Reset => ExitReason::Reset,
-            Self::TripleFault { .. } | Self::Internal { .. } | Self::SystemEvent { .. } => ExitReason::GuestFault,
-            Self::FailEntry { .. } | Self::MemoryFault { .. } | Self::Unexpected { .. } | Self::Bug { .. } | Self::Run { .. } => ExitReason::HostFault,
+            Self::TripleFault { .. } | Self::Internal { .. } | Self::SystemEvent { .. } => {
+                ExitReason::GuestFault
+            }
+            Self::FailEntry { .. }
+            | Self::MemoryFault { .. }
+            | Self::Unexpected { .. }
+            | Self::Bug { .. }
+            | Self::Run { .. } => ExitReason::HostFault,
         }
     }
 }
@@ -219,7 +225,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub fn monotonic_ns() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     let (seconds, nanoseconds) = (now.tv_sec.cast_unsigned(), now.tv_nsec.cast_unsigned());
-    seconds.wrapping_mul(1_000_000_000).wrapping_add(nanoseconds)
+    seconds
+        .wrapping_mul(1_000_000_000)
+        .wrapping_add(nanoseconds)
 }
 
 extern "C" fn on_kick(_: libc::c_int) {
@@ -247,7 +255,11 @@ pub fn install_kick_handler() -> Result<(), VcpuError> {
         action.sa_sigaction = on_kick as extern "C" fn(libc::c_int) as usize;
         libc::sigaction(kick_signal(), &action, ptr::null_mut())
     };
-    if result == 0 { Ok(()) } else { Err(VcpuError::Signal(io::Error::last_os_error())) }
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(VcpuError::Signal(io::Error::last_os_error()))
+    }
 }
 
 impl Vcpu {
@@ -256,15 +268,30 @@ impl Vcpu {
     /// # Errors
     /// No thread.
     pub fn start(number: u8, fd: VcpuFd, context: VcpuContext) -> Result<Self, VcpuError> {
-        let phase = Mutex::new(Phase { wanted: Wanted::Paused, state: VcpuState::Paused });
+        let phase = Mutex::new(Phase {
+            wanted: Wanted::Paused,
+            state: VcpuState::Paused,
+        });
         let (changed, stop) = (Condvar::new(), AtomicBool::new(false));
-        let shared = Arc::new(Shared { number, phase, changed, stop, fd: Mutex::new(fd) });
+        let shared = Arc::new(Shared {
+            number,
+            phase,
+            changed,
+            stop,
+            fd: Mutex::new(fd),
+        });
         let body = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
             .name(format!("vcpu-{number}"))
             .spawn(move || thread_main(&body, &context))
-            .map_err(|source| VcpuError::Thread { vcpu: number, source })?;
-        Ok(Self { shared, thread: Some(thread) })
+            .map_err(|source| VcpuError::Thread {
+                vcpu: number,
+                source,
+            })?;
+        Ok(Self {
+            shared,
+            thread: Some(thread),
+        })
     }
 
     /// The descriptor; waits while the vCPU runs, so only for a paused one.
@@ -294,7 +321,11 @@ impl Vcpu {
         }
         self.shared.stop.store(true, Ordering::SeqCst);
         self.shared.changed.notify_all();
-        if let Some(thread) = self.thread.as_ref().filter(|_| phase.state == VcpuState::Running) {
+        if let Some(thread) = self
+            .thread
+            .as_ref()
+            .filter(|_| phase.state == VcpuState::Running)
+        {
             // SAFETY: the handle is not joined yet, so the thread's id is valid; the signal has a handler
             // (install_kick_handler) before any vCPU is started.
             unsafe { libc::pthread_kill(thread.as_pthread_t(), kick_signal()) };
@@ -308,8 +339,11 @@ impl Vcpu {
     pub fn wait_paused(&self) -> Result<(), VcpuError> {
         let phase = lock(&self.shared.phase);
         let left = |phase: &mut Phase| phase.state == VcpuState::Running;
-        let (phase, _) =
-            self.shared.changed.wait_timeout_while(phase, PAUSE_DEADLINE, left).unwrap_or_else(PoisonError::into_inner);
+        let (phase, _) = self
+            .shared
+            .changed
+            .wait_timeout_while(phase, PAUSE_DEADLINE, left)
+            .unwrap_or_else(PoisonError::into_inner);
         let vcpu = self.shared.number;
         match phase.state {
             VcpuState::Paused => Ok(()),
@@ -323,8 +357,11 @@ impl Vcpu {
         self.request(Wanted::Exited);
         let left = |phase: &mut Phase| phase.state != VcpuState::Exited;
         let phase = lock(&self.shared.phase);
-        let (phase, _) =
-            self.shared.changed.wait_timeout_while(phase, PAUSE_DEADLINE, left).unwrap_or_else(PoisonError::into_inner);
+        let (phase, _) = self
+            .shared
+            .changed
+            .wait_timeout_while(phase, PAUSE_DEADLINE, left)
+            .unwrap_or_else(PoisonError::into_inner);
         let exited = phase.state == VcpuState::Exited;
         drop(phase);
         if let Some(thread) = self.thread.take().filter(|_| exited) {
@@ -345,19 +382,27 @@ impl Drop for ExitGuard<'_> {
         lock(&self.shared.phase).state = VcpuState::Exited;
         self.shared.changed.notify_all();
         if std::thread::panicking() {
-            self.ends.send(MachineEnd::Vcpu(RunError::Bug { vcpu: self.shared.number }));
+            self.ends.send(MachineEnd::Vcpu(RunError::Bug {
+                vcpu: self.shared.number,
+            }));
         }
     }
 }
 
 fn thread_main(shared: &Shared, context: &VcpuContext) {
-    let _guard = ExitGuard { shared, ends: &context.ends };
+    let _guard = ExitGuard {
+        shared,
+        ends: &context.ends,
+    };
     loop {
         let mut phase = lock(&shared.phase);
         phase.state = VcpuState::Paused;
         shared.changed.notify_all();
         let waiting = |phase: &mut Phase| phase.wanted == Wanted::Paused;
-        phase = shared.changed.wait_while(phase, waiting).unwrap_or_else(PoisonError::into_inner);
+        phase = shared
+            .changed
+            .wait_while(phase, waiting)
+            .unwrap_or_else(PoisonError::into_inner);
         if phase.wanted == Wanted::Exited {
             return;
         }
@@ -384,7 +429,12 @@ fn run_until_stopped(shared: &Shared, context: &VcpuContext) -> Result<(), RunEr
     RUN_PAGE.set(ptr::from_mut(fd.get_kvm_run()));
     let _page = PageGuard;
     // The first vCPU to get here; the closest to the guest's first instruction that can be seen from outside.
-    let _ = context.first_instruction_ns.compare_exchange(0, monotonic_ns(), Ordering::SeqCst, Ordering::Relaxed);
+    let _ = context.first_instruction_ns.compare_exchange(
+        0,
+        monotonic_ns(),
+        Ordering::SeqCst,
+        Ordering::Relaxed,
+    );
     while !shared.stop.load(Ordering::SeqCst) {
         step(&mut fd, shared.number, &context.devices)?;
     }
@@ -421,7 +471,10 @@ fn step(fd: &mut VcpuFd, vcpu: u8, devices: &Devices) -> Result<Step, RunError> 
                 }
                 // A processor that waited for its start-up has been woken.
                 libc::EAGAIN => Ok(Step::Served),
-                _ => Err(RunError::Run { vcpu, source: error.into() }),
+                _ => Err(RunError::Run {
+                    vcpu,
+                    source: error.into(),
+                }),
             };
         }
     };
@@ -431,19 +484,34 @@ fn step(fd: &mut VcpuFd, vcpu: u8, devices: &Devices) -> Result<Step, RunError> 
         VcpuExit::IoIn(port, data) => port_read(devices, port, data),
         VcpuExit::IoOut(port, data) => port_write(devices, port, data)?,
         VcpuExit::Intr | VcpuExit::IrqWindowOpen => {}
-        VcpuExit::SystemEvent(kvm_bindings::KVM_SYSTEM_EVENT_SHUTDOWN, _) => return Err(RunError::PowerOff),
-        VcpuExit::SystemEvent(kvm_bindings::KVM_SYSTEM_EVENT_RESET, _) => return Err(RunError::Reset),
+        VcpuExit::SystemEvent(kvm_bindings::KVM_SYSTEM_EVENT_SHUTDOWN, _) => {
+            return Err(RunError::PowerOff);
+        }
+        VcpuExit::SystemEvent(kvm_bindings::KVM_SYSTEM_EVENT_RESET, _) => {
+            return Err(RunError::Reset);
+        }
         VcpuExit::SystemEvent(event, _) => return Err(RunError::SystemEvent { vcpu, event }),
         VcpuExit::FailEntry(reason, cpu) => return Err(RunError::FailEntry { vcpu, reason, cpu }),
-        VcpuExit::MemoryFault { gpa, .. } => return Err(RunError::MemoryFault { vcpu, address: gpa }),
+        VcpuExit::MemoryFault { gpa, .. } => {
+            return Err(RunError::MemoryFault { vcpu, address: gpa });
+        }
         VcpuExit::Shutdown => return Err(RunError::TripleFault { vcpu, rip: rip(fd) }),
         VcpuExit::InternalError => {
             // SAFETY: with this exit reason `internal` is the union's member, and every member is plain integers.
             let suberror = unsafe { fd.get_kvm_run().__bindgen_anon_1.internal.suberror };
-            return Err(RunError::Internal { vcpu, suberror, rip: rip(fd) });
+            return Err(RunError::Internal {
+                vcpu,
+                suberror,
+                rip: rip(fd),
+            });
         }
         // HLT never comes out of KVM with its own LAPIC; nor do the rest, which must be asked for.
-        other => return Err(RunError::Unexpected { vcpu, exit: format!("{other:?}") }),
+        other => {
+            return Err(RunError::Unexpected {
+                vcpu,
+                exit: format!("{other:?}"),
+            });
+        }
     }
     Ok(Step::Served)
 }
@@ -466,7 +534,9 @@ fn port_write(devices: &Devices, port: u16, data: &[u8]) -> Result<(), RunError>
     const SLEEP_MASK: u8 = 0x3c;
     const SLEEP_S5: u8 = (layout::SLEEP_TYPE_S5 << 2) | (1 << 5);
     match (port, data) {
-        (layout::SLEEP_CONTROL_PORT, [value]) if value & SLEEP_MASK == SLEEP_S5 => Err(RunError::PowerOff),
+        (layout::SLEEP_CONTROL_PORT, [value]) if value & SLEEP_MASK == SLEEP_S5 => {
+            Err(RunError::PowerOff)
+        }
         (layout::RESET_PORT, [layout::RESET_VALUE]) => Err(RunError::Reset),
         (layout::KEYBOARD_COMMAND_PORT, [layout::KEYBOARD_RESET]) => Err(RunError::Reset),
         _ => {
@@ -482,8 +552,19 @@ mod tests {
 
     #[test]
     fn who_is_to_blame_for_an_end() {
-        assert_eq!(RunError::TripleFault { vcpu: 0, rip: 0 }.reason(), ExitReason::GuestFault);
-        assert_eq!(RunError::FailEntry { vcpu: 0, reason: 1, cpu: 2 }.reason(), ExitReason::HostFault);
+        assert_eq!(
+            RunError::TripleFault { vcpu: 0, rip: 0 }.reason(),
+            ExitReason::GuestFault
+        );
+        assert_eq!(
+            RunError::FailEntry {
+                vcpu: 0,
+                reason: 1,
+                cpu: 2
+            }
+            .reason(),
+            ExitReason::HostFault
+        );
         assert_eq!(RunError::PowerOff.reason(), ExitReason::Shutdown);
     }
 }

@@ -1,11 +1,15 @@
 //! Real guests: a stock kernel on real KVM, in a real monitor process. Without a usable KVM these tests fail.
 
+#[cfg(test)]
 #[path = "harness/guest.rs"]
 mod guest;
+#[cfg(test)]
 #[path = "harness/monitor.rs"]
 mod monitor;
 
+#[cfg(test)]
 #[path = "harness/boot.rs"]
 mod boot;
+#[cfg(test)]
 #[path = "harness/freeze.rs"]
 mod freeze;

@@ -1,6 +1,12 @@
 //! PID 1 of the test guests: loads modules, connects to the host's vsock port 1024, and does what each line says.
 //! Static, std and libc only. Any failure panics, which the kernel turns into a panic of its own that the test sees.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "a test's program: its panic is the guest's, and its numbers are the test's own"
+)]
+
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -25,23 +31,37 @@ fn mount(source: &str, target: &str, kind: &str) {
     let text = |text: &str| CString::new(text).unwrap();
     let (source, to, kind_text) = (text(source), text(target), text(kind));
     // SAFETY: three live C strings, no options.
-    let result = unsafe { libc::mount(source.as_ptr(), to.as_ptr(), kind_text.as_ptr(), 0, ptr::null()) };
+    let result = unsafe {
+        libc::mount(
+            source.as_ptr(),
+            to.as_ptr(),
+            kind_text.as_ptr(),
+            0,
+            ptr::null(),
+        )
+    };
     check(&format!("mount {kind} on {target}"), result.into());
 }
 
 fn load_modules() {
-    let Ok(order) = fs::read_to_string("/modules/order") else { return };
+    let Ok(order) = fs::read_to_string("/modules/order") else {
+        return;
+    };
     for name in order.lines().filter(|line| !line.is_empty()) {
         let file = File::open(format!("/modules/{name}")).unwrap();
         // SAFETY: a live descriptor and a live empty C string.
-        let result = unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), 0) };
+        let result =
+            unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), 0) };
         check(&format!("module {name}"), result);
     }
 }
 
 fn connect() -> File {
     // SAFETY: no pointers.
-    let fd = check("socket", unsafe { libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) }.into());
+    let fd = check(
+        "socket",
+        unsafe { libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) }.into(),
+    );
     // SAFETY: a descriptor that was just made and belongs to nobody else.
     let socket = unsafe { OwnedFd::from_raw_fd(fd as i32) };
     // SAFETY: all zeros is a valid address of this family.
@@ -56,9 +76,15 @@ fn connect() -> File {
 }
 
 fn clock_ns(clock: libc::clockid_t) -> i64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
     // SAFETY: a live timespec.
-    check("clock", unsafe { libc::clock_gettime(clock, &raw mut time) }.into());
+    check(
+        "clock",
+        unsafe { libc::clock_gettime(clock, &raw mut time) }.into(),
+    );
     time.tv_sec * 1_000_000_000 + time.tv_nsec
 }
 
@@ -77,16 +103,23 @@ fn tick_on(cpu: usize) {
     // SAFETY: `cpu` is below the set's size.
     unsafe { libc::CPU_SET(cpu, &mut set) };
     // SAFETY: a live set of the length given; 0 is this thread.
-    check("affinity", unsafe { libc::sched_setaffinity(0, size_of_val(&set), &raw const set) }.into());
+    check(
+        "affinity",
+        unsafe { libc::sched_setaffinity(0, size_of_val(&set), &raw const set) }.into(),
+    );
     loop {
-        thread::sleep(Duration::from_millis(2));
+        thread::sleep(Duration::from_millis(20));
         TICKS[cpu].fetch_add(1, Ordering::SeqCst);
     }
 }
 
 fn spin_on_all() {
     for _ in 0..cpus() {
-        thread::spawn(|| loop { std::hint::spin_loop() });
+        thread::spawn(|| {
+            loop {
+                std::hint::spin_loop()
+            }
+        });
     }
 }
 
@@ -141,7 +174,8 @@ impl Guest {
     fn command(&mut self, line: &str, input: &mut impl Read) -> String {
         let words: Vec<&str> = line.split(' ').collect();
         let number = |at: usize| words[at].parse::<u64>().unwrap();
-        let outcome = |result: io::Result<String>| result.unwrap_or_else(|error| format!("error {error}"));
+        let outcome =
+            |result: io::Result<String>| result.unwrap_or_else(|error| format!("error {error}"));
         match words[0] {
             "ping" => format!("pong {}", words[1]),
             "cpus" => cpus().to_string(),
@@ -149,25 +183,50 @@ impl Guest {
                 self.counter += number(1);
                 self.counter.to_string()
             }
-            "clocks" => format!("{} {} {}", clock_ns(libc::CLOCK_MONOTONIC), clock_ns(libc::CLOCK_REALTIME), tsc()),
-            "clocksource" => fs::read_to_string("/sys/devices/system/clocksource/clocksource0/current_clocksource").unwrap().trim().into(),
-            "ticks" => TICKS.iter().take(cpus()).map(|ticks| ticks.load(Ordering::SeqCst).to_string()).collect::<Vec<_>>().join(" "),
+            "clocks" => format!(
+                "{} {} {}",
+                clock_ns(libc::CLOCK_MONOTONIC),
+                clock_ns(libc::CLOCK_REALTIME),
+                tsc()
+            ),
+            "clocksource" => fs::read_to_string(
+                "/sys/devices/system/clocksource/clocksource0/current_clocksource",
+            )
+            .unwrap()
+            .trim()
+            .into(),
+            "ticks" => TICKS
+                .iter()
+                .take(cpus())
+                .map(|ticks| ticks.load(Ordering::SeqCst).to_string())
+                .collect::<Vec<_>>()
+                .join(" "),
             "fill" => {
                 self.memory = (0..number(1) << 20).map(pattern).collect();
                 self.memory.len().to_string()
             }
-            "sum" => (self.memory.iter().enumerate().filter(|(at, byte)| **byte != pattern(*at as u64)).count()).to_string(),
+            "sum" => (self
+                .memory
+                .iter()
+                .enumerate()
+                .filter(|(at, byte)| **byte != pattern(*at as u64))
+                .count())
+            .to_string(),
             "mount" => {
                 mount(words[1], "/disk", "ext4");
                 "mounted".into()
             }
-            "put" => outcome(fs::write(format!("/disk/{}", words[1]), words[2]).map(|()| "put".into())),
+            "put" => {
+                outcome(fs::write(format!("/disk/{}", words[1]), words[2]).map(|()| "put".into()))
+            }
             "get" => outcome(fs::read_to_string(format!("/disk/{}", words[1]))),
             "list" => outcome(fs::read_dir("/disk").map(|list| list.count().to_string())),
             "write" => outcome(write_raw(words[1], number(2), words[3]).map(|()| "written".into())),
             "read" => outcome(read_raw(words[1], number(2), number(3) as usize)),
             "random" => outcome(random().map(|count| count.to_string())),
-            "devices" => outcome(fs::read_dir("/sys/bus/virtio/devices").map(|list| list.count().to_string())),
+            "devices" => outcome(
+                fs::read_dir("/sys/bus/virtio/devices").map(|list| list.count().to_string()),
+            ),
             "bytes" => {
                 send_pattern(&mut self.socket, number(1));
                 String::new()
@@ -203,12 +262,19 @@ fn main() {
     }
     let socket = connect();
     let mut input = BufReader::new(socket.try_clone().unwrap());
-    let mut guest = Guest { socket, counter: 0, memory: Vec::new() };
+    let mut guest = Guest {
+        socket,
+        counter: 0,
+        memory: Vec::new(),
+    };
     guest.socket.write_all(b"hello\n").unwrap();
     let mut line = String::new();
     while input.read_line(&mut line).unwrap() > 0 {
         let answer = guest.command(line.trim_end(), &mut input);
-        guest.socket.write_all(format!("{answer}\n").as_bytes()).unwrap();
+        guest
+            .socket
+            .write_all(format!("{answer}\n").as_bytes())
+            .unwrap();
         line.clear();
     }
     panic!("the host closed the channel");

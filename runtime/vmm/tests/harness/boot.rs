@@ -12,7 +12,8 @@ fn boots(kernel: &str, vcpu_count: u8) {
     assert_eq!(monitor.command("random"), "8");
     let status = monitor.status();
     let timings = status.timings;
-    let since = |moment: Option<u64>| moment.unwrap().saturating_sub(timings.claimed_ns.unwrap()) / 1000;
+    let since =
+        |moment: Option<u64>| moment.unwrap().saturating_sub(timings.claimed_ns.unwrap()) / 1000;
     println!(
         "{kernel} with {vcpu_count} vcpus: vm made {} us, loaded {} us, first instruction {} us, agent byte {} us",
         since(timings.vm_made_ns),
@@ -55,9 +56,11 @@ fn bzimage_boots_with_four_vcpus() {
 
 #[test]
 fn power_off_reset_and_panic_are_told_apart() {
-    for (command, reason) in
-        [("poweroff", ExitReason::Shutdown), ("reboot", ExitReason::Reset), ("panic", ExitReason::Panic)]
-    {
+    for (command, reason) in [
+        ("poweroff", ExitReason::Shutdown),
+        ("reboot", ExitReason::Reset),
+        ("panic", ExitReason::Panic),
+    ] {
         let mut monitor = Monitor::boot("vmlinux", 1, &[]);
         monitor.tell(command);
         let exit = monitor.exit();
@@ -66,7 +69,9 @@ fn power_off_reset_and_panic_are_told_apart() {
             assert!(exit.console.contains("Kernel panic"), "{}", exit.console);
             assert!(monitor.status().console.contains("Kernel panic"));
         }
-        assert!(matches!(monitor.ask(&Request::Pause, &[]), Reply::Failed(failure) if failure.fault == Fault::Guest));
+        assert!(
+            matches!(monitor.ask(&Request::Pause, &[]), Reply::Failed(failure) if failure.fault == Fault::Guest)
+        );
         monitor.quit();
     }
 }
@@ -74,7 +79,10 @@ fn power_off_reset_and_panic_are_told_apart() {
 #[test]
 fn disks_are_read_and_written_and_the_file_stays() {
     let (shared, overlay) = (disk_of(b'r', 1 << 20), ext4());
-    let disks = [(read_only("shared"), &shared), (copy_on_write("overlay"), &overlay)];
+    let disks = [
+        (read_only("shared"), &shared),
+        (copy_on_write("overlay"), &overlay),
+    ];
     let mut monitor = Monitor::boot("vmlinux", 2, &disks);
     assert_eq!(monitor.command("devices"), "4");
     assert_eq!(monitor.command("read /dev/vda 4096 4"), "rrrr");
@@ -85,7 +93,10 @@ fn disks_are_read_and_written_and_the_file_stays() {
     monitor.quit();
     let mut fresh = Monitor::boot("vmlinux", 1, &disks);
     fresh.command("mount /dev/vdb");
-    assert!(fresh.command("get one").starts_with("error"), "the file was written to");
+    assert!(
+        fresh.command("get one").starts_with("error"),
+        "the file was written to"
+    );
     fresh.quit();
 }
 
@@ -96,7 +107,10 @@ fn a_guest_that_spins_on_all_cpus_is_paused_and_resumed() {
     for round in 0..3 {
         monitor.done(&Request::Pause, &[]);
         monitor.done(&Request::Resume, &[]);
-        assert_eq!(monitor.command(&format!("ping {round}")), format!("pong {round}"));
+        assert_eq!(
+            monitor.command(&format!("ping {round}")),
+            format!("pong {round}")
+        );
     }
     monitor.quit();
 }
@@ -111,9 +125,17 @@ fn what_is_no_kernel_is_the_callers_fault() {
         has_initramfs: false,
         disks: Vec::new(),
     });
-    let Reply::Failed(failure) = monitor.ask(&request, &[&disk_of(0, 4096)]) else { panic!("booted zeros") };
+    let Reply::Failed(failure) = monitor.ask(&request, &[&disk_of(0, 4096)]) else {
+        panic!("booted zeros")
+    };
     assert_eq!(failure.fault, Fault::Caller, "{failure}");
-    assert!(matches!(monitor.ask(&request, &[&kernel("vmlinux")]), Reply::Failed(_)), "a second try in the same process");
+    assert!(
+        matches!(
+            monitor.ask(&request, &[&kernel("vmlinux")]),
+            Reply::Failed(_)
+        ),
+        "a second try in the same process"
+    );
     monitor.quit();
 }
 
@@ -122,6 +144,9 @@ fn a_guest_ends_when_the_host_closes_the_agent_channel() {
     let mut monitor = Monitor::boot("vmlinux", 1, &[]);
     monitor.agent.shutdown(std::net::Shutdown::Both).unwrap();
     let exit = monitor.exit();
-    assert!(exit.detail.contains("agent") || exit.reason == ExitReason::Panic, "{exit:?}");
+    assert!(
+        exit.detail.contains("agent") || exit.reason == ExitReason::Panic,
+        "{exit:?}"
+    );
     monitor.quit();
 }

@@ -8,7 +8,9 @@ use std::process::Command;
 
 fn named(variable: &str) -> PathBuf {
     let value = std::env::var_os(variable);
-    PathBuf::from(value.unwrap_or_else(|| panic!("{variable} must name what the test guests boot from")))
+    PathBuf::from(
+        value.unwrap_or_else(|| panic!("{variable} must name what the test guests boot from")),
+    )
 }
 
 /// `vmlinux` or `bzImage`.
@@ -18,7 +20,21 @@ pub fn kernel(name: &str) -> File {
 
 /// One member of a cpio archive (Documentation/driver-api/early-userspace/buffer-format.rst).
 fn member(archive: &mut Vec<u8>, name: &str, mode: u32, content: &[u8]) {
-    let fields = [0, mode, 0, 0, 1, 0, u32::try_from(content.len()).unwrap(), 0, 0, 0, 0, u32::try_from(name.len() + 1).unwrap(), 0];
+    let fields = [
+        0,
+        mode,
+        0,
+        0,
+        1,
+        0,
+        u32::try_from(content.len()).unwrap(),
+        0,
+        0,
+        0,
+        0,
+        u32::try_from(name.len() + 1).unwrap(),
+        0,
+    ];
     archive.extend_from_slice(b"070701");
     for field in fields {
         archive.extend_from_slice(format!("{field:08x}").as_bytes());
@@ -33,16 +49,31 @@ fn member(archive: &mut Vec<u8>, name: &str, mode: u32, content: &[u8]) {
 /// The test guest's program as /init, with the kernel's modules.
 pub fn initramfs() -> File {
     let folder = named("THAW_TEST_KERNEL_DIR");
-    let manifest: serde_json::Value = serde_json::from_slice(&fs::read(folder.join("manifest.json")).unwrap()).unwrap();
-    let modules = manifest["modules"].as_array().unwrap().iter().map(|name| name.as_str().unwrap());
+    let manifest: serde_json::Value =
+        serde_json::from_slice(&fs::read(folder.join("manifest.json")).unwrap()).unwrap();
+    let modules = manifest["modules"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|name| name.as_str().unwrap());
     let mut archive = Vec::new();
     for name in ["dev", "proc", "sys", "disk", "modules"] {
         member(&mut archive, name, 0o040_755, b"");
     }
-    member(&mut archive, "init", 0o100_755, &fs::read(named("THAW_TEST_GUEST")).unwrap());
+    member(
+        &mut archive,
+        "init",
+        0o100_755,
+        &fs::read(named("THAW_TEST_GUEST")).unwrap(),
+    );
     let mut order = String::new();
     for name in modules {
-        member(&mut archive, &format!("modules/{name}"), 0o100_644, &fs::read(folder.join("modules").join(name)).unwrap());
+        member(
+            &mut archive,
+            &format!("modules/{name}"),
+            0o100_644,
+            &fs::read(folder.join("modules").join(name)).unwrap(),
+        );
         order.push_str(name);
         order.push('\n');
     }
@@ -57,7 +88,11 @@ pub fn initramfs() -> File {
 pub fn ext4() -> File {
     let file = tempfile::NamedTempFile::new().unwrap();
     file.as_file().set_len(16 << 20).unwrap();
-    let made = Command::new("mke2fs").args(["-q", "-t", "ext4", "-O", "^has_journal"]).arg(file.path()).status().unwrap();
+    let made = Command::new("mke2fs")
+        .args(["-q", "-t", "ext4", "-O", "^has_journal"])
+        .arg(file.path())
+        .status()
+        .unwrap();
     assert!(made.success());
     file.reopen().unwrap()
 }

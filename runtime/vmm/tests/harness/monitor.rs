@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use thaw_vmm_control::wire::{self, Read, Receiver};
 use thaw_vmm_control::{
-    AGENT_FD, BootRequest, CONTROL_FD, Disk, DiskAccess, DiskSource, Event, Exit, FromMonitor, Reply, Request,
-    RestoreRequest, SaveRequest, Status,
+    AGENT_FD, BootRequest, CONTROL_FD, Disk, DiskAccess, DiskSource, Event, Exit, FromMonitor,
+    Reply, Request, RestoreRequest, SaveRequest, Status,
 };
 
 /// Longest wait for anything: an emulated host is slow.
@@ -41,7 +41,10 @@ impl Monitor {
     pub fn start() -> Self {
         let (control, control_theirs) = UnixStream::pair().unwrap();
         let (agent, agent_theirs) = UnixStream::pair().unwrap();
-        let theirs = [(above(control_theirs.as_fd()), CONTROL_FD), (above(agent_theirs.as_fd()), AGENT_FD)];
+        let theirs = [
+            (above(control_theirs.as_fd()), CONTROL_FD),
+            (above(agent_theirs.as_fd()), AGENT_FD),
+        ];
         let mut command = Command::new(env!("CARGO_BIN_EXE_thaw-vmm"));
         // SAFETY: only async-signal-safe calls between fork and exec.
         unsafe {
@@ -58,7 +61,13 @@ impl Monitor {
         for socket in [&control, &agent] {
             socket.set_read_timeout(Some(PATIENCE)).unwrap();
         }
-        Self { process, control, receiver: Receiver::new(), exits: Vec::new(), agent }
+        Self {
+            process,
+            control,
+            receiver: Receiver::new(),
+            exits: Vec::new(),
+            agent,
+        }
     }
 
     fn next(&mut self) -> FromMonitor {
@@ -66,7 +75,13 @@ impl Monitor {
             if let Some((message, _)) = self.receiver.next_message().unwrap() {
                 return message;
             }
-            assert_eq!(self.receiver.read_from(&self.control).expect("monitor silent"), Read::Some, "monitor gone");
+            assert_eq!(
+                self.receiver
+                    .read_from(&self.control)
+                    .expect("monitor silent"),
+                Read::Some,
+                "monitor gone"
+            );
         }
     }
 
@@ -110,7 +125,9 @@ impl Monitor {
 
     /// Sends a line to the guest.
     pub fn tell(&mut self, line: &str) {
-        self.agent.write_all(format!("{line}\n").as_bytes()).unwrap();
+        self.agent
+            .write_all(format!("{line}\n").as_bytes())
+            .unwrap();
     }
 
     /// The guest's next line.
@@ -142,7 +159,9 @@ impl Monitor {
     /// Saves a paused machine into a new file.
     pub fn save(&mut self) -> File {
         let file = tempfile::tempfile().unwrap();
-        let request = Request::Save(SaveRequest { metadata: serde_json::json!({ "function": "test" }) });
+        let request = Request::Save(SaveRequest {
+            metadata: serde_json::json!({ "function": "test" }),
+        });
         match self.ask(&request, &[&file]) {
             Reply::Saved(saved) => assert_eq!(saved.file_bytes, file.metadata().unwrap().len()),
             other => panic!("{other:?}"),
@@ -153,8 +172,13 @@ impl Monitor {
     /// Restores a snapshot in a fresh process, paused.
     pub fn restore(snapshot: &File, disks: &[Disk], files: &[&File]) -> Self {
         let mut monitor = Self::start();
-        let request = Request::Restore(RestoreRequest { disks: disks.to_vec() });
-        let all: Vec<&File> = [snapshot].into_iter().chain(files.iter().copied()).collect();
+        let request = Request::Restore(RestoreRequest {
+            disks: disks.to_vec(),
+        });
+        let all: Vec<&File> = [snapshot]
+            .into_iter()
+            .chain(files.iter().copied())
+            .collect();
         monitor.done(&request, &all);
         monitor
     }
@@ -193,15 +217,26 @@ impl Drop for Monitor {
 
 /// A disk that the guest only reads.
 pub fn read_only(id: &str) -> Disk {
-    Disk { id: id.into(), access: DiskAccess::ReadOnly, source: DiskSource::Descriptor }
+    Disk {
+        id: id.into(),
+        access: DiskAccess::ReadOnly,
+        source: DiskSource::Descriptor,
+    }
 }
 
 /// A disk that the guest writes to.
 pub fn copy_on_write(id: &str) -> Disk {
-    Disk { id: id.into(), access: DiskAccess::CopyOnWrite, source: DiskSource::Descriptor }
+    Disk {
+        id: id.into(),
+        access: DiskAccess::CopyOnWrite,
+        source: DiskSource::Descriptor,
+    }
 }
 
 /// The same disk when it comes out of the snapshot.
 pub fn stored(disk: &Disk) -> Disk {
-    Disk { source: DiskSource::Snapshot, ..disk.clone() }
+    Disk {
+        source: DiskSource::Snapshot,
+        ..disk.clone()
+    }
 }

@@ -3,10 +3,15 @@
 //! The platform is *hardware-reduced* (ACPI 6.5, 4.1): no PM timer, no SCI, no legacy interrupt controller, no interval
 //! timer. Linux then neither probes nor calibrates against any of them (`acpi_generic_reduced_hw_init`).
 
-use acpi_tables::aml::{Device, EISAName, IO, Interrupt, Memory32Fixed, Name, PackageBuilder, Path, ResourceTemplate, Scope};
+use acpi_tables::aml::{
+    Device, EISAName, IO, Interrupt, Memory32Fixed, Name, PackageBuilder, Path, ResourceTemplate,
+    Scope,
+};
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
-use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
+use acpi_tables::madt::{
+    EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
+};
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
@@ -42,7 +47,10 @@ pub struct VirtioWindow {
 #[derive(Debug, Error)]
 pub enum AcpiError {
     /// They do not fit into the area for them.
-    #[error("acpi tables of {bytes} bytes do not fit below {:#x}", layout::ACPI_END)]
+    #[error(
+        "acpi tables of {bytes} bytes do not fit below {:#x}",
+        layout::ACPI_END
+    )]
     TooLarge {
         /// Length of all tables.
         bytes: usize,
@@ -68,7 +76,13 @@ fn place(bytes: &mut Vec<u8>, table: &dyn Aml) -> u64 {
 }
 
 fn io_register(port: u16) -> GAS {
-    GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, u64::from(port))
+    GAS::new(
+        AddressSpace::SystemIo,
+        8,
+        0,
+        AccessSize::ByteAccess,
+        u64::from(port),
+    )
 }
 
 fn serial_device() -> Vec<u8> {
@@ -122,7 +136,14 @@ fn dsdt(windows: &[VirtioWindow]) -> Sdt {
     let mut body = Scope::raw(Path::new("_SB_"), children);
     Name::new(Path::new("_S5_"), &sleep).to_aml_bytes(&mut body);
 
-    let mut table = Sdt::new(*b"DSDT", HEADER_BYTES, DSDT_REVISION, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    let mut table = Sdt::new(
+        *b"DSDT",
+        HEADER_BYTES,
+        DSDT_REVISION,
+        OEM_ID,
+        OEM_TABLE_ID,
+        OEM_REVISION,
+    );
     table.append_slice(&body);
     table.update_checksum();
     table
@@ -170,12 +191,20 @@ pub fn tables(vcpu_count: u8, windows: &[VirtioWindow]) -> Tables {
 ///
 /// # Errors
 /// Guest memory is smaller than the area, or the tables are larger.
-pub fn write(memory: &GuestMemoryMmap, vcpu_count: u8, windows: &[VirtioWindow]) -> Result<GuestAddress, AcpiError> {
+pub fn write(
+    memory: &GuestMemoryMmap,
+    vcpu_count: u8,
+    windows: &[VirtioWindow],
+) -> Result<GuestAddress, AcpiError> {
     let tables = tables(vcpu_count, windows);
     if layout::ACPI.raw_value() + tables.bytes.len() as u64 > layout::ACPI_END {
-        return Err(AcpiError::TooLarge { bytes: tables.bytes.len() });
+        return Err(AcpiError::TooLarge {
+            bytes: tables.bytes.len(),
+        });
     }
-    memory.write_slice(&tables.bytes, layout::ACPI).map_err(AcpiError::Memory)?;
+    memory
+        .write_slice(&tables.bytes, layout::ACPI)
+        .map_err(AcpiError::Memory)?;
     Ok(layout::ACPI)
 }
 
@@ -197,7 +226,11 @@ mod tests {
     }
 
     fn sample() -> Tables {
-        let window = |n: u32| VirtioWindow { base: 0xd000_0000 + n * 0x1000, length: 0x1000, gsi: 5 + n };
+        let window = |n: u32| VirtioWindow {
+            base: 0xd000_0000 + n * 0x1000,
+            length: 0x1000,
+            gsi: 5 + n,
+        };
         tables(4, &[window(0), window(1), window(2)])
     }
 
@@ -229,11 +262,23 @@ mod tests {
         let fadt = pointer(&bytes, pointer(&bytes, 24) + 36);
         let flags = word(&bytes, fadt + 112);
         assert_eq!(flags & (1 << 20 | 1 << 10), 1 << 20 | 1 << 10);
-        let register = |at: usize| (bytes[fadt + at], bytes[fadt + at + 1], word(&bytes, fadt + at + 4));
+        let register = |at: usize| {
+            (
+                bytes[fadt + at],
+                bytes[fadt + at + 1],
+                word(&bytes, fadt + at + 4),
+            )
+        };
         assert_eq!(register(116), (1, 8, usize::from(layout::RESET_PORT)));
         assert_eq!(bytes[fadt + 128], layout::RESET_VALUE);
-        assert_eq!(register(244), (1, 8, usize::from(layout::SLEEP_CONTROL_PORT)));
-        assert_eq!(register(256), (1, 8, usize::from(layout::SLEEP_STATUS_PORT)));
+        assert_eq!(
+            register(244),
+            (1, 8, usize::from(layout::SLEEP_CONTROL_PORT))
+        );
+        assert_eq!(
+            register(256),
+            (1, 8, usize::from(layout::SLEEP_STATUS_PORT))
+        );
     }
 
     #[test]
@@ -252,7 +297,11 @@ mod tests {
 
     #[test]
     fn eight_disks_and_the_rest_fit_the_area() {
-        let window = |n: u32| VirtioWindow { base: 0xd000_0000 + n * 0x1000, length: 0x1000, gsi: 5 + n };
+        let window = |n: u32| VirtioWindow {
+            base: 0xd000_0000 + n * 0x1000,
+            length: 0x1000,
+            gsi: 5 + n,
+        };
         let windows: Vec<_> = (0..10).map(window).collect();
         assert!(tables(4, &windows).bytes.len() < 0x1_0000);
     }

@@ -32,15 +32,49 @@ pub struct CpuidEntryV1 {
 
 impl From<&kvm_cpuid_entry2> for CpuidEntryV1 {
     fn from(entry: &kvm_cpuid_entry2) -> Self {
-        let kvm_cpuid_entry2 { function, index, flags, eax, ebx, ecx, edx, padding: _ } = *entry;
-        Self { function, index, flags, eax, ebx, ecx, edx }
+        let kvm_cpuid_entry2 {
+            function,
+            index,
+            flags,
+            eax,
+            ebx,
+            ecx,
+            edx,
+            padding: _,
+        } = *entry;
+        Self {
+            function,
+            index,
+            flags,
+            eax,
+            ebx,
+            ecx,
+            edx,
+        }
     }
 }
 
 impl From<&CpuidEntryV1> for kvm_cpuid_entry2 {
     fn from(entry: &CpuidEntryV1) -> Self {
-        let CpuidEntryV1 { function, index, flags, eax, ebx, ecx, edx } = *entry;
-        Self { function, index, flags, eax, ebx, ecx, edx, padding: [0; 3] }
+        let CpuidEntryV1 {
+            function,
+            index,
+            flags,
+            eax,
+            ebx,
+            ecx,
+            edx,
+        } = *entry;
+        Self {
+            function,
+            index,
+            flags,
+            eax,
+            ebx,
+            ecx,
+            edx,
+            padding: [0; 3],
+        }
     }
 }
 
@@ -85,11 +119,21 @@ const LEAF1_EDX_DEBUG_STORE: u32 = 1 << 21;
 const LEAF1_EDX_HTT: u32 = 1 << 28;
 const LEAF7_EBX_MASKED: u32 = (1 << 2) | (1 << 25); // SGX, processor trace
 const LEAF7_ECX_MASKED: u32 = (1 << 5) | (1 << 30); // WAITPKG, SGX launch control
-const EXTENDED1_ECX_MASKED: u32 = (1 << 2) | (1 << 10) | (1 << 13) | (1 << 23) | (1 << 24) | (1 << 27) | (1 << 28) | (1 << 29); // SVM, IBS, WDT, PERFCTR_*, PERFTSC, MWAITX
+const EXTENDED1_ECX_MASKED: u32 =
+    (1 << 2) | (1 << 10) | (1 << 13) | (1 << 23) | (1 << 24) | (1 << 27) | (1 << 28) | (1 << 29); // SVM, IBS, WDT, PERFCTR_*, PERFTSC, MWAITX
 /// CLOCKSOURCE, NOP_IO_DELAY, CLOCKSOURCE2, STEAL_TIME, PV_EOI, PV_UNHALT, PV_TLB_FLUSH, PV_SEND_IPI, POLL_CONTROL,
 /// PV_SCHED_YIELD, CLOCKSOURCE_STABLE (Documentation/virt/kvm/x86/cpuid.rst). Not among them: ASYNC_PF and what goes with it.
-const KVM_FEATURES_KEPT: u32 =
-    1 | (1 << 1) | (1 << 3) | (1 << 5) | (1 << 6) | (1 << 7) | (1 << 9) | (1 << 11) | (1 << 12) | (1 << 13) | (1 << 24);
+const KVM_FEATURES_KEPT: u32 = 1
+    | (1 << 1)
+    | (1 << 3)
+    | (1 << 5)
+    | (1 << 6)
+    | (1 << 7)
+    | (1 << 9)
+    | (1 << 11)
+    | (1 << 12)
+    | (1 << 13)
+    | (1 << 24);
 
 /// Bits of an APIC id that number the processors of one package.
 fn id_bits(vcpu_count: u8) -> u32 {
@@ -99,7 +143,11 @@ fn id_bits(vcpu_count: u8) -> u32 {
 /// Cache leaves (4 on Intel, 0x8000001D on AMD): first and second level are each processor's own, the third is shared.
 fn cache_sharing(eax: u32, vcpu_count: u8) -> u32 {
     let level = eax >> 5 & 7;
-    let sharing = if level >= 3 { u32::from(vcpu_count) - 1 } else { 0 };
+    let sharing = if level >= 3 {
+        u32::from(vcpu_count) - 1
+    } else {
+        0
+    };
     (eax & !(0xfff << 14)) | (sharing << 14)
 }
 
@@ -115,14 +163,19 @@ fn extended_topology(topology: Topology) -> [CpuidEntryV1; 3] {
         edx: u32::from(topology.vcpu),
     };
     let count = u32::from(topology.vcpu_count);
-    [entry(0, 0, 1, 1 << 8), entry(1, id_bits(topology.vcpu_count), count, 1 | (2 << 8)), entry(2, 0, 0, 2)]
+    [
+        entry(0, 0, 1, 1 << 8),
+        entry(1, id_bits(topology.vcpu_count), count, 1 | (2 << 8)),
+        entry(2, 0, 0, 2),
+    ]
 }
 
 fn adapt(entry: &mut CpuidEntryV1, topology: Topology) {
     let (id, count) = (u32::from(topology.vcpu), u32::from(topology.vcpu_count));
     match entry.function {
         0x1 => {
-            entry.ecx = (entry.ecx & !(LEAF1_ECX_MASKED | LEAF1_ECX_DEADLINE)) | LEAF1_ECX_HYPERVISOR;
+            entry.ecx =
+                (entry.ecx & !(LEAF1_ECX_MASKED | LEAF1_ECX_DEADLINE)) | LEAF1_ECX_HYPERVISOR;
             if topology.deadline_timer == DeadlineTimer::Present {
                 entry.ecx |= LEAF1_ECX_DEADLINE;
             }
@@ -133,7 +186,8 @@ fn adapt(entry: &mut CpuidEntryV1, topology: Topology) {
             entry.ebx = (entry.ebx & 0xffff) | (count << 16) | (id << 24);
         }
         0x4 if entry.eax & 0x1f != 0 => {
-            entry.eax = (cache_sharing(entry.eax, topology.vcpu_count) & !(0x3f << 26)) | ((count - 1) << 26);
+            entry.eax = (cache_sharing(entry.eax, topology.vcpu_count) & !(0x3f << 26))
+                | ((count - 1) << 26);
         }
         0x7 if entry.index == 0 => {
             entry.ebx &= !LEAF7_EBX_MASKED;
@@ -148,7 +202,9 @@ fn adapt(entry: &mut CpuidEntryV1, topology: Topology) {
         0x8000_0008 => {
             entry.ecx = (entry.ecx & !0xf0ff) | (count - 1) | (id_bits(topology.vcpu_count) << 12);
         }
-        0x8000_001d if entry.eax & 0x1f != 0 => entry.eax = cache_sharing(entry.eax, topology.vcpu_count),
+        0x8000_001d if entry.eax & 0x1f != 0 => {
+            entry.eax = cache_sharing(entry.eax, topology.vcpu_count)
+        }
         0x8000_001e => (entry.eax, entry.ebx, entry.ecx) = (id, id, 0),
         _ => {}
     }
@@ -156,9 +212,18 @@ fn adapt(entry: &mut CpuidEntryV1, topology: Topology) {
 
 /// CPUID of one vCPU from what `KVM_GET_SUPPORTED_CPUID` said.
 pub fn guest(supported: &[CpuidEntryV1], topology: Topology) -> Vec<CpuidEntryV1> {
-    assert!(topology.vcpu < topology.vcpu_count, "a vcpu is one of its machine's");
-    let has_topology_leaf = supported.iter().any(|entry| entry.function == 0 && entry.eax >= 0xb);
-    let mut entries: Vec<_> = supported.iter().filter(|entry| !matches!(entry.function, 0xb | 0x1f)).copied().collect();
+    assert!(
+        topology.vcpu < topology.vcpu_count,
+        "a vcpu is one of its machine's"
+    );
+    let has_topology_leaf = supported
+        .iter()
+        .any(|entry| entry.function == 0 && entry.eax >= 0xb);
+    let mut entries: Vec<_> = supported
+        .iter()
+        .filter(|entry| !matches!(entry.function, 0xb | 0x1f))
+        .copied()
+        .collect();
     for entry in &mut entries {
         adapt(entry, topology);
     }
@@ -173,17 +238,48 @@ mod tests {
     use super::*;
 
     fn entry(function: u32, index: u32) -> CpuidEntryV1 {
-        CpuidEntryV1 { function, index, flags: 0, eax: u32::MAX, ebx: u32::MAX, ecx: u32::MAX, edx: u32::MAX }
+        CpuidEntryV1 {
+            function,
+            index,
+            flags: 0,
+            eax: u32::MAX,
+            ebx: u32::MAX,
+            ecx: u32::MAX,
+            edx: u32::MAX,
+        }
     }
 
     fn find(entries: &[CpuidEntryV1], function: u32, index: u32) -> CpuidEntryV1 {
-        *entries.iter().find(|entry| (entry.function, entry.index) == (function, index)).unwrap()
+        *entries
+            .iter()
+            .find(|entry| (entry.function, entry.index) == (function, index))
+            .unwrap()
     }
 
     fn sample(vcpu: u8, vcpu_count: u8) -> Vec<CpuidEntryV1> {
-        let all = [0, 1, 4, 7, 0xa, 0xb, 0x1f, 0x4000_0001, 0x8000_0001, 0x8000_0008, 0x8000_000a, 0x8000_001e];
+        let all = [
+            0,
+            1,
+            4,
+            7,
+            0xa,
+            0xb,
+            0x1f,
+            0x4000_0001,
+            0x8000_0001,
+            0x8000_0008,
+            0x8000_000a,
+            0x8000_001e,
+        ];
         let supported: Vec<_> = all.iter().map(|function| entry(*function, 0)).collect();
-        guest(&supported, Topology { vcpu, vcpu_count, deadline_timer: DeadlineTimer::Present })
+        guest(
+            &supported,
+            Topology {
+                vcpu,
+                vcpu_count,
+                deadline_timer: DeadlineTimer::Present,
+            },
+        )
     }
 
     #[test]
@@ -203,7 +299,10 @@ mod tests {
             let core = find(&entries, 0xb, 1);
             assert_eq!((core.eax, core.ebx), (bits, u32::from(count)));
             assert_eq!(find(&entries, 0xb, 0).ebx, 1);
-            assert_eq!(find(&entries, 0x8000_0008, 0).ecx & 0xff, u32::from(count) - 1);
+            assert_eq!(
+                find(&entries, 0x8000_0008, 0).ecx & 0xff,
+                u32::from(count) - 1
+            );
             assert_eq!(find(&entries, 1, 0).edx & LEAF1_EDX_HTT != 0, count > 1);
         }
     }
@@ -214,13 +313,21 @@ mod tests {
         assert_eq!(find(&entries, 1, 0).ecx & (1 << 5), 0, "vmx");
         assert_eq!(find(&entries, 0x8000_0001, 0).ecx & (1 << 2), 0, "svm");
         assert_eq!(find(&entries, 0xa, 0).eax, 0, "counters");
-        assert_eq!(find(&entries, 0x4000_0001, 0).eax & (1 << 4 | 1 << 14), 0, "async page faults");
+        assert_eq!(
+            find(&entries, 0x4000_0001, 0).eax & (1 << 4 | 1 << 14),
+            0,
+            "async page faults"
+        );
         assert!(entries.iter().all(|entry| entry.function != 0x1f));
     }
 
     #[test]
     fn deadline_timer_follows_kvm_and_hypervisor_is_always_told() {
-        let absent = Topology { vcpu: 0, vcpu_count: 1, deadline_timer: DeadlineTimer::Absent };
+        let absent = Topology {
+            vcpu: 0,
+            vcpu_count: 1,
+            deadline_timer: DeadlineTimer::Absent,
+        };
         let ecx = find(&guest(&[entry(1, 0)], absent), 1, 0).ecx;
         assert_eq!(ecx & LEAF1_ECX_DEADLINE, 0);
         assert_eq!(find(&sample(0, 1), 1, 0).ecx >> 31, 1);

@@ -4,7 +4,9 @@
 //! (`kvm_set_ioapic`, arch/x86/kvm/ioapic.c), which a later `KVM_SET_LAPIC` would overwrite. Interrupts that devices had
 //! raised and KVM had not yet delivered when the machine was saved are repeated by the devices on resume.
 
-use kvm_bindings::{KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip};
+use kvm_bindings::{
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
+};
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -50,7 +52,10 @@ fn call(call: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> InterruptError 
 }
 
 fn get(vm: &VmFd, chip_id: u32) -> Result<Vec<u8>, InterruptError> {
-    let mut chip = kvm_irqchip { chip_id, ..Default::default() };
+    let mut chip = kvm_irqchip {
+        chip_id,
+        ..Default::default()
+    };
     vm.get_irqchip(&mut chip).map_err(call("KVM_GET_IRQCHIP"))?;
     // SAFETY: every member of the union is plain integers, and `dummy` covers all of it; KVM filled the whole struct.
     let bytes = unsafe { chip.chip.dummy };
@@ -58,9 +63,14 @@ fn get(vm: &VmFd, chip_id: u32) -> Result<Vec<u8>, InterruptError> {
 }
 
 fn set(vm: &VmFd, chip_id: u32, name: &'static str, saved: &[u8]) -> Result<(), InterruptError> {
-    let bytes = <&[u8; CHIP_BYTES]>::try_from(saved)
-        .map_err(|_| InterruptError::Length { chip: name, found: saved.len() })?;
-    let mut chip = kvm_irqchip { chip_id, ..Default::default() };
+    let bytes = <&[u8; CHIP_BYTES]>::try_from(saved).map_err(|_| InterruptError::Length {
+        chip: name,
+        found: saved.len(),
+    })?;
+    let mut chip = kvm_irqchip {
+        chip_id,
+        ..Default::default()
+    };
     chip.chip.dummy = bytes.map(u8::cast_signed);
     vm.set_irqchip(&chip).map_err(call("KVM_SET_IRQCHIP"))
 }
@@ -82,7 +92,11 @@ pub fn save(vm: &VmFd) -> Result<InterruptChipsV1, InterruptError> {
 /// # Errors
 /// Malformed state, or KVM's own.
 pub fn restore(vm: &VmFd, state: &InterruptChipsV1) -> Result<(), InterruptError> {
-    let InterruptChipsV1 { pic_master, pic_slave, ioapic } = state;
+    let InterruptChipsV1 {
+        pic_master,
+        pic_slave,
+        ioapic,
+    } = state;
     set(vm, KVM_IRQCHIP_PIC_MASTER, "pic master", pic_master)?;
     set(vm, KVM_IRQCHIP_PIC_SLAVE, "pic slave", pic_slave)?;
     set(vm, KVM_IRQCHIP_IOAPIC, "ioapic", ioapic)
@@ -102,5 +116,9 @@ pub fn clock_ns(vm: &VmFd) -> Result<u64, InterruptError> {
 /// # Errors
 /// KVM's own.
 pub fn set_clock_ns(vm: &VmFd, clock_ns: u64) -> Result<(), InterruptError> {
-    vm.set_clock(&kvm_clock_data { clock: clock_ns, ..Default::default() }).map_err(call("KVM_SET_CLOCK"))
+    vm.set_clock(&kvm_clock_data {
+        clock: clock_ns,
+        ..Default::default()
+    })
+    .map_err(call("KVM_SET_CLOCK"))
 }

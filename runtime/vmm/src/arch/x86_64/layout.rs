@@ -77,9 +77,15 @@ pub struct MemoryRange {
 /// the host's mapping and in a snapshot.
 pub fn memory_ranges(total: u64) -> Vec<MemoryRange> {
     let low = total.min(DEVICE_HOLE);
-    let mut ranges = vec![MemoryRange { start: GuestAddress(0), length: low }];
+    let mut ranges = vec![MemoryRange {
+        start: GuestAddress(0),
+        length: low,
+    }];
     if total > low {
-        ranges.push(MemoryRange { start: GuestAddress(HIGH_MEMORY), length: total - low });
+        ranges.push(MemoryRange {
+            start: GuestAddress(HIGH_MEMORY),
+            length: total - low,
+        });
     }
     ranges
 }
@@ -91,13 +97,28 @@ mod tests {
     #[test]
     fn memory_up_to_the_hole_is_one_range() {
         let ranges = memory_ranges(3 << 30);
-        assert_eq!(ranges, [MemoryRange { start: GuestAddress(0), length: 3 << 30 }]);
+        assert_eq!(
+            ranges,
+            [MemoryRange {
+                start: GuestAddress(0),
+                length: 3 << 30
+            }]
+        );
     }
 
     #[test]
     fn what_does_not_fit_below_the_hole_goes_above_it() {
         let ranges = memory_ranges((3 << 30) + (1 << 20));
-        assert_eq!(ranges[1], MemoryRange { start: GuestAddress(1 << 32), length: 1 << 20 });
-        assert_eq!(ranges.iter().map(|range| range.length).sum::<u64>(), (3 << 30) + (1 << 20));
+        assert_eq!(
+            ranges[1],
+            MemoryRange {
+                start: GuestAddress(1 << 32),
+                length: 1 << 20
+            }
+        );
+        assert_eq!(
+            ranges.iter().map(|range| range.length).sum::<u64>(),
+            (3 << 30) + (1 << 20)
+        );
     }
 }

@@ -66,7 +66,9 @@ pub enum LoadError {
     #[error("kernel has no 64-bit entry")]
     Not64Bit,
     /// Kernel and initramfs do not fit.
-    #[error("guest memory of {memory_bytes} bytes is too small: kernel until {kernel_end:#x}, initramfs of {initramfs_bytes} bytes")]
+    #[error(
+        "guest memory of {memory_bytes} bytes is too small: kernel until {kernel_end:#x}, initramfs of {initramfs_bytes} bytes"
+    )]
     MemoryTooSmall {
         /// Guest memory below the device hole.
         memory_bytes: u64,
@@ -76,7 +78,10 @@ pub enum LoadError {
         initramfs_bytes: u64,
     },
     /// The command line is over its limit or not printable ASCII.
-    #[error("kernel command line of {bytes} bytes is over the limit of {} or not printable ascii", layout::COMMAND_LINE_BYTES_MAX)]
+    #[error(
+        "kernel command line of {bytes} bytes is over the limit of {} or not printable ascii",
+        layout::COMMAND_LINE_BYTES_MAX
+    )]
     CommandLine {
         /// Its length.
         bytes: usize,
@@ -117,7 +122,13 @@ fn read_file(file: &File, name: &'static str, limit: u64) -> Result<Vec<u8>, Loa
 }
 
 fn load_elf(memory: &GuestMemoryMmap, kernel: &[u8]) -> Result<Placed, LoadError> {
-    let loaded = Elf::load(memory, None, &mut Cursor::new(kernel), Some(layout::KERNEL_MIN)).map_err(LoadError::Kernel)?;
+    let loaded = Elf::load(
+        memory,
+        None,
+        &mut Cursor::new(kernel),
+        Some(layout::KERNEL_MIN),
+    )
+    .map_err(LoadError::Kernel)?;
     let header = setup_header {
         boot_flag: BOOT_FLAG,
         header: HEADER_MAGIC,
@@ -125,20 +136,40 @@ fn load_elf(memory: &GuestMemoryMmap, kernel: &[u8]) -> Result<Placed, LoadError
         kernel_alignment: KERNEL_ALIGNMENT,
         ..Default::default()
     };
-    Ok(Placed { entry: loaded.kernel_load, end: loaded.kernel_end, header })
+    Ok(Placed {
+        entry: loaded.kernel_load,
+        end: loaded.kernel_end,
+        header,
+    })
 }
 
 fn load_bzimage(memory: &GuestMemoryMmap, kernel: &[u8]) -> Result<Placed, LoadError> {
-    let loaded: KernelLoaderResult =
-        BzImage::load(memory, None, &mut Cursor::new(kernel), Some(layout::KERNEL_MIN)).map_err(LoadError::Kernel)?;
+    let loaded: KernelLoaderResult = BzImage::load(
+        memory,
+        None,
+        &mut Cursor::new(kernel),
+        Some(layout::KERNEL_MIN),
+    )
+    .map_err(LoadError::Kernel)?;
     let header = loaded.setup_header.unwrap_or_default();
     if header.xloadflags & XLOADFLAG_KERNEL_64 == 0 {
         return Err(LoadError::Not64Bit);
     }
     // The kernel unpacks itself to its preferred address and needs init_size bytes there before it reads the E820 map.
-    let unpacked = header.pref_address.saturating_add(u64::from(header.init_size));
-    let entry = GuestAddress(loaded.kernel_load.raw_value().saturating_add(ENTRY_64_OFFSET));
-    Ok(Placed { entry, end: loaded.kernel_end.max(unpacked), header })
+    let unpacked = header
+        .pref_address
+        .saturating_add(u64::from(header.init_size));
+    let entry = GuestAddress(
+        loaded
+            .kernel_load
+            .raw_value()
+            .saturating_add(ENTRY_64_OFFSET),
+    );
+    Ok(Placed {
+        entry,
+        end: loaded.kernel_end.max(unpacked),
+        header,
+    })
 }
 
 /// Loads kernel and initramfs and writes command line and boot parameters. Returns the kernel's 64-bit entry.
@@ -153,49 +184,85 @@ pub fn load(
     command_line: &str,
     acpi: GuestAddress,
 ) -> Result<GuestAddress, LoadError> {
-    let printable = command_line.bytes().all(|byte| (b' '..=b'~').contains(&byte));
+    let printable = command_line
+        .bytes()
+        .all(|byte| (b' '..=b'~').contains(&byte));
     if command_line.len() > layout::COMMAND_LINE_BYTES_MAX || !printable {
-        return Err(LoadError::CommandLine { bytes: command_line.len() });
+        return Err(LoadError::CommandLine {
+            bytes: command_line.len(),
+        });
     }
     let mut text = command_line.as_bytes().to_vec();
     text.push(0);
-    memory.write_slice(&text, layout::COMMAND_LINE).map_err(LoadError::Memory)?;
+    memory
+        .write_slice(&text, layout::COMMAND_LINE)
+        .map_err(LoadError::Memory)?;
 
     let kernel = read_file(kernel, "kernel", KERNEL_BYTES_MAX)?;
-    let placed = if kernel.starts_with(ELF_MAGIC) { load_elf(memory, &kernel)? } else { load_bzimage(memory, &kernel)? };
+    let placed = if kernel.starts_with(ELF_MAGIC) {
+        load_elf(memory, &kernel)?
+    } else {
+        load_bzimage(memory, &kernel)?
+    };
     drop(kernel);
     let low_bytes = memory_bytes.min(layout::DEVICE_HOLE);
-    let too_small = |initramfs_bytes| LoadError::MemoryTooSmall { memory_bytes: low_bytes, kernel_end: placed.end, initramfs_bytes };
+    let too_small = |initramfs_bytes| LoadError::MemoryTooSmall {
+        memory_bytes: low_bytes,
+        kernel_end: placed.end,
+        initramfs_bytes,
+    };
     if placed.end > low_bytes {
         return Err(too_small(0));
     }
 
-    let mut params = boot_params { hdr: placed.header, ..Default::default() };
+    let mut params = boot_params {
+        hdr: placed.header,
+        ..Default::default()
+    };
     if let Some(file) = initramfs {
         let content = read_file(file, "initramfs", INITRAMFS_BYTES_MAX)?;
         let bytes = content.len() as u64;
-        let start = low_bytes.min(INITRAMFS_END_MAX).checked_sub(bytes).map(|start| start & !(PAGE_BYTES - 1));
-        let start = start.filter(|start| *start >= placed.end).ok_or_else(|| too_small(bytes))?;
-        memory.write_slice(&content, GuestAddress(start)).map_err(LoadError::Memory)?;
+        let start = low_bytes
+            .min(INITRAMFS_END_MAX)
+            .checked_sub(bytes)
+            .map(|start| start & !(PAGE_BYTES - 1));
+        let start = start
+            .filter(|start| *start >= placed.end)
+            .ok_or_else(|| too_small(bytes))?;
+        memory
+            .write_slice(&content, GuestAddress(start))
+            .map_err(LoadError::Memory)?;
         // Both fit: below 2 GiB by the limits above.
         params.hdr.ramdisk_image = u32::try_from(start).map_err(|_| too_small(bytes))?;
         params.hdr.ramdisk_size = u32::try_from(bytes).map_err(|_| too_small(bytes))?;
     }
     complete(&mut params, memory_bytes, command_line.len(), acpi);
-    memory.write_obj(params, layout::BOOT_PARAMS).map_err(LoadError::Memory)?;
+    memory
+        .write_obj(params, layout::BOOT_PARAMS)
+        .map_err(LoadError::Memory)?;
     Ok(placed.entry)
 }
 
 /// Fills in what does not depend on the kernel.
-fn complete(params: &mut boot_params, memory_bytes: u64, command_line_bytes: usize, acpi: GuestAddress) {
+fn complete(
+    params: &mut boot_params,
+    memory_bytes: u64,
+    command_line_bytes: usize,
+    acpi: GuestAddress,
+) {
     params.hdr.type_of_loader = LOADER_UNDEFINED;
-    params.hdr.cmd_line_ptr = u32::try_from(layout::COMMAND_LINE.raw_value()).expect("our layout is below 4 GiB");
+    params.hdr.cmd_line_ptr =
+        u32::try_from(layout::COMMAND_LINE.raw_value()).expect("our layout is below 4 GiB");
     params.hdr.cmdline_size = u32::try_from(command_line_bytes).expect("checked against the limit");
     params.acpi_rsdp_addr = acpi.raw_value();
     let map = e820(memory_bytes);
     params.e820_entries = u8::try_from(map.len()).expect("a handful of entries");
     for (slot, (addr, size, kind)) in map.into_iter().enumerate() {
-        params.e820_table[slot] = boot_e820_entry { addr, size, r#type: kind };
+        params.e820_table[slot] = boot_e820_entry {
+            addr,
+            size,
+            r#type: kind,
+        };
     }
 }
 
@@ -204,11 +271,19 @@ fn e820(memory_bytes: u64) -> Vec<(u64, u64, u32)> {
     let first_mib = layout::KERNEL_MIN.raw_value();
     let mut map = vec![
         (0, layout::CONVENTIONAL_END, E820_RAM),
-        (layout::CONVENTIONAL_END, first_mib - layout::CONVENTIONAL_END, E820_RESERVED),
+        (
+            layout::CONVENTIONAL_END,
+            first_mib - layout::CONVENTIONAL_END,
+            E820_RESERVED,
+        ),
     ];
     for range in layout::memory_ranges(memory_bytes) {
         let start = range.start.raw_value().max(first_mib);
-        map.push((start, range.start.raw_value() + range.length - start, E820_RAM));
+        map.push((
+            start,
+            range.start.raw_value() + range.length - start,
+            E820_RAM,
+        ));
     }
     map
 }
@@ -249,13 +324,29 @@ mod tests {
     fn elf_kernel_initramfs_and_parameters_land_where_the_protocol_wants_them() {
         let memory = memory(64 << 20);
         let (kernel, initramfs) = (file(&small_elf(0x2000)), file(&[7; 5000]));
-        let entry = load(&memory, 64 << 20, &kernel, Some(&initramfs), "console=ttyS0", layout::ACPI).unwrap();
+        let entry = load(
+            &memory,
+            64 << 20,
+            &kernel,
+            Some(&initramfs),
+            "console=ttyS0",
+            layout::ACPI,
+        )
+        .unwrap();
         assert_eq!(entry, GuestAddress(0x10_0000));
-        assert_eq!(memory.read_obj::<u8>(GuestAddress(0x10_0003)).unwrap(), 0xf4);
+        assert_eq!(
+            memory.read_obj::<u8>(GuestAddress(0x10_0003)).unwrap(),
+            0xf4
+        );
         let params: boot_params = memory.read_obj(layout::BOOT_PARAMS).unwrap();
         let (image, size) = (params.hdr.ramdisk_image, params.hdr.ramdisk_size);
         assert_eq!((image % 4096, size), (0, 5000));
-        assert_eq!(memory.read_obj::<u8>(GuestAddress(u64::from(image) + 4999)).unwrap(), 7);
+        assert_eq!(
+            memory
+                .read_obj::<u8>(GuestAddress(u64::from(image) + 4999))
+                .unwrap(),
+            7
+        );
         assert_eq!({ params.acpi_rsdp_addr }, layout::ACPI.raw_value());
         let mut text = [0; 14];
         memory.read_slice(&mut text, layout::COMMAND_LINE).unwrap();
@@ -265,7 +356,15 @@ mod tests {
     #[test]
     fn what_is_no_kernel_is_refused() {
         for content in [&b""[..], b"\x7fELF", &[0; 4096]] {
-            let error = load(&memory(64 << 20), 64 << 20, &file(content), None, "", layout::ACPI).unwrap_err();
+            let error = load(
+                &memory(64 << 20),
+                64 << 20,
+                &file(content),
+                None,
+                "",
+                layout::ACPI,
+            )
+            .unwrap_err();
             assert!(matches!(error, LoadError::Kernel(_)), "{error}");
         }
     }
@@ -273,14 +372,30 @@ mod tests {
     #[test]
     fn an_initramfs_over_the_kernel_is_refused() {
         let (kernel, initramfs) = (file(&small_elf(62 << 20)), file(&vec![0; 2 << 20]));
-        let error = load(&memory(64 << 20), 64 << 20, &kernel, Some(&initramfs), "", layout::ACPI).unwrap_err();
+        let error = load(
+            &memory(64 << 20),
+            64 << 20,
+            &kernel,
+            Some(&initramfs),
+            "",
+            layout::ACPI,
+        )
+        .unwrap_err();
         assert!(matches!(error, LoadError::MemoryTooSmall { .. }));
     }
 
     #[test]
     fn a_command_line_with_a_newline_or_too_long_is_refused() {
         for text in ["a\nb".to_owned(), "x".repeat(2048)] {
-            let error = load(&memory(64 << 20), 64 << 20, &file(b""), None, &text, layout::ACPI).unwrap_err();
+            let error = load(
+                &memory(64 << 20),
+                64 << 20,
+                &file(b""),
+                None,
+                &text,
+                layout::ACPI,
+            )
+            .unwrap_err();
             assert!(matches!(error, LoadError::CommandLine { .. }));
         }
     }
@@ -290,7 +405,10 @@ mod tests {
         let total: u64 = (3 << 30) + (512 << 20);
         let map = e820(total);
         assert_eq!(map.iter().map(|entry| entry.1).sum::<u64>(), total);
-        assert!(map.windows(2).all(|pair| pair[0].0 + pair[0].1 <= pair[1].0));
+        assert!(
+            map.windows(2)
+                .all(|pair| pair[0].0 + pair[0].1 <= pair[1].0)
+        );
         assert_eq!(map.last(), Some(&(1 << 32, 512 << 20, E820_RAM)));
     }
 }

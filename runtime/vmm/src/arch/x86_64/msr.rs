@@ -26,8 +26,13 @@ const MISC_ENABLE_FAST_STRINGS: u64 = 1;
 const BATCH_MAX: usize = 256;
 
 /// Not listed by KVM but part of the guest's state: memory type ranges (arch/x86/kvm/mtrr.c).
-const UNLISTED: [RangeInclusive<u32>; 5] =
-    [0x200..=0x20f, 0x250..=0x250, 0x258..=0x259, 0x268..=0x26f, MTRR_DEFAULT_TYPE..=MTRR_DEFAULT_TYPE];
+const UNLISTED: [RangeInclusive<u32>; 5] = [
+    0x200..=0x20f,
+    0x250..=0x250,
+    0x258..=0x259,
+    0x268..=0x26f,
+    MTRR_DEFAULT_TYPE..=MTRR_DEFAULT_TYPE,
+];
 
 /// Why registers of a range are not in the plain list.
 struct Exception {
@@ -37,14 +42,29 @@ struct Exception {
 }
 
 const fn exception(first: u32, last: u32, reason: &'static str) -> Exception {
-    Exception { range: first..=last, reason }
+    Exception {
+        range: first..=last,
+        reason,
+    }
 }
 
 /// Listed by KVM, but not saved as plain values.
 const NOT_PLAIN: [Exception; 14] = [
-    exception(TSC, TSC, "time: saved as counter and offset, set when the guest resumes"),
-    exception(TSC_DEADLINE, TSC_DEADLINE, "timer: set after the counter, or KVM arms it for the wrong moment"),
-    exception(0x4000_0000, 0x4000_01ff, "hyper-v: not offered; a write would make KVM allocate its state"),
+    exception(
+        TSC,
+        TSC,
+        "time: saved as counter and offset, set when the guest resumes",
+    ),
+    exception(
+        TSC_DEADLINE,
+        TSC_DEADLINE,
+        "timer: set after the counter, or KVM arms it for the wrong moment",
+    ),
+    exception(
+        0x4000_0000,
+        0x4000_01ff,
+        "hyper-v: not offered; a write would make KVM allocate its state",
+    ),
     exception(0x480, 0x4ff, "vmx and extended machine check: not offered"),
     exception(0xc1, 0xc8, "performance counters: not offered"),
     exception(0x186, 0x18d, "performance events: not offered"),
@@ -53,9 +73,17 @@ const NOT_PLAIN: [Exception; 14] = [
     exception(0x38d, 0x3f2, "counter control, PEBS: not offered"),
     exception(0x570, 0x58b, "processor trace: not offered"),
     exception(0x600, 0x600, "debug store: not offered"),
-    exception(0xc000_0300, 0xc000_0302, "amd global counter control: not offered"),
+    exception(
+        0xc000_0300,
+        0xc000_0302,
+        "amd global counter control: not offered",
+    ),
     exception(0xc001_0000, 0xc001_0007, "k7 counters: not offered"),
-    exception(0xc001_0104, 0xc001_020b, "svm (tsc ratio, vm_cr, hsave) and amd core counters: not offered"),
+    exception(
+        0xc001_0104,
+        0xc001_020b,
+        "svm (tsc ratio, vm_cr, hsave) and amd core counters: not offered",
+    ),
 ];
 
 /// One register as saved.
@@ -96,7 +124,11 @@ pub enum MsrError {
 pub fn to_save(listed: &[u32]) -> Vec<u32> {
     let unlisted = UNLISTED.into_iter().flatten();
     let mut indices: Vec<u32> = listed.iter().copied().chain(unlisted).collect();
-    indices.retain(|index| !NOT_PLAIN.iter().any(|exception| exception.range.contains(index)));
+    indices.retain(|index| {
+        !NOT_PLAIN
+            .iter()
+            .any(|exception| exception.range.contains(index))
+    });
     indices.sort_unstable();
     indices.dedup();
     indices
@@ -105,14 +137,26 @@ pub fn to_save(listed: &[u32]) -> Vec<u32> {
 /// What firmware would have set before a kernel starts.
 pub fn at_boot() -> Vec<MsrV1> {
     vec![
-        MsrV1 { index: MTRR_DEFAULT_TYPE, data: MTRR_ENABLED_WRITE_BACK },
-        MsrV1 { index: MISC_ENABLE, data: MISC_ENABLE_FAST_STRINGS },
+        MsrV1 {
+            index: MTRR_DEFAULT_TYPE,
+            data: MTRR_ENABLED_WRITE_BACK,
+        },
+        MsrV1 {
+            index: MISC_ENABLE,
+            data: MISC_ENABLE_FAST_STRINGS,
+        },
     ]
 }
 
 fn to_kvm(entries: &[MsrV1]) -> Result<Msrs, MsrError> {
-    let entries: Vec<_> =
-        entries.iter().map(|msr| kvm_msr_entry { index: msr.index, data: msr.data, reserved: 0 }).collect();
+    let entries: Vec<_> = entries
+        .iter()
+        .map(|msr| kvm_msr_entry {
+            index: msr.index,
+            data: msr.data,
+            reserved: 0,
+        })
+        .collect();
     if entries.len() > BATCH_MAX {
         return Err(MsrError::TooMany(entries.len()));
     }
@@ -125,13 +169,31 @@ fn to_kvm(entries: &[MsrV1]) -> Result<Msrs, MsrError> {
 /// Names the first register that KVM refuses to read.
 pub fn read(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<MsrV1>, MsrError> {
     const ACT: &str = "reading";
-    let entries: Vec<_> = indices.iter().map(|index| MsrV1 { index: *index, data: 0 }).collect();
+    let entries: Vec<_> = indices
+        .iter()
+        .map(|index| MsrV1 {
+            index: *index,
+            data: 0,
+        })
+        .collect();
     let mut msrs = to_kvm(&entries)?;
-    let count = vcpu.get_msrs(&mut msrs).map_err(|source| MsrError::Call { act: ACT, source })?;
+    let count = vcpu
+        .get_msrs(&mut msrs)
+        .map_err(|source| MsrError::Call { act: ACT, source })?;
     if let Some(index) = indices.get(count) {
-        return Err(MsrError::Refused { index: *index, act: ACT });
+        return Err(MsrError::Refused {
+            index: *index,
+            act: ACT,
+        });
     }
-    Ok(msrs.as_slice().iter().map(|entry| MsrV1 { index: entry.index, data: entry.data }).collect())
+    Ok(msrs
+        .as_slice()
+        .iter()
+        .map(|entry| MsrV1 {
+            index: entry.index,
+            data: entry.data,
+        })
+        .collect())
 }
 
 /// Writes registers.
@@ -144,9 +206,14 @@ pub fn write(vcpu: &VcpuFd, entries: &[MsrV1]) -> Result<(), MsrError> {
         return Ok(());
     }
     let msrs = to_kvm(entries)?;
-    let count = vcpu.set_msrs(&msrs).map_err(|source| MsrError::Call { act: ACT, source })?;
+    let count = vcpu
+        .set_msrs(&msrs)
+        .map_err(|source| MsrError::Call { act: ACT, source })?;
     match entries.get(count) {
-        Some(refused) => Err(MsrError::Refused { index: refused.index, act: ACT }),
+        Some(refused) => Err(MsrError::Refused {
+            index: refused.index,
+            act: ACT,
+        }),
         None => Ok(()),
     }
 }
@@ -157,9 +224,22 @@ mod tests {
 
     #[test]
     fn time_and_what_is_not_offered_is_left_out() {
-        let kept = to_save(&[TSC, TSC_DEADLINE, 0x4000_0001, 0x480, 0xc1, 0xc001_0200, 0x174, 0x4b56_4d01]);
+        let kept = to_save(&[
+            TSC,
+            TSC_DEADLINE,
+            0x4000_0001,
+            0x480,
+            0xc1,
+            0xc001_0200,
+            0x174,
+            0x4b56_4d01,
+        ]);
         assert!(kept.contains(&0x174) && kept.contains(&0x4b56_4d01));
-        assert!(![TSC, TSC_DEADLINE, 0x4000_0001, 0x480, 0xc1, 0xc001_0200].iter().any(|index| kept.contains(index)));
+        assert!(
+            ![TSC, TSC_DEADLINE, 0x4000_0001, 0x480, 0xc1, 0xc001_0200]
+                .iter()
+                .any(|index| kept.contains(index))
+        );
     }
 
     #[test]
@@ -171,7 +251,13 @@ mod tests {
 
     #[test]
     fn a_register_listed_twice_is_saved_once() {
-        assert_eq!(to_save(&[0x200, 0x174, 0x174]).iter().filter(|index| **index == 0x174).count(), 1);
+        assert_eq!(
+            to_save(&[0x200, 0x174, 0x174])
+                .iter()
+                .filter(|index| **index == 0x174)
+                .count(),
+            1
+        );
     }
 
     #[test]

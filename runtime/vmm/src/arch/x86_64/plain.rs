@@ -3,7 +3,9 @@
 use std::mem::size_of;
 use std::ptr;
 
-use kvm_bindings::{kvm_debugregs, kvm_lapic_state, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs};
+use kvm_bindings::{
+    kvm_debugregs, kvm_lapic_state, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+};
 use thiserror::Error;
 
 /// A C struct of integers without padding and without pointers, valid for every content of its bytes.
@@ -45,7 +47,13 @@ pub struct WrongLength {
 pub fn to_bytes<T: Plain>(value: &T) -> Vec<u8> {
     let mut bytes = vec![0; size_of::<T>()];
     // SAFETY: `Plain` has no padding, so all its bytes are initialised; source and destination are of that length and apart.
-    unsafe { ptr::copy_nonoverlapping(ptr::from_ref(value).cast::<u8>(), bytes.as_mut_ptr(), bytes.len()) };
+    unsafe {
+        ptr::copy_nonoverlapping(
+            ptr::from_ref(value).cast::<u8>(),
+            bytes.as_mut_ptr(),
+            bytes.len(),
+        )
+    };
     bytes
 }
 
@@ -55,7 +63,11 @@ pub fn to_bytes<T: Plain>(value: &T) -> Vec<u8> {
 /// Any other length than the struct's.
 pub fn from_bytes<T: Plain>(bytes: &[u8]) -> Result<T, WrongLength> {
     if bytes.len() != size_of::<T>() {
-        return Err(WrongLength { name: T::NAME, found: bytes.len(), expected: size_of::<T>() });
+        return Err(WrongLength {
+            name: T::NAME,
+            found: bytes.len(),
+            expected: size_of::<T>(),
+        });
     }
     // SAFETY: the length was checked, alignment does not matter to `read_unaligned`, and every bit pattern is valid.
     Ok(unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
@@ -67,7 +79,12 @@ mod tests {
 
     #[test]
     fn a_struct_survives_its_bytes() {
-        let regs = kvm_regs { rax: 1, rflags: u64::MAX, r15: 0x0102_0304, ..Default::default() };
+        let regs = kvm_regs {
+            rax: 1,
+            rflags: u64::MAX,
+            r15: 0x0102_0304,
+            ..Default::default()
+        };
         assert_eq!(from_bytes::<kvm_regs>(&to_bytes(&regs)).unwrap(), regs);
     }
 

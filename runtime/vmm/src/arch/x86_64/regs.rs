@@ -12,7 +12,13 @@ const CODE_SELECTOR: u16 = 0x10;
 const DATA_SELECTOR: u16 = 0x18;
 const TASK_SELECTOR: u16 = 0x20;
 /// Descriptors for the selectors above (Intel SDM volume 3, 3.4.5): null, null, 64-bit code, data, busy 64-bit TSS.
-const GDT: [u64; 5] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x008f_8b00_0000_ffff];
+const GDT: [u64; 5] = [
+    0,
+    0,
+    0x00af_9b00_0000_ffff,
+    0x00cf_9300_0000_ffff,
+    0x008f_8b00_0000_ffff,
+];
 
 const CR0_PROTECTED: u64 = 1;
 const CR0_EXTENSION_TYPE: u64 = 1 << 4;
@@ -32,11 +38,27 @@ const LARGE_PAGE_BYTES: u64 = 2 << 20;
 
 /// General registers at the kernel's 64-bit entry: RSI points to `struct boot_params`.
 pub fn entry_regs(entry: GuestAddress) -> kvm_regs {
-    kvm_regs { rip: entry.raw_value(), rsi: layout::BOOT_PARAMS.raw_value(), rflags: RFLAGS, ..Default::default() }
+    kvm_regs {
+        rip: entry.raw_value(),
+        rsi: layout::BOOT_PARAMS.raw_value(),
+        rflags: RFLAGS,
+        ..Default::default()
+    }
 }
 
 fn segment(selector: u16, kind: u8, s: u8, l: u8, db: u8) -> kvm_segment {
-    kvm_segment { base: 0, limit: 0xffff_ffff, selector, type_: kind, present: 1, s, l, db, g: 1, ..Default::default() }
+    kvm_segment {
+        base: 0,
+        limit: 0xffff_ffff,
+        selector,
+        type_: kind,
+        present: 1,
+        s,
+        l,
+        db,
+        g: 1,
+        ..Default::default()
+    }
 }
 
 /// Long mode with paging over [`page_tables`], on top of what KVM gave a fresh vCPU.
@@ -46,9 +68,18 @@ pub fn entry_sregs(fresh: &kvm_sregs) -> kvm_sregs {
     let data = segment(DATA_SELECTOR, 0x3, 1, 0, 1);
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
     sregs.tr = segment(TASK_SELECTOR, 0xb, 0, 0, 0);
-    sregs.gdt = kvm_dtable { base: layout::GDT.raw_value(), limit: 8 * 5 - 1, ..Default::default() };
-    sregs.idt = kvm_dtable { base: layout::IDT.raw_value(), limit: 7, ..Default::default() };
-    sregs.cr0 = CR0_PROTECTED | CR0_EXTENSION_TYPE | CR0_NUMERIC_ERROR | CR0_WRITE_PROTECT | CR0_PAGING;
+    sregs.gdt = kvm_dtable {
+        base: layout::GDT.raw_value(),
+        limit: 8 * 5 - 1,
+        ..Default::default()
+    };
+    sregs.idt = kvm_dtable {
+        base: layout::IDT.raw_value(),
+        limit: 7,
+        ..Default::default()
+    };
+    sregs.cr0 =
+        CR0_PROTECTED | CR0_EXTENSION_TYPE | CR0_NUMERIC_ERROR | CR0_WRITE_PROTECT | CR0_PAGING;
     sregs.cr3 = layout::PAGE_TABLES.raw_value();
     sregs.cr4 = CR4_PHYSICAL_ADDRESS_EXTENSION;
     sregs.efer = EFER_LONG_MODE_ENABLE | EFER_LONG_MODE_ACTIVE;
@@ -65,7 +96,11 @@ pub fn page_tables(base: GuestAddress) -> Vec<u64> {
             (0, 0) => page(1) | PAGE_PRESENT_WRITABLE,
             (1, gib) if gib < layout::IDENTITY_MAPPED_GIB => page(2 + gib) | PAGE_PRESENT_WRITABLE,
             (0 | 1, _) => 0,
-            (table, entry) => ((table - 2) * entries + entry) * LARGE_PAGE_BYTES | PAGE_PRESENT_WRITABLE | PAGE_LARGE,
+            (table, entry) => {
+                (((table - 2) * entries + entry) * LARGE_PAGE_BYTES)
+                    | PAGE_PRESENT_WRITABLE
+                    | PAGE_LARGE
+            }
         })
         .collect()
 }
@@ -75,10 +110,18 @@ pub fn page_tables(base: GuestAddress) -> Vec<u64> {
 /// # Errors
 /// There is no memory at their addresses.
 pub fn write_tables(memory: &GuestMemoryMmap) -> Result<(), GuestMemoryError> {
-    let bytes = |words: &[u64]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
+    let bytes = |words: &[u64]| {
+        words
+            .iter()
+            .flat_map(|word| word.to_le_bytes())
+            .collect::<Vec<u8>>()
+    };
     memory.write_slice(&bytes(&GDT), layout::GDT)?;
     memory.write_slice(&[0; 8], layout::IDT)?;
-    memory.write_slice(&bytes(&page_tables(layout::PAGE_TABLES)), layout::PAGE_TABLES)
+    memory.write_slice(
+        &bytes(&page_tables(layout::PAGE_TABLES)),
+        layout::PAGE_TABLES,
+    )
 }
 
 #[cfg(test)]
@@ -103,7 +146,15 @@ mod tests {
     #[test]
     fn page_tables_map_four_gib_one_to_one_and_nothing_else() {
         let tables = page_tables(layout::PAGE_TABLES);
-        for address in [0, 0x7123, 0x10_0200, 0x3fff_ffff, 0x4000_0000, 0xbfff_f000, 0xffff_ffff] {
+        for address in [
+            0,
+            0x7123,
+            0x10_0200,
+            0x3fff_ffff,
+            0x4000_0000,
+            0xbfff_f000,
+            0xffff_ffff,
+        ] {
             assert_eq!(translate(&tables, address), Some(address));
         }
         assert_eq!(translate(&tables, 1 << 32), None);
@@ -111,7 +162,8 @@ mod tests {
 
     #[test]
     fn boot_tables_do_not_overlap() {
-        let end = layout::PAGE_TABLES.raw_value() + 8 * page_tables(layout::PAGE_TABLES).len() as u64;
+        let end =
+            layout::PAGE_TABLES.raw_value() + 8 * page_tables(layout::PAGE_TABLES).len() as u64;
         assert!(end <= layout::COMMAND_LINE.raw_value());
         assert!(layout::BOOT_PARAMS.raw_value() + PAGE_BYTES <= layout::PAGE_TABLES.raw_value());
         assert!(layout::GDT.raw_value() + 8 * GDT.len() as u64 <= layout::IDT.raw_value());
@@ -119,8 +171,14 @@ mod tests {
 
     #[test]
     fn the_entry_is_in_long_mode_with_interrupts_off() {
-        let (regs, sregs) = (entry_regs(GuestAddress(0x10_0200)), entry_sregs(&kvm_sregs::default()));
-        assert_eq!((regs.rip, regs.rsi, regs.rflags & 0x200), (0x10_0200, 0x7000, 0));
+        let (regs, sregs) = (
+            entry_regs(GuestAddress(0x10_0200)),
+            entry_sregs(&kvm_sregs::default()),
+        );
+        assert_eq!(
+            (regs.rip, regs.rsi, regs.rflags & 0x200),
+            (0x10_0200, 0x7000, 0)
+        );
         assert_eq!((sregs.cs.selector, sregs.cs.l, sregs.cs.db), (0x10, 1, 0));
         assert_eq!(sregs.efer & EFER_LONG_MODE_ACTIVE, EFER_LONG_MODE_ACTIVE);
     }

@@ -26,8 +26,9 @@
 use std::io;
 
 use kvm_bindings::{
-    KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_SIPI_RECEIVED,
-    KVM_MP_STATE_UNINITIALIZED, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, Xsave, kvm_device_attr, kvm_mp_state, kvm_xsave,
+    KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE,
+    KVM_MP_STATE_SIPI_RECEIVED, KVM_MP_STATE_UNINITIALIZED, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET,
+    Xsave, kvm_device_attr, kvm_mp_state, kvm_xsave,
 };
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
@@ -132,37 +133,69 @@ fn call(call: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VcpuStateError 
 
 fn get_xsave(fd: &VcpuFd, bytes: usize) -> Result<Vec<u8>, VcpuStateError> {
     let words = bytes.div_ceil(4);
-    let mut area = Xsave::new(words.saturating_sub(XSAVE_BYTES / 4))
-        .map_err(|_| VcpuStateError::Xsave { found: bytes, host: XSAVE_BYTES_MAX })?;
+    let mut area =
+        Xsave::new(words.saturating_sub(XSAVE_BYTES / 4)).map_err(|_| VcpuStateError::Xsave {
+            found: bytes,
+            host: XSAVE_BYTES_MAX,
+        })?;
     if bytes > XSAVE_BYTES {
         // SAFETY: the area was allocated with the length that KVM_CAP_XSAVE2 reports, which is what KVM_GET_XSAVE2 fills.
         unsafe { fd.get_xsave2(&mut area) }.map_err(call("KVM_GET_XSAVE2"))?;
         let (head, tail) = (area.as_fam_struct_ref().xsave.region, area.as_slice());
-        return Ok(head.iter().chain(tail).flat_map(|word| word.to_ne_bytes()).collect());
+        return Ok(head
+            .iter()
+            .chain(tail)
+            .flat_map(|word| word.to_ne_bytes())
+            .collect());
     }
     let area = fd.get_xsave().map_err(call("KVM_GET_XSAVE"))?;
-    Ok(area.region.iter().flat_map(|word| word.to_ne_bytes()).collect())
+    Ok(area
+        .region
+        .iter()
+        .flat_map(|word| word.to_ne_bytes())
+        .collect())
 }
 
 fn set_xsave(fd: &VcpuFd, saved: &[u8], host: usize) -> Result<(), VcpuStateError> {
-    let wrong = VcpuStateError::Xsave { found: saved.len(), host };
+    let wrong = VcpuStateError::Xsave {
+        found: saved.len(),
+        host,
+    };
     // KVM reads as much as its own features need; an area from a host that needs less is longer than nothing but zeros.
-    if !(XSAVE_BYTES..=XSAVE_BYTES_MAX).contains(&saved.len()) || saved.len() > host || saved.len() % 4 != 0 {
+    if !(XSAVE_BYTES..=XSAVE_BYTES_MAX).contains(&saved.len())
+        || saved.len() > host
+        || !saved.len().is_multiple_of(4)
+    {
         return Err(wrong);
     }
-    let mut words = saved.chunks_exact(4).map(|word| u32::from_ne_bytes([word[0], word[1], word[2], word[3]]));
+    let mut words = saved
+        .chunks_exact(4)
+        .map(|word| u32::from_ne_bytes([word[0], word[1], word[2], word[3]]));
     let mut head = kvm_xsave::default();
-    head.region.iter_mut().zip(&mut words).for_each(|(slot, word)| *slot = word);
-    let Ok(mut area) = Xsave::new(host.div_ceil(4).saturating_sub(XSAVE_BYTES / 4)) else { return Err(wrong) };
+    head.region
+        .iter_mut()
+        .zip(&mut words)
+        .for_each(|(slot, word)| *slot = word);
+    let Ok(mut area) = Xsave::new(host.div_ceil(4).saturating_sub(XSAVE_BYTES / 4)) else {
+        return Err(wrong);
+    };
     // SAFETY: only the fixed part is replaced; the flexible array and its length are left alone.
     unsafe { area.as_mut_fam_struct() }.xsave.region = head.region;
-    area.as_mut_slice().iter_mut().zip(words).for_each(|(slot, word)| *slot = word);
+    area.as_mut_slice()
+        .iter_mut()
+        .zip(words)
+        .for_each(|(slot, word)| *slot = word);
     // SAFETY: the area is as long as KVM_CAP_XSAVE2 says that KVM_SET_XSAVE reads.
     unsafe { fd.set_xsave2(&area) }.map_err(call("KVM_SET_XSAVE"))
 }
 
 fn offset_attribute(address: u64) -> kvm_device_attr {
-    kvm_device_attr { flags: 0, group: KVM_VCPU_TSC_CTRL, attr: u64::from(KVM_VCPU_TSC_OFFSET), addr: address }
+    kvm_device_attr {
+        flags: 0,
+        group: KVM_VCPU_TSC_CTRL,
+        attr: u64::from(KVM_VCPU_TSC_OFFSET),
+        addr: address,
+    }
 }
 
 /// Numbers of calls that kvm-ioctls knows for other architectures only (include/uapi/linux/kvm.h).
@@ -193,7 +226,11 @@ fn set_tsc_offset(fd: &VcpuFd, offset: u64) -> Result<(), VcpuStateError> {
 }
 
 fn attribute_result(result: i32, name: &'static str) -> Result<(), VcpuStateError> {
-    if result == 0 { Ok(()) } else { Err(call(name)(kvm_ioctls::Error::last())) }
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(call(name)(kvm_ioctls::Error::last()))
+    }
 }
 
 /// The guest's TSC now.
@@ -211,12 +248,21 @@ pub fn tsc(fd: &VcpuFd) -> Result<u64, VcpuStateError> {
 ///
 /// # Errors
 /// Any KVM call that fails; an MSR that cannot be read or written back.
-pub fn save(fd: &VcpuFd, host: &HostVcpuLimits, first_offset: u64) -> Result<VcpuStateV1, VcpuStateError> {
+pub fn save(
+    fd: &VcpuFd,
+    host: &HostVcpuLimits,
+    first_offset: u64,
+) -> Result<VcpuStateV1, VcpuStateError> {
     // First: KVM_GET_MP_STATE applies INIT and SIPI that are pending, which changes registers.
-    let mp_state = fd.get_mp_state().map_err(call("KVM_GET_MP_STATE"))?.mp_state;
+    let mp_state = fd
+        .get_mp_state()
+        .map_err(call("KVM_GET_MP_STATE"))?
+        .mp_state;
     let msrs = msr::read(fd, &host.msr_indices).map_err(VcpuStateError::Msr)?;
     msr::write(fd, &msrs).map_err(VcpuStateError::Msr)?;
-    let cpuid = fd.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).map_err(call("KVM_GET_CPUID2"))?;
+    let cpuid = fd
+        .get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
+        .map_err(call("KVM_GET_CPUID2"))?;
     let lapic = fd.get_lapic().map_err(call("KVM_GET_LAPIC"))?;
     Ok(VcpuStateV1 {
         cpuid: cpuid.as_slice().iter().map(Into::into).collect(),
@@ -236,7 +282,10 @@ pub fn save(fd: &VcpuFd, host: &HostVcpuLimits, first_offset: u64) -> Result<Vcp
 
 fn mp_state(saved: u32) -> Result<kvm_mp_state, VcpuStateError> {
     match saved {
-        KVM_MP_STATE_RUNNABLE | KVM_MP_STATE_UNINITIALIZED | KVM_MP_STATE_INIT_RECEIVED | KVM_MP_STATE_HALTED
+        KVM_MP_STATE_RUNNABLE
+        | KVM_MP_STATE_UNINITIALIZED
+        | KVM_MP_STATE_INIT_RECEIVED
+        | KVM_MP_STATE_HALTED
         | KVM_MP_STATE_SIPI_RECEIVED => Ok(kvm_mp_state { mp_state: saved }),
         unknown => Err(VcpuStateError::MpState(unknown)),
     }
@@ -268,7 +317,12 @@ fn set_tsc_khz(fd: &VcpuFd, guest_khz: u32) -> Result<(), VcpuStateError> {
     if guest_khz == host_khz {
         return Ok(());
     }
-    fd.set_tsc_khz(guest_khz).map_err(|source| VcpuStateError::TscFrequency { guest_khz, host_khz, source })
+    fd.set_tsc_khz(guest_khz)
+        .map_err(|source| VcpuStateError::TscFrequency {
+            guest_khz,
+            host_khz,
+            source,
+        })
 }
 
 /// Sets everything but time on a vCPU that has never run; steps 1 and 3 to 9 of the module's order, 2 being
@@ -276,7 +330,12 @@ fn set_tsc_khz(fd: &VcpuFd, guest_khz: u32) -> Result<(), VcpuStateError> {
 ///
 /// # Errors
 /// Malformed state, or any KVM call that fails.
-pub fn restore(fd: &VcpuFd, state: &VcpuStateV1, host: &HostVcpuLimits, tsc_khz: u32) -> Result<(), VcpuStateError> {
+pub fn restore(
+    fd: &VcpuFd,
+    state: &VcpuStateV1,
+    host: &HostVcpuLimits,
+    tsc_khz: u32,
+) -> Result<(), VcpuStateError> {
     let VcpuStateV1 {
         cpuid,
         sregs,
@@ -294,15 +353,22 @@ pub fn restore(fd: &VcpuFd, state: &VcpuStateV1, host: &HostVcpuLimits, tsc_khz:
     let length = VcpuStateError::Length;
     set_cpuid(fd, cpuid)?;
     set_tsc_khz(fd, tsc_khz)?;
-    fd.set_sregs(&plain::from_bytes(sregs).map_err(length)?).map_err(call("KVM_SET_SREGS"))?;
-    fd.set_xcrs(&plain::from_bytes(xcrs).map_err(length)?).map_err(call("KVM_SET_XCRS"))?;
+    fd.set_sregs(&plain::from_bytes(sregs).map_err(length)?)
+        .map_err(call("KVM_SET_SREGS"))?;
+    fd.set_xcrs(&plain::from_bytes(xcrs).map_err(length)?)
+        .map_err(call("KVM_SET_XCRS"))?;
     set_xsave(fd, xsave, host.xsave_bytes)?;
-    fd.set_regs(&plain::from_bytes(regs).map_err(length)?).map_err(call("KVM_SET_REGS"))?;
-    fd.set_debug_regs(&plain::from_bytes(debugregs).map_err(length)?).map_err(call("KVM_SET_DEBUGREGS"))?;
+    fd.set_regs(&plain::from_bytes(regs).map_err(length)?)
+        .map_err(call("KVM_SET_REGS"))?;
+    fd.set_debug_regs(&plain::from_bytes(debugregs).map_err(length)?)
+        .map_err(call("KVM_SET_DEBUGREGS"))?;
     msr::write(fd, msrs).map_err(VcpuStateError::Msr)?;
-    fd.set_lapic(&plain::from_bytes(lapic).map_err(length)?).map_err(call("KVM_SET_LAPIC"))?;
-    fd.set_mp_state(mp_state(*saved_mp_state)?).map_err(call("KVM_SET_MP_STATE"))?;
-    fd.set_vcpu_events(&plain::from_bytes(events).map_err(length)?).map_err(call("KVM_SET_VCPU_EVENTS"))
+    fd.set_lapic(&plain::from_bytes(lapic).map_err(length)?)
+        .map_err(call("KVM_SET_LAPIC"))?;
+    fd.set_mp_state(mp_state(*saved_mp_state)?)
+        .map_err(call("KVM_SET_MP_STATE"))?;
+    fd.set_vcpu_events(&plain::from_bytes(events).map_err(length)?)
+        .map_err(call("KVM_SET_VCPU_EVENTS"))
 }
 
 /// The offset that makes the first vCPU's TSC read `wanted` now.
@@ -328,7 +394,10 @@ pub fn set_time(fd: &VcpuFd, state: &VcpuStateV1, first_offset: u64) -> Result<(
 /// # Errors
 /// KVM's own.
 pub fn set_deadline(fd: &VcpuFd, state: &VcpuStateV1) -> Result<(), VcpuStateError> {
-    let deadline = MsrV1 { index: msr::TSC_DEADLINE, data: state.tsc_deadline };
+    let deadline = MsrV1 {
+        index: msr::TSC_DEADLINE,
+        data: state.tsc_deadline,
+    };
     msr::write(fd, &[deadline]).map_err(VcpuStateError::Msr)
 }
 
