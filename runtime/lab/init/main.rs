@@ -32,6 +32,8 @@ use std::{
 
 /// How often the host hears that the lab runs.
 const ALIVE_EVERY: Duration = Duration::from_secs(5);
+/// Looks at the number of remembered files: in this time the lab meets a few hundred new ones.
+const FILES_LOOK_EVERY: Duration = Duration::from_millis(200);
 /// Open files that processes of the lab may have.
 const OPEN_FILES_MAX: u64 = 1 << 20;
 
@@ -83,6 +85,8 @@ fn serve() -> io::Result<()> {
         control.send(&InitMessage::Failed(126, why));
         return Ok(());
     }
+    let files_max = start.shared_files_max;
+    thread::spawn(move || limit_remembered_files(files_max));
     control.send(&InitMessage::Started);
     match spawn(&start) {
         Ok(child) => run(child, ports, incoming, &control),
@@ -101,6 +105,43 @@ fn serve() -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Makes the kernel forget files before the daemon that serves them runs out of descriptors: it holds one for each remembered file, and
+/// may be limited to a few thousand.
+fn limit_remembered_files(files_max: u64) {
+    let wanted = files_max / 2;
+    let mut floor = 0; // in use, whatever is dropped
+    loop {
+        thread::sleep(FILES_LOOK_EVERY);
+        let all = fs::read_to_string("/proc/sys/fs/inode-nr").unwrap_or_default();
+        if number_in(&all, 0) < wanted {
+            continue; // the usual case, and cheap
+        }
+        // Documentation/admin-guide/sysctl/vm.rst: 2 drops what nothing uses, 3 also cached contents, which keep files remembered.
+        for drop in ["2", "3"] {
+            if remembered_files() > wanted.max(floor + files_max / 10) {
+                let _ = fs::write("/proc/sys/vm/drop_caches", drop);
+                floor = remembered_files();
+            }
+        }
+    }
+}
+
+/// Files of the shared file system that the kernel remembers (slabinfo(5)).
+fn remembered_files() -> u64 {
+    let slabs = fs::read_to_string("/proc/slabinfo").unwrap_or_default();
+    slabs
+        .lines()
+        .find(|line| line.starts_with("fuse_inode "))
+        .map_or(0, |line| number_in(line, 1))
+}
+
+fn number_in(line: &str, at: usize) -> u64 {
+    line.split_whitespace()
+        .nth(at)
+        .and_then(|word| word.parse().ok())
+        .unwrap_or_default()
 }
 
 /// The stream ports. Opened before the state is saved: nothing is left to do on resume.

@@ -2,7 +2,7 @@
 
 use rustix::{
     io::Errno,
-    process::{Pid, Signal},
+    process::{Pid, Resource, Rlimit, Signal, getrlimit, setrlimit},
 };
 use seccompiler::{BpfProgram, BpfProgramRef, SeccompAction, SeccompFilter, TargetArch};
 use std::{
@@ -49,11 +49,24 @@ pub fn spawn_tied(
     command.spawn().map(Tied)
 }
 
+/// Files that a child may have open: our hard limit, which [`spawn_tied`] makes its soft one.
+pub fn open_files_max() -> u64 {
+    getrlimit(Resource::Nofile).maximum.unwrap_or(1_000_000)
+}
+
 fn prepare(parent: Pid, fds: &[RawFd], filter: Option<BpfProgramRef<'_>>) -> io::Result<()> {
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
     if rustix::process::getppid() != Some(parent) {
         return Err(Errno::SRCH.into()); // the parent died before the line above
     }
+    let limit = getrlimit(Resource::Nofile);
+    setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: limit.maximum,
+            ..limit
+        },
+    )?;
     for &fd in fds {
         keep_on_exec(fd)?;
     }

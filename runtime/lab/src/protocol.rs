@@ -54,6 +54,8 @@ pub struct Start {
     pub modules: Vec<u8>,
     /// 1 if an ordinary user shares the root file system: the daemon that serves it may not do everything for everyone.
     pub rootless: u8,
+    /// Files that the daemon serving the root file system may hold open: one for each that the lab's kernel remembers.
+    pub shared_files_max: u64,
 }
 
 /// Init → host.
@@ -135,6 +137,7 @@ impl Start {
             self.cwd.clone(),
             self.modules.clone(),
             vec![self.rootless],
+            self.shared_files_max.to_le_bytes().to_vec(),
         ];
         for list in [&self.command, &self.env, &self.writable] {
             fields.push((list.len() as u64).to_le_bytes().to_vec());
@@ -144,7 +147,16 @@ impl Start {
     }
 
     fn from_fields(fields: &[Vec<u8>]) -> io::Result<Self> {
-        let [unix_nanos, entropy, cwd, modules, rootless, lists @ ..] = fields else {
+        let [
+            unix_nanos,
+            entropy,
+            cwd,
+            modules,
+            rootless,
+            shared_files_max,
+            lists @ ..,
+        ] = fields
+        else {
             return Err(invalid("start is too short"));
         };
         let mut rest = lists.iter();
@@ -163,6 +175,7 @@ impl Start {
             cwd: cwd.clone(),
             modules: modules.clone(),
             rootless: array::<1>(rootless)?[0],
+            shared_files_max: u64::from_le_bytes(array(shared_files_max)?),
             command: list()?,
             env: list()?,
             writable: list()?,
@@ -290,6 +303,7 @@ mod tests {
             writable: vec![],
             modules: vec![],
             rootless: 1,
+            shared_files_max: 20_000,
         }
     }
 

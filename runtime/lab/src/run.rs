@@ -7,6 +7,7 @@ use crate::{
     artifacts::{self, Artifacts, NotBuilt},
     clock,
     machine::{Machine, MachineError},
+    process,
     protocol::{self, HostMessage, InitMessage},
     qemu::{self, Plan},
     saved::{SavedState, StateError},
@@ -326,6 +327,7 @@ fn start_message(artifacts: &Artifacts, run: &LabRun) -> Result<protocol::Start,
             .map(bytes)
             .unwrap_or_default(),
         rootless: u8::from(!rustix::process::geteuid().is_root()),
+        shared_files_max: process::open_files_max(),
         ..protocol::Start::default()
     })
 }
