@@ -99,7 +99,11 @@ impl Progress {
             {
                 let history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
                 if history.deployment != cursor.deployment {
-                    return None;
+                    if cursor.next > 0 {
+                        return None;
+                    }
+                    // Nothing heard yet: this is the deployment it waited for.
+                    cursor.deployment = history.deployment;
                 }
                 if let Some(event) = history.events.get(cursor.next) {
                     cursor.next += 1;
@@ -138,5 +142,13 @@ mod tests {
         assert_eq!(progress.next(&mut cursor).await.unwrap().step, Step::Saving);
         progress.begin();
         assert!(progress.next(&mut cursor).await.is_none());
+    }
+
+    #[tokio::test]
+    async fn an_early_subscriber_waits_for_the_deployment_to_begin() {
+        let progress = Progress::default();
+        let mut cursor = progress.subscribe();
+        progress.begin();
+        assert_eq!(progress.next(&mut cursor).await.unwrap().step, Step::Queued);
     }
 }

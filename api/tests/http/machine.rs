@@ -1,0 +1,176 @@
+//! The machine below the gateway, played: freezes and answers at once, and fails as the test asks. The uploaded file names
+//! choose how a freeze ends, the event chooses how an invocation ends.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::FutureExt as _;
+use futures_util::future::BoxFuture;
+use thaw_api::engine::{Artifact, Engine, EngineError, EngineStep, FreezeJob, Sandboxes};
+use thaw_runtime::{
+    End, ExitReason, FreezeError, InitFailure, Invocation, InvocationTimings, InvokeError, Measure,
+    OpenPoolError, Outcome, PoolSpec, PoolStats, RuntimeExit, RuntimeExitCause, ThrottleReason,
+};
+use tokio::sync::watch;
+
+pub struct Machine {
+    held: watch::Sender<bool>,
+}
+
+impl Machine {
+    pub fn new() -> Self {
+        Self {
+            held: watch::Sender::new(false),
+        }
+    }
+
+    /// Freezes stop half-way from now on.
+    pub fn hold_freezes(&self) {
+        self.held.send_replace(true);
+    }
+
+    pub fn release_freezes(&self) {
+        self.held.send_replace(false);
+    }
+}
+
+impl Engine for Machine {
+    fn prepare(&self) -> BoxFuture<'_, Result<(), EngineError>> {
+        async { Ok(()) }.boxed()
+    }
+
+    fn freeze<'a>(
+        &'a self,
+        job: FreezeJob,
+        step: &'a mut (dyn FnMut(EngineStep) + Send),
+    ) -> BoxFuture<'a, Result<Artifact, EngineError>> {
+        async move {
+            step(EngineStep::Images);
+            let _ = self.held.subscribe().wait_for(|held| !held).await;
+            step(EngineStep::Booting);
+            let zip = std::fs::read(&job.zip).expect("the zip is written before the freeze");
+            let has = |name: &str| zip.windows(name.len()).any(|bytes| bytes == name.as_bytes());
+            let snapshot = job.folder.join("snapshot.thaw");
+            if has("broken-import.py") {
+                return Err(EngineError::Freeze(FreezeError::Init(InitFailure {
+                    error_type: "Runtime.ImportModuleError".to_owned(),
+                    document: br#"{"errorMessage":"no module","errorType":"Runtime.ImportModuleError","stackTrace":[]}"#.to_vec(),
+                    log: b"Traceback (most recent call last):\n".to_vec(),
+                })));
+            }
+            if has("disk-full") {
+                return Err(EngineError::Freeze(FreezeError::DiskFull { path: snapshot }));
+            }
+            std::fs::write(&snapshot, b"frozen").expect("the revision's folder is there");
+            Ok(Artifact {
+                code: job.zip,
+                rootfs: snapshot.clone(),
+                snapshot,
+                digest: String::new(),
+                file_bytes: 6,
+                stored_bytes: 6,
+                rootfs_digest: String::new(),
+                init_log: String::new(),
+                init_ms: 1,
+            })
+        }
+        .boxed()
+    }
+
+    fn usable<'a>(&'a self, artifact: &'a Artifact, _runtime: &'a str) -> BoxFuture<'a, bool> {
+        async { artifact.snapshot.is_file() }.boxed()
+    }
+
+    fn open_pool(
+        &self,
+        _spec: PoolSpec,
+    ) -> BoxFuture<'_, Result<Arc<dyn Sandboxes>, OpenPoolError>> {
+        async {
+            let pool: Arc<dyn Sandboxes> = Arc::new(Echo);
+            Ok(pool)
+        }
+        .boxed()
+    }
+
+    fn shutdown(&self, _deadline: Duration) -> BoxFuture<'_, ()> {
+        async {}.boxed()
+    }
+}
+
+/// Answers with the event, but for a few.
+struct Echo;
+
+impl Sandboxes for Echo {
+    fn invoke(&self, invocation: Invocation) -> BoxFuture<'_, Result<Outcome, InvokeError>> {
+        async move {
+            let measured = invocation.measure == Measure::On;
+            Ok(Outcome {
+                end: end(invocation.payload)?,
+                log: b"said\n".to_vec(),
+                duration: Duration::from_micros(1500),
+                timings: measured.then(InvocationTimings::default),
+            })
+        }
+        .boxed()
+    }
+
+    fn stats(&self) -> PoolStats {
+        PoolStats {
+            ready: 2,
+            ..PoolStats::default()
+        }
+    }
+
+    fn close(&self) -> BoxFuture<'_, ()> {
+        async {}.boxed()
+    }
+}
+
+fn end(payload: Bytes) -> Result<End, InvokeError> {
+    let event: serde_json::Value = serde_json::from_slice(&payload).expect("events are JSON");
+    let word = event
+        .as_str()
+        .or_else(|| event["body"].as_str())
+        .unwrap_or_default();
+    let exit = |cause, out_of_memory| {
+        End::RuntimeExit(RuntimeExit {
+            cause,
+            out_of_memory,
+            request_id: None,
+        })
+    };
+    Ok(match word {
+        "raise" => End::FunctionError {
+            error_type: Some("ValueError".to_owned()),
+            document: Bytes::from_static(
+                br#"{"errorMessage":"no","errorType":"ValueError","stackTrace":[]}"#,
+            ),
+        },
+        "time-out" => End::TimedOut,
+        "exit" => exit(RuntimeExitCause::Code(7), false),
+        "memory" => exit(RuntimeExitCause::Signal(9), true),
+        "panic" => End::GuestDied {
+            reason: ExitReason::Panic,
+            detail: String::new(),
+            console: "[    1.0] Kernel panic - not syncing: test\n".to_owned(),
+        },
+        "throttle" => {
+            return Err(InvokeError::Throttled {
+                reason: ThrottleReason::QueueFull,
+                running: 1,
+                waiting: 1,
+            });
+        }
+        "shape" => End::Response {
+            payload: Bytes::from_static(
+                br#"{"statusCode":418,"headers":{"X-A":"b"},"cookies":["a=1"],"body":"tea"}"#,
+            ),
+            content_type: None,
+        },
+        _ => End::Response {
+            payload,
+            content_type: None,
+        },
+    })
+}
