@@ -32,7 +32,8 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/fn/{name}/", any(url))
         .route("/fn/{name}/{*path}", any(url))
         .fallback(api)
-        .layer(TraceLayer::new_for_http())
+        // Failures are logged where they are understood; a 503 of /healthz is none.
+        .layer(TraceLayer::new_for_http().on_failure(()))
         .with_state(app)
 }
 
