@@ -14,6 +14,9 @@ use super::progress::Steps;
 /// Memory of the lab, MiB; taken as it is used.
 const LAB_MEMORY_MIB: u32 = 6144;
 
+/// Processors of the lab.
+const LAB_CPU_COUNT: u8 = thaw_lab::CPU_COUNT_DEFAULT;
+
 /// What the user wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum LabChoice {
@@ -77,8 +80,13 @@ impl InLab<'_> {
         let lab = Lab::new(self.home.join("lab"));
         lab.build(&mut |step| steps.begin(&format!("lab: {step}")))
             .context("cannot build the lab")?;
-        steps.begin("lab: start");
+        let saved = lab.save(LAB_MEMORY_MIB, LAB_CPU_COUNT, &mut |step| {
+            steps.begin(&format!("lab: {step}"));
+        });
         steps.end();
+        if let Err(error) = saved {
+            steps.note(&format!("lab: it will boot each time, for its state cannot be saved: {error}"));
+        }
         let cwd = std::env::current_dir().context("the working folder is gone")?;
         let mut run = LabRun::new(self.command, cwd);
         run.writable = self.writable;
@@ -92,6 +100,7 @@ impl InLab<'_> {
             })
             .collect();
         run.memory_mib = LAB_MEMORY_MIB;
+        run.cpu_count = LAB_CPU_COUNT;
         run.stdin = Stream::Inherit;
         run.signals = Some(thaw_lab::signals::of_this_process().context("cannot catch signals")?);
         let code = lab
