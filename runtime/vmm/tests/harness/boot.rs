@@ -60,7 +60,10 @@ fn ends(command: &str, reason: ExitReason) {
     let exit = monitor.exit();
     assert_eq!(exit.reason, reason, "{}: {}", exit.detail, exit.console);
     assert_eq!(monitor.status().console, exit.console);
-    assert_eq!(exit.console.contains("Kernel panic"), reason == ExitReason::Panic);
+    assert_eq!(
+        exit.console.contains("Kernel panic"),
+        reason == ExitReason::Panic
+    );
     let refused = monitor.ask(&Request::Pause, &[]);
     assert!(matches!(refused, Reply::Failed(failure) if failure.fault == Fault::Guest));
     monitor.quit();

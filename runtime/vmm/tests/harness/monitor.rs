@@ -111,7 +111,9 @@ impl Monitor {
             }
             match self.receiver.next_message().unwrap() {
                 Some((FromMonitor::Event(Event::Exited(exit)), _)) => return exit,
-                Some((FromMonitor::Reply(reply), _)) => panic!("reply without a request: {reply:?}"),
+                Some((FromMonitor::Reply(reply), _)) => {
+                    panic!("reply without a request: {reply:?}")
+                }
                 None => {}
             }
             if let Err(error) = self.receiver.read_from(&self.control) {
@@ -201,7 +203,7 @@ impl Monitor {
         let request = Request::Boot(BootRequest {
             vcpu_count,
             memory_mib: 256,
-            command_line: "console=ttyS0 panic=-1 pci=off mitigations=off".into(),
+            command_line: "console=ttyS0 quiet panic=-1 pci=off mitigations=off".into(),
             has_initramfs: true,
             disks: disks.iter().map(|(disk, _)| disk.clone()).collect(),
         });

@@ -34,7 +34,9 @@ pub const CONVENTIONAL_END: u64 = 0x9_fc00;
 /// ACPI tables, RSDP first: the area that old firmware puts it in.
 pub const ACPI: GuestAddress = GuestAddress(0xe_0000);
 /// First byte after the area for ACPI tables.
-pub const ACPI_END: u64 = 0x10_0000;
+pub const ACPI_END: u64 = RESET_VECTOR.0;
+/// Where a kernel jumps in real mode to have the firmware restart the machine (`ffff:0000`).
+pub const RESET_VECTOR: GuestAddress = GuestAddress(0xf_fff0);
 /// Kernels are loaded at or above.
 pub const KERNEL_MIN: GuestAddress = GuestAddress(0x10_0000);
 

@@ -105,7 +105,26 @@ pub fn page_tables(base: GuestAddress) -> Vec<u64> {
         .collect()
 }
 
-/// Writes descriptor tables and page tables to guest memory.
+/// Real-mode code at the reset vector: `mov dx, RESET_PORT; mov al, RESET_VALUE; out dx, al; hlt; jmp` back to `hlt`.
+///
+/// Linux on a hardware-reduced platform takes EFI for the only way to restart (`efi_reboot_required`,
+/// drivers/firmware/efi/reboot.c), and without EFI falls back on the firmware's entry, where zeros would run for ever.
+fn reset_stub() -> [u8; 9] {
+    let [low, high] = layout::RESET_PORT.to_le_bytes();
+    [
+        0xba,
+        low,
+        high,
+        0xb0,
+        layout::RESET_VALUE,
+        0xee,
+        0xf4,
+        0xeb,
+        0xfd,
+    ]
+}
+
+/// Writes descriptor tables, page tables and what stands for firmware to guest memory.
 ///
 /// # Errors
 /// There is no memory at their addresses.
@@ -117,6 +136,7 @@ pub fn write_tables(memory: &GuestMemoryMmap) -> Result<(), GuestMemoryError> {
             .collect::<Vec<u8>>()
     };
     memory.write_slice(&bytes(&GDT), layout::GDT)?;
+    memory.write_slice(&reset_stub(), layout::RESET_VECTOR)?;
     memory.write_slice(&[0; 8], layout::IDT)?;
     memory.write_slice(
         &bytes(&page_tables(layout::PAGE_TABLES)),
