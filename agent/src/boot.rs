@@ -52,9 +52,21 @@ pub fn boot() -> Result<(), BootError> {
         "/proc/self/oom_score_adj",
         fs::write("/proc/self/oom_score_adj", "-1000"),
     )?;
+    end_thrashing_early();
     modules::load_all(Path::new(modules::FOLDER))?;
     let disks = disks::find(Path::new("/dev"))?;
     mounts::root(&disks, Path::new(mounts::NEW_ROOT))?;
     mounts::switch_root(Path::new(mounts::NEW_ROOT))?;
     step("bringing up", "lo", sys::interface_up("lo"))
+}
+
+/// A guest out of memory would drop and read its program pages again for a long time before the kernel kills anything: the
+/// multi-generational LRU kills as soon as the working set of the last second does not fit
+/// (Documentation/admin-guide/mm/multigen_lru.rst). Kernels without it are left as they are.
+fn end_thrashing_early() {
+    const MIN_TTL_MS: &str = "1000";
+    let folder = Path::new("/sys/kernel/mm/lru_gen");
+    if fs::write(folder.join("enabled"), "y").is_ok() {
+        let _ = fs::write(folder.join("min_ttl_ms"), MIN_TTL_MS); // an older kernel's file may be missing
+    }
 }
