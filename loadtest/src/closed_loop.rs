@@ -37,8 +37,12 @@ struct Tally {
 
 impl Tally {
     fn new() -> anyhow::Result<Self> {
-        let latencies_us = Histogram::new_with_max(LATENCY_MAX_US, 3).context("cannot make a histogram")?;
-        Ok(Self { latencies_us, errors: BTreeMap::new() })
+        let latencies_us =
+            Histogram::new_with_max(LATENCY_MAX_US, 3).context("cannot make a histogram")?;
+        Ok(Self {
+            latencies_us,
+            errors: BTreeMap::new(),
+        })
     }
 }
 
@@ -47,20 +51,31 @@ impl Tally {
 /// # Errors
 /// The plan cannot be carried out at all (no HTTP client, a client task died). A failed request is no error: it is counted.
 pub async fn run(plan: &Plan) -> anyhow::Result<Report> {
-    let http = reqwest::Client::builder().timeout(plan.timeout).build().context("cannot make an HTTP client")?;
+    let http = reqwest::Client::builder()
+        .timeout(plan.timeout)
+        .build()
+        .context("cannot make an HTTP client")?;
     let plan = Arc::new(plan.clone());
     let started = Instant::now();
-    let clients: Vec<_> =
-        (0..plan.clients).map(|_| tokio::spawn(client(http.clone(), Arc::clone(&plan)))).collect();
+    let clients: Vec<_> = (0..plan.clients)
+        .map(|_| tokio::spawn(client(http.clone(), Arc::clone(&plan))))
+        .collect();
     let mut total = Tally::new()?;
     for client in clients {
         let tally = client.await.context("a client task died")??;
-        total.latencies_us.add(&tally.latencies_us).context("cannot add histograms")?;
+        total
+            .latencies_us
+            .add(&tally.latencies_us)
+            .context("cannot add histograms")?;
         for (error, count) in tally.errors {
             *total.errors.entry(error).or_default() += count;
         }
     }
-    Ok(Report::new(&total.latencies_us, total.errors, started.elapsed()))
+    Ok(Report::new(
+        &total.latencies_us,
+        total.errors,
+        started.elapsed(),
+    ))
 }
 
 async fn client(http: reqwest::Client, plan: Arc<Plan>) -> anyhow::Result<Tally> {
@@ -81,7 +96,10 @@ async fn client(http: reqwest::Client, plan: Arc<Plan>) -> anyhow::Result<Tally>
 /// One request; the error is its kind, short enough to be counted by.
 async fn request(http: &reqwest::Client, plan: &Plan) -> Result<(), String> {
     let request = match &plan.body {
-        Some(body) => http.post(&plan.url).header("content-type", "application/json").body(body.clone()),
+        Some(body) => http
+            .post(&plan.url)
+            .header("content-type", "application/json")
+            .body(body.clone()),
         None => http.get(&plan.url),
     };
     let answer = request.send().await.map_err(|error| kind(&error))?;
@@ -116,7 +134,14 @@ mod tests {
     use std::sync::atomic::{AtomicU32, Ordering};
 
     fn plan(url: String) -> Plan {
-        Plan { url, clients: 4, requests_per_client: 5, body: None, expect: None, timeout: Duration::from_secs(5) }
+        Plan {
+            url,
+            clients: 4,
+            requests_per_client: 5,
+            body: None,
+            expect: None,
+            timeout: Duration::from_secs(5),
+        }
     }
 
     async fn serve(router: axum::Router) -> String {
@@ -146,13 +171,25 @@ mod tests {
         let url = serve(axum::Router::new().route("/", route)).await;
         let report = run(&plan(url)).await.unwrap();
         assert_eq!(report.good, 0);
-        assert_eq!(report.errors, BTreeMap::from([("status 429 Too Many Requests".to_owned(), 20)]));
+        assert_eq!(
+            report.errors,
+            BTreeMap::from([("status 429 Too Many Requests".to_owned(), 20)])
+        );
     }
 
     #[tokio::test]
     async fn a_wrong_answer_is_an_error() {
-        let url = serve(axum::Router::new().route("/", axum::routing::get(|| async { "no" }))).await;
-        let report = run(&Plan { expect: Some("yes".into()), ..plan(url) }).await.unwrap();
-        assert_eq!(report.errors, BTreeMap::from([("unexpected answer".to_owned(), 20)]));
+        let url =
+            serve(axum::Router::new().route("/", axum::routing::get(|| async { "no" }))).await;
+        let report = run(&Plan {
+            expect: Some("yes".into()),
+            ..plan(url)
+        })
+        .await
+        .unwrap();
+        assert_eq!(
+            report.errors,
+            BTreeMap::from([("unexpected answer".to_owned(), 20)])
+        );
     }
 }

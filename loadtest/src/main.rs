@@ -58,5 +58,9 @@ async fn main() -> anyhow::Result<ExitCode> {
     } else {
         print!("{report}");
     }
-    Ok(if report.errors.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if report.errors.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }

@@ -30,8 +30,13 @@ pub struct Report {
 
 impl Report {
     /// From latencies in microseconds.
-    pub fn new(latencies_us: &Histogram<u64>, errors: BTreeMap<String, u64>, took: Duration) -> Self {
-        let quantile = |q: f64| Duration::from_micros(latencies_us.value_at_quantile(q)).as_secs_f64() * 1e3;
+    pub fn new(
+        latencies_us: &Histogram<u64>,
+        errors: BTreeMap<String, u64>,
+        took: Duration,
+    ) -> Self {
+        let quantile =
+            |q: f64| Duration::from_micros(latencies_us.value_at_quantile(q)).as_secs_f64() * 1e3;
         let good = latencies_us.len();
         Self {
             good,
@@ -48,7 +53,11 @@ impl Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{} good answers in {:.2} s, {:.1} a second", self.good, self.seconds, self.per_second)?;
+        writeln!(
+            f,
+            "{} good answers in {:.2} s, {:.1} a second",
+            self.good, self.seconds, self.per_second
+        )?;
         writeln!(
             f,
             "latency ms: p50 {:.2}  p90 {:.2}  p99 {:.2}  max {:.2}",

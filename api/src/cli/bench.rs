@@ -25,7 +25,7 @@ use super::installation::Installation;
 use super::output::{self, Format};
 use super::progress::Steps;
 use super::up::{prepare_images, stop_signal, wait_healthy};
-use super::venue::{InLab, LabChoice, Venue};
+use super::venue::{InLab, LabChoice, Venue, WhenLost};
 use super::{Global, package};
 
 const HELLO: &str = include_str!("../../../examples/hello/app.py");
@@ -80,6 +80,7 @@ pub fn run(global: &Global, args: &BenchArgs) -> anyhow::Result<ExitCode> {
                 command,
                 writable: Vec::new(),
                 ports: Vec::new(),
+                when_lost: WhenLost::Fail,
             }
             .run(&mut steps);
         }

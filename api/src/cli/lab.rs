@@ -8,7 +8,7 @@ use clap::Args;
 
 use super::Global;
 use super::progress::Steps;
-use super::venue::InLab;
+use super::venue::{InLab, WhenLost};
 
 #[derive(Args)]
 pub struct LabArgs {
@@ -34,6 +34,7 @@ pub fn run(global: &Global, args: &LabArgs) -> anyhow::Result<ExitCode> {
         command,
         writable,
         ports: args.port.clone(),
+        when_lost: WhenLost::Fail,
     }
     .run(&mut Steps::new())
 }

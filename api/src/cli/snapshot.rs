@@ -19,7 +19,7 @@ use super::installation::Installation;
 use super::output::{self, Format};
 use super::progress::Steps;
 use super::up::prepare_images;
-use super::venue::{InLab, LabChoice, Venue};
+use super::venue::{InLab, LabChoice, Venue, WhenLost};
 use super::{Global, package};
 
 #[derive(Subcommand)]
@@ -112,6 +112,7 @@ fn build(global: &Global, home: &Path, args: &BuildArgs) -> anyhow::Result<ExitC
                 command,
                 writable: Vec::new(),
                 ports: Vec::new(),
+                when_lost: WhenLost::Fail,
             }
             .run(&mut steps);
         }

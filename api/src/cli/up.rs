@@ -17,7 +17,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::client::{Client, Deployment};
 use super::installation::Installation;
 use super::progress::Steps;
-use super::venue::{InLab, LabChoice, Venue};
+use super::venue::{InLab, LabChoice, Venue, WhenLost};
 use super::{Global, package};
 
 /// The function that `--example` deploys.
@@ -77,6 +77,7 @@ pub fn run(global: &Global, args: &UpArgs) -> anyhow::Result<ExitCode> {
                 command,
                 writable: Vec::new(),
                 ports: vec![args.listen.port()],
+                when_lost: WhenLost::StartAgain,
             }
             .run(&mut steps)
         }

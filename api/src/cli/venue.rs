@@ -7,12 +7,16 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use clap::ValueEnum;
 use thaw_lab::host::{self, KvmVerdict};
-use thaw_lab::{Lab, LabRun, PortForward, Stream};
+use thaw_lab::{Lab, LabRun, PortForward, RunError, Stream};
 
 use super::progress::Steps;
 
-/// Memory of the lab, MiB; taken as it is used.
-const LAB_MEMORY_MIB: u32 = 6144;
+/// Memory of the lab, MiB: half of this machine's within these bounds. It is taken as it is used; where the lab's kernel has
+/// to reclaim memory in the middle of many sandboxes, emulation becomes slow and brittle.
+const LAB_MEMORY_MIB: std::ops::RangeInclusive<u64> = 3072..=12288;
+/// How often a gateway's lab is started again after it was lost. Its state is on disk, so a restart costs the requests
+/// that were running.
+const LAB_RESTARTS_MAX: u32 = 3;
 
 /// Processors of the lab.
 const LAB_CPU_COUNT: u8 = thaw_lab::CPU_COUNT_DEFAULT;
@@ -59,6 +63,15 @@ impl Venue {
     }
 }
 
+/// What to do if the lab itself dies under its command.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WhenLost {
+    /// Say so.
+    Fail,
+    /// Start it and the command again: for a command whose state is on disk.
+    StartAgain,
+}
+
 /// A command of ours, run again inside the lab.
 pub struct InLab<'a> {
     /// THAW_HOME: writable, and the lab's files are below it.
@@ -69,6 +82,8 @@ pub struct InLab<'a> {
     pub writable: Vec<PathBuf>,
     /// Ports of this machine that lead to the same port in the lab.
     pub ports: Vec<u16>,
+    /// What to do if the lab itself dies.
+    pub when_lost: WhenLost,
 }
 
 impl InLab<'_> {
@@ -80,32 +95,53 @@ impl InLab<'_> {
         let lab = Lab::new(self.home.join("lab"));
         lab.build(&mut |step| steps.begin(&format!("lab: {step}")))
             .context("cannot build the lab")?;
-        let saved = lab.save(LAB_MEMORY_MIB, LAB_CPU_COUNT, &mut |step| {
+        let memory_mib = lab_memory_mib();
+        let saved = lab.save(memory_mib, LAB_CPU_COUNT, &mut |step| {
             steps.begin(&format!("lab: {step}"));
         });
         steps.end();
         if let Err(error) = saved {
-            steps.note(&format!("lab: it will boot each time, for its state cannot be saved: {error}"));
+            steps.note(&format!(
+                "lab: it will boot each time, for its state cannot be saved: {error}"
+            ));
         }
+        let mut restarts = match self.when_lost {
+            WhenLost::Fail => 0,
+            WhenLost::StartAgain => LAB_RESTARTS_MAX,
+        };
+        loop {
+            let lost = match lab.run(self.lab_run(memory_mib)?, &mut |notice| {
+                eprintln!("lab: {notice}")
+            }) {
+                Ok(code) => return Ok(ExitCode::from(u8::try_from(code).unwrap_or(super::FAILED))),
+                Err(lost @ RunError::Lost { .. }) if restarts > 0 => lost,
+                Err(error) => return Err(error).context("the lab failed"),
+            };
+            restarts -= 1;
+            eprintln!("lab: {lost}\nlab: started again");
+        }
+    }
+
+    fn lab_run(&self, memory_mib: u32) -> anyhow::Result<LabRun> {
         let cwd = std::env::current_dir().context("the working folder is gone")?;
-        let mut run = LabRun::new(self.command, cwd);
-        run.writable = self.writable;
+        let mut run = LabRun::new(self.command.clone(), cwd);
+        run.writable.clone_from(&self.writable);
         run.writable.push(self.home.to_owned());
-        run.forwards = self
-            .ports
-            .into_iter()
-            .map(|port| PortForward {
-                host: port,
-                lab: port,
-            })
-            .collect();
-        run.memory_mib = LAB_MEMORY_MIB;
+        let forward = |&port| PortForward {
+            host: port,
+            lab: port,
+        };
+        run.forwards = self.ports.iter().map(forward).collect();
+        run.memory_mib = memory_mib;
         run.cpu_count = LAB_CPU_COUNT;
         run.stdin = Stream::Inherit;
         run.signals = Some(thaw_lab::signals::of_this_process().context("cannot catch signals")?);
-        let code = lab
-            .run(run, &mut |notice| eprintln!("lab: {notice}"))
-            .context("the lab failed")?;
-        Ok(ExitCode::from(u8::try_from(code).unwrap_or(super::FAILED)))
+        Ok(run)
     }
+}
+
+fn lab_memory_mib() -> u32 {
+    let half = host::memory_total_mib().unwrap_or(0) / 2;
+    u32::try_from(half.clamp(*LAB_MEMORY_MIB.start(), *LAB_MEMORY_MIB.end()))
+        .unwrap_or(thaw_lab::MEMORY_MIB_DEFAULT)
 }

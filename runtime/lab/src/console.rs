@@ -9,6 +9,9 @@ use std::{
 /// Bytes kept.
 const KEPT_BYTES_MAX: usize = 16 << 10;
 
+/// Lines shown: a kernel's last words with its stack.
+const SHOWN_LINES_MAX: usize = 40;
+
 /// Shared by the threads that read the pipes.
 #[derive(Debug, Clone, Default)]
 pub struct Console(Arc<Mutex<Vec<u8>>>);
@@ -43,7 +46,7 @@ impl Console {
             .lines()
             .filter(|line| !line.trim().is_empty())
             .collect();
-        lines[lines.len().saturating_sub(12)..].join("\n")
+        lines[lines.len().saturating_sub(SHOWN_LINES_MAX)..].join("\n")
     }
 }
 
@@ -57,7 +60,7 @@ mod tests {
         }
         let tail = console.tail();
         assert!(
-            tail.starts_with("line 9988\n") && tail.ends_with("line 9999"),
+            tail.starts_with("line 9960\n") && tail.ends_with("line 9999"),
             "{tail}"
         );
     }

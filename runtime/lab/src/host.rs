@@ -295,15 +295,23 @@ fn tun() -> Check {
     }
 }
 
+/// A line of /proc/meminfo, MiB.
+fn meminfo_mib(name: &str) -> Option<u64> {
+    let info = fs::read_to_string("/proc/meminfo").ok()?;
+    let rest = info
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    Some(rest.split_whitespace().next()?.parse::<u64>().ok()? / 1024)
+}
+
+/// Memory of this machine, MiB; `None` where the kernel does not tell.
+pub fn memory_total_mib() -> Option<u64> {
+    meminfo_mib("MemTotal")
+}
+
 fn memory() -> Check {
     let name = "memory";
-    let info = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let available = info
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"))
-        .and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok())
-        .unwrap_or_default()
-        / 1024;
+    let available = meminfo_mib("MemAvailable").unwrap_or_default();
     at_least(
         name,
         available,

@@ -6,8 +6,8 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recvmsg,
-    sendmsg,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 use serde::{Serialize, de::DeserializeOwned};
 use thiserror::Error;
@@ -18,7 +18,9 @@ use crate::{FDS_MAX, MESSAGE_BYTES_MAX};
 #[derive(Debug, Error)]
 pub enum WireError {
     /// The message or its descriptors are over the limits.
-    #[error("control message of {bytes} bytes with {fds} descriptors is over the limit of {MESSAGE_BYTES_MAX} and {FDS_MAX}")]
+    #[error(
+        "control message of {bytes} bytes with {fds} descriptors is over the limit of {MESSAGE_BYTES_MAX} and {FDS_MAX}"
+    )]
     TooLarge {
         /// JSON length.
         bytes: usize,
@@ -45,7 +47,10 @@ pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, WireError> {
             bytes.extend_from_slice(&json);
             Ok(bytes)
         }
-        _ => Err(WireError::TooLarge { bytes: json.len(), fds: 0 }),
+        _ => Err(WireError::TooLarge {
+            bytes: json.len(),
+            fds: 0,
+        }),
     }
 }
 
@@ -59,17 +64,29 @@ pub fn send_some(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io:
     if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
         return Err(io::Error::from(io::ErrorKind::InvalidInput));
     }
-    Ok(sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)?)
+    Ok(sendmsg(
+        socket,
+        &[IoSlice::new(bytes)],
+        &mut control,
+        SendFlags::NOSIGNAL,
+    )?)
 }
 
 /// Sends a whole message on a blocking socket.
 ///
 /// # Errors
 /// Message over the limits, or the socket's own.
-pub fn send<T: Serialize>(socket: impl AsFd, message: &T, fds: &[BorrowedFd<'_>]) -> Result<(), WireError> {
+pub fn send<T: Serialize>(
+    socket: impl AsFd,
+    message: &T,
+    fds: &[BorrowedFd<'_>],
+) -> Result<(), WireError> {
     let bytes = encode(message)?;
     if fds.len() > FDS_MAX {
-        return Err(WireError::TooLarge { bytes: bytes.len(), fds: fds.len() });
+        return Err(WireError::TooLarge {
+            bytes: bytes.len(),
+            fds: fds.len(),
+        });
     }
     let (mut sent, mut fds) = (0, fds);
     while sent < bytes.len() {
@@ -115,14 +132,22 @@ impl Receiver {
         let mut chunk = vec![0; 64 * 1024];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
-        let received = recvmsg(socket, &mut [IoSliceMut::new(&mut chunk)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
+        let received = recvmsg(
+            socket,
+            &mut [IoSliceMut::new(&mut chunk)],
+            &mut control,
+            RecvFlags::CMSG_CLOEXEC,
+        )?;
         for message in control.drain() {
             if let RecvAncillaryMessage::ScmRights(fds) = message {
                 self.fds.extend(fds);
             }
         }
         if self.fds.len() > FDS_MAX {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "too many descriptors in flight"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "too many descriptors in flight",
+            ));
         }
         if received.bytes == 0 {
             return Ok(Read::Closed);
@@ -136,13 +161,18 @@ impl Receiver {
     ///
     /// # Errors
     /// Length over the limit, or not JSON of the expected kind.
-    pub fn next_message<T: DeserializeOwned>(&mut self) -> Result<Option<(T, Vec<OwnedFd>)>, WireError> {
+    pub fn next_message<T: DeserializeOwned>(
+        &mut self,
+    ) -> Result<Option<(T, Vec<OwnedFd>)>, WireError> {
         let Some(length) = self.bytes.first_chunk::<4>() else {
             return Ok(None);
         };
         let length = u32::from_le_bytes(*length) as usize;
         if length > MESSAGE_BYTES_MAX {
-            return Err(WireError::TooLarge { bytes: length, fds: self.fds.len() });
+            return Err(WireError::TooLarge {
+                bytes: length,
+                fds: self.fds.len(),
+            });
         }
         let Some(json) = self.bytes.get(4..4 + length) else {
             return Ok(None);
@@ -169,9 +199,16 @@ mod tests {
             memory_mib: 128,
             command_line: "quiet".into(),
             has_initramfs: false,
-            disks: vec![Disk { id: "root".into(), access: DiskAccess::ReadOnly, source: DiskSource::Descriptor }],
+            disks: vec![Disk {
+                id: "root".into(),
+                access: DiskAccess::ReadOnly,
+                source: DiskSource::Descriptor,
+            }],
         });
-        let (one, two) = (File::open("/proc/self/comm").unwrap(), File::open("/dev/null").unwrap());
+        let (one, two) = (
+            File::open("/proc/self/comm").unwrap(),
+            File::open("/dev/null").unwrap(),
+        );
         send(&ours, &request, &[one.as_fd(), two.as_fd()]).unwrap();
         let mut receiver = Receiver::new();
         let (received, fds) = loop {
@@ -201,7 +238,10 @@ mod tests {
         send_some(&ours, &u32::MAX.to_le_bytes(), &[]).unwrap();
         let mut receiver = Receiver::new();
         receiver.read_from(&theirs).unwrap();
-        assert!(matches!(receiver.next_message::<Request>(), Err(WireError::TooLarge { .. })));
+        assert!(matches!(
+            receiver.next_message::<Request>(),
+            Err(WireError::TooLarge { .. })
+        ));
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::time::{ClockId, clock_gettime};
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
@@ -211,10 +211,11 @@ impl Vsock {
             if bytes.is_empty() {
                 break;
             }
+            // Before the write: whoever reads the byte may ask for its time at once.
+            stamp_first_byte(&self.clock.first_byte_ns);
             match stream.write(bytes) {
                 Ok(count) if count > 0 => {
                     self.channel.host_took(count);
-                    self.stamp_first_byte();
                     moved = true;
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
@@ -226,16 +227,6 @@ impl Vsock {
             }
         }
         moved
-    }
-
-    fn stamp_first_byte(&self) {
-        if self.clock.first_byte_ns.load(Ordering::Relaxed) == 0 {
-            let now = clock_gettime(ClockId::Monotonic);
-            let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
-            let nanos = u64::try_from(now.tv_nsec).unwrap_or(0);
-            let now_ns = seconds.saturating_mul(1_000_000_000).saturating_add(nanos);
-            self.clock.first_byte_ns.store(now_ns, Ordering::Release);
-        }
     }
 
     /// Host socket to channel, while the channel has room and someone in the guest listens.
@@ -320,5 +311,15 @@ impl Vsock {
             clock: _,
         } = self;
         channel.save()
+    }
+}
+
+fn stamp_first_byte(first_byte_ns: &AtomicU64) {
+    if first_byte_ns.load(Ordering::Relaxed) == 0 {
+        let now = clock_gettime(ClockId::Monotonic);
+        let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
+        let nanos = u64::try_from(now.tv_nsec).unwrap_or(0);
+        let now_ns = seconds.saturating_mul(1_000_000_000).saturating_add(nanos);
+        first_byte_ns.store(now_ns, Ordering::Release);
     }
 }
