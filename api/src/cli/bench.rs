@@ -4,7 +4,6 @@
 //! sent when a sandbox is ready, so that the figures are those of the request path; what was done ahead is its own row.
 
 use std::collections::BTreeMap;
-use std::ffi::OsString;
 use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
@@ -25,7 +24,7 @@ use super::installation::Installation;
 use super::output::{self, Format};
 use super::progress::Steps;
 use super::up::{prepare_images, stop_signal, wait_healthy};
-use super::venue::{InLab, LabChoice, Venue, WhenLost};
+use super::venue::{InLab, LabChoice, Venue};
 use super::{Global, package};
 
 const HELLO: &str = include_str!("../../../examples/hello/app.py");
@@ -72,17 +71,7 @@ pub fn run(global: &Global, args: &BenchArgs) -> anyhow::Result<ExitCode> {
         eprintln!("thaw: sandboxes in {}", venue.describe());
         prepare_images(&home, &installation, &mut steps)?;
         if let Venue::Lab(_) = venue {
-            let mut command: Vec<OsString> = vec![installation.thaw.clone().into()];
-            command.extend(std::env::args_os().skip(1));
-            command.extend(["--home".into(), home.clone().into(), "--in-lab".into()]);
-            return InLab {
-                home: &home,
-                command,
-                writable: Vec::new(),
-                ports: Vec::new(),
-                when_lost: WhenLost::Fail,
-            }
-            .run(&mut steps);
+            return InLab::this_command(&home, &installation).run(&mut steps);
         }
     }
     let folder = tempfile::tempdir_in(&home).context("cannot make a folder for the bench")?;

@@ -1,6 +1,5 @@
 //! `thaw snapshot …`: snapshots as files. All but `build` need no KVM and no gateway.
 
-use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -19,7 +18,7 @@ use super::installation::Installation;
 use super::output::{self, Format};
 use super::progress::Steps;
 use super::up::prepare_images;
-use super::venue::{InLab, LabChoice, Venue, WhenLost};
+use super::venue::{InLab, LabChoice, Venue};
 use super::{Global, package};
 
 #[derive(Subcommand)]
@@ -104,17 +103,7 @@ fn build(global: &Global, home: &Path, args: &BuildArgs) -> anyhow::Result<ExitC
         fs::write(folder.join("code.zip"), package::zip_of(&args.code)?)
             .context("cannot store the code")?;
         if let Venue::Lab(_) = Venue::choose(args.lab) {
-            let mut command: Vec<OsString> = vec![installation.thaw.clone().into()];
-            command.extend(std::env::args_os().skip(1));
-            command.extend(["--home".into(), home.into(), "--in-lab".into()]);
-            return InLab {
-                home,
-                command,
-                writable: Vec::new(),
-                ports: Vec::new(),
-                when_lost: WhenLost::Fail,
-            }
-            .run(&mut steps);
+            return InLab::this_command(home, &installation).run(&mut steps);
         }
     }
     let path = super::wait(freeze(home, &installation, args, steps))?;

@@ -71,7 +71,7 @@ pub fn run(global: &Global, args: &UpArgs) -> anyhow::Result<ExitCode> {
         Venue::Lab(_) => {
             let _lock = lock(&home)?; // locks do not reach across the lab's border, so both sides hold one
             ensure_port_free(args.listen)?;
-            let command = in_lab_command(&home, &installation, args);
+            let command = in_lab_command(&installation, args);
             InLab {
                 home: &home,
                 command,
@@ -84,13 +84,8 @@ pub fn run(global: &Global, args: &UpArgs) -> anyhow::Result<ExitCode> {
     }
 }
 
-fn in_lab_command(home: &Path, installation: &Installation, args: &UpArgs) -> Vec<OsString> {
-    let mut command: Vec<OsString> = vec![
-        installation.thaw.clone().into(),
-        "--home".into(),
-        home.into(),
-        "up".into(),
-    ];
+fn in_lab_command(installation: &Installation, args: &UpArgs) -> Vec<OsString> {
+    let mut command: Vec<OsString> = vec![installation.thaw.clone().into(), "up".into()];
     command.extend([
         "--in-lab".into(),
         "--listen".into(),

@@ -9,6 +9,7 @@ use clap::ValueEnum;
 use thaw_lab::host::{self, KvmVerdict};
 use thaw_lab::{Lab, LabRun, PortForward, RunError, Stream};
 
+use super::installation::Installation;
 use super::progress::Steps;
 
 /// Memory of the lab, MiB: half of this machine's within these bounds. It is taken as it is used; where the lab's kernel has
@@ -86,7 +87,21 @@ pub struct InLab<'a> {
     pub when_lost: WhenLost,
 }
 
-impl InLab<'_> {
+impl<'a> InLab<'a> {
+    /// The command line of this very process, told by `--in-lab` where it runs.
+    pub fn this_command(home: &'a Path, installation: &Installation) -> Self {
+        let mut command: Vec<OsString> = vec![installation.thaw.clone().into()];
+        command.extend(std::env::args_os().skip(1));
+        command.push("--in-lab".into());
+        Self {
+            home,
+            command,
+            writable: Vec::new(),
+            ports: Vec::new(),
+            when_lost: WhenLost::Fail,
+        }
+    }
+
     /// Builds the lab if need be, runs the command in it with our streams and signals, and returns its exit code.
     ///
     /// # Errors
@@ -132,6 +147,8 @@ impl InLab<'_> {
             lab: port,
         };
         run.forwards = self.ports.iter().map(forward).collect();
+        run.env.retain(|(name, _)| name != "THAW_HOME");
+        run.env.push(("THAW_HOME".into(), self.home.into()));
         run.memory_mib = memory_mib;
         run.cpu_count = LAB_CPU_COUNT;
         run.stdin = Stream::Inherit;
