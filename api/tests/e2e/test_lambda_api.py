@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from botocore.exceptions import ClientError
@@ -26,11 +27,16 @@ def test_a_function_is_described_as_lambda_describes_it(client, hello):
     assert by_arn["CodeSha256"] == configuration["CodeSha256"]
 
 
-def test_functions_are_listed_page_by_page(client, deploy, hello):
-    deploy("second", zip_of(app="def handler(e, c): return 2"))
+def test_functions_are_listed_page_by_page_and_a_deleted_one_is_gone(client, deploy, hello):
+    name = deploy("short-lived", zip_of(app="def handler(e, c): return 2"))
     pages = client.get_paginator("list_functions").paginate(PaginationConfig={"PageSize": 1})
     names = [function["FunctionName"] for page in pages for function in page["Functions"]]
-    assert {"hello", "second"} <= set(names) and len(names) == len(set(names))
+    assert {hello, name} <= set(names) and len(names) == len(set(names))
+    client.delete_function(FunctionName=name)
+    with pytest.raises(client.exceptions.ResourceNotFoundException):
+        client.get_function(FunctionName=name)
+    with pytest.raises(client.exceptions.ResourceNotFoundException):
+        client.delete_function(FunctionName=name)
 
 
 def test_an_invocation_answers_with_payload_version_and_log_tail(hello, invoke):
@@ -44,45 +50,40 @@ def test_an_invocation_answers_with_payload_version_and_log_tail(hello, invoke):
     assert f"END RequestId: {request}" in lines and lines[-1].startswith(f"REPORT RequestId: {request}")
 
 
-def test_every_invocation_gets_a_pristine_machine(deploy, invoke):
-    name = deploy(
-        "pristine",
-        zip_of(app="""
-import os, pathlib
+PROBE = """
+import os, time, pathlib
 seen = []
 def handler(event, context):
     mark = pathlib.Path("/tmp/mark")
     found = [mark.exists(), list(seen)]
     mark.write_text("here")
     seen.append(context.aws_request_id)
-    return found
-"""),
-    )
-    assert [invoke(name)[0] for _ in range(4)] == [[False, []]] * 4
-
-
-def test_the_environment_is_lambdas(deploy, invoke):
-    name = deploy(
-        "surroundings",
-        zip_of(app="""
-import os, time, pathlib
-def handler(event, context):
-    return {"env": dict(os.environ), "uid": os.getuid(), "cwd": os.getcwd(), "time": time.time(),
+    return {"found": found, "host": os.uname().nodename, "random": os.urandom(16).hex(),
+            "env": dict(os.environ), "uid": os.getuid(), "cwd": os.getcwd(), "time": time.time(),
             "remaining": context.get_remaining_time_in_millis(), "memory": context.memory_limit_in_mb, "arn": context.invoked_function_arn}
-"""),
-        MemorySize=192,
-        Environment={"Variables": {"MINE": "yes"}},
-    )
-    import time
+"""
 
-    body, _ = invoke(name)
+
+@pytest.fixture(scope="module")
+def probe(deploy):
+    return deploy("probe", zip_of(app=PROBE), MemorySize=192, Environment={"Variables": {"MINE": "yes"}})
+
+
+def test_every_invocation_gets_a_pristine_machine(probe, invoke):
+    answers = [invoke(probe)[0] for _ in range(4)]
+    assert [answer["found"] for answer in answers] == [[False, []]] * 4
+    assert len({answer["host"] for answer in answers}) == len({answer["random"] for answer in answers}) == 4
+
+
+def test_the_environment_is_lambdas(probe, invoke):
+    body, _ = invoke(probe)
     env = body["env"]
-    assert env["MINE"] == "yes" and env["_HANDLER"] == "app.handler" and env["AWS_LAMBDA_FUNCTION_NAME"] == name
+    assert env["MINE"] == "yes" and env["_HANDLER"] == "app.handler" and env["AWS_LAMBDA_FUNCTION_NAME"] == probe
     assert env["AWS_EXECUTION_ENV"] == "AWS_Lambda_python3.11" and env["TZ"] == ":UTC"
     assert body["uid"] != 0 and body["cwd"] == "/var/task" and str(body["memory"]) == "192"
     assert abs(body["time"] - time.time()) < 60, "the guest's wall clock is wrong after the restore"
     assert 0 < body["remaining"] <= 30_000
-    assert body["arn"].endswith(":function:surroundings")
+    assert body["arn"].endswith(":function:probe")
 
 
 def test_dry_run_does_not_run(client, hello):
@@ -115,28 +116,23 @@ def test_a_taken_name_is_a_conflict(client, hello):
         )
 
 
-def test_a_request_over_6_mb_is_refused_and_one_below_it_passes(client, deploy, invoke, hello):
+@pytest.fixture(scope="module")
+def sizes(deploy):
+    code = "def handler(event, context): return 'x' * event if isinstance(event, int) else len(event['filler'])"
+    return deploy("sizes", zip_of(app=code))
+
+
+def test_a_request_over_6_mb_is_refused_and_one_below_it_passes(sizes, invoke):
     with pytest.raises(ClientError) as error:
-        invoke(hello, {"filler": "x" * (6 * 1024 * 1024)})
+        invoke(sizes, {"filler": "x" * (6 * 1024 * 1024)})
     assert code_of(error) == ("RequestTooLargeException", 413)
-    name = deploy("measure", zip_of(app="def handler(event, context): return len(event['filler'])"))
-    assert invoke(name, {"filler": "x" * 5_000_000})[0] == 5_000_000
+    assert invoke(sizes, {"filler": "x" * 5_000_000})[0] == 5_000_000
 
 
-def test_a_response_over_the_limit_is_the_functions_error(deploy, invoke):
-    name = deploy("huge", zip_of(app="def handler(event, context): return 'x' * event"))
-    body, answer = invoke(name, 6_500_000)
+def test_a_response_over_the_limit_is_the_functions_error(sizes, invoke):
+    body, answer = invoke(sizes, 6_500_000)
     assert answer["FunctionError"] == "Unhandled" and body["errorType"] == "Function.ResponseSizeTooLarge"
-    assert len(invoke(name, 6_000_000)[0]) == 6_000_000
-
-
-def test_a_deleted_function_is_gone(client, deploy):
-    name = deploy("short-lived", zip_of(app="def handler(e, c): return 1"))
-    client.delete_function(FunctionName=name)
-    with pytest.raises(client.exceptions.ResourceNotFoundException):
-        client.get_function(FunctionName=name)
-    with pytest.raises(client.exceptions.ResourceNotFoundException):
-        client.delete_function(FunctionName=name)
+    assert len(invoke(sizes, 6_000_000)[0]) == 6_000_000
 
 
 def test_an_operation_that_is_not_served_says_so_in_lambdas_shape(client, hello):
