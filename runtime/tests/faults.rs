@@ -468,13 +468,8 @@ async fn a_failed_freeze_says_why_and_leaves_no_file() {
             |error| matches!(error, FreezeError::TimedOut { log, .. } if log == b"starting\n"),
         ),
         ("panics-in-boot", |error| {
-            matches!(
-                error,
-                FreezeError::GuestDied {
-                    reason: ExitReason::Panic,
-                    ..
-                }
-            )
+            matches!(error, FreezeError::Host(HostError::Refused { source, .. })
+                if source.message.contains("died 3 times") && source.message.contains("Kernel panic"))
         }),
     ];
     for (script, is_expected) in cases {

@@ -26,6 +26,8 @@ use crate::{HostError, RuntimeConfig};
 const INIT_MARGIN: Duration = Duration::from_secs(5);
 /// How long a monitor may take to tell why the agent's channel closed.
 const ORPHAN_LIMIT: Duration = Duration::from_secs(5);
+/// How often a guest that dies before its agent is up is booted again.
+const BOOT_ATTEMPTS_MAX: u32 = 3;
 /// `ENOSPC` and `EDQUOT` as the standard library prints them: the monitor tells its causes as text.
 const NO_SPACE: [&str; 2] = ["(os error 28)", "(os error 122)"];
 
@@ -39,16 +41,54 @@ pub(crate) async fn freeze(
     request: FreezeRequest,
     progress: Progress<'_>,
 ) -> Result<Frozen, FreezeError> {
-    let files = BootFiles::open(&request).await?;
-    let (monitor, channel) = spawner.spawn().await?;
-    let mut freeze = Freeze {
-        vm: Vm::new(monitor, channel),
-        log: Tail::new(INIT_LOG_BYTES_MAX),
-        config,
-    };
-    let result = freeze.run(request, &files, progress).await;
-    freeze.vm.monitor.end().await;
-    result
+    let mut attempt = 1;
+    loop {
+        let files = BootFiles::open(&request).await?;
+        let (monitor, channel) = spawner.spawn().await?;
+        let mut freeze = Freeze {
+            vm: Vm::new(monitor, channel),
+            log: Tail::new(INIT_LOG_BYTES_MAX),
+            agent_is_up: false,
+            config,
+        };
+        let result = freeze.run(request.clone(), &files, progress).await;
+        freeze.vm.monitor.end().await;
+        let (reason, detail, console) = match result {
+            Err(FreezeError::GuestDied {
+                reason,
+                detail,
+                console,
+            }) if !freeze.agent_is_up => (reason, detail, console),
+            result => return result,
+        };
+        // Nothing of the function has run yet: this is the kernel, or what it runs on.
+        tracing::warn!(
+            attempt,
+            ?reason,
+            detail,
+            console,
+            "guest died while it booted"
+        );
+        if attempt == BOOT_ATTEMPTS_MAX {
+            return Err(died_booting(&console));
+        }
+        attempt += 1;
+    }
+}
+
+fn died_booting(console: &str) -> FreezeError {
+    let last = console.lines().rfind(|line| !line.trim().is_empty());
+    let message = format!(
+        "it died {BOOT_ATTEMPTS_MAX} times before its agent was up; its console ends with: {}",
+        last.unwrap_or("nothing")
+    );
+    FreezeError::Host(HostError::Refused {
+        request: "boot the guest",
+        source: Failure {
+            message,
+            fault: Fault::Host,
+        },
+    })
 }
 
 /// What a VM boots from.
@@ -87,6 +127,7 @@ pub(crate) async fn open(path: &Path) -> Result<File, HostError> {
 struct Freeze<'a> {
     vm: Vm,
     log: Tail,
+    agent_is_up: bool,
     config: &'a RuntimeConfig,
 }
 
@@ -103,6 +144,7 @@ impl Freeze<'_> {
         let agent_version = self
             .hello(request.boot_limit, after(request.boot_limit))
             .await?;
+        self.agent_is_up = true;
         let up = Instant::now();
         progress(FreezeStep::AgentUp {
             agent_version: agent_version.clone(),
