@@ -81,6 +81,13 @@ def test_a_handler_that_never_yields(hasty, invoke):
     check(hasty, invoke, "spin", "Sandbox.Timedout", "Task timed out after 2.00 seconds")
 
 
+def test_a_module_that_does_not_exist(deploy, invoke):
+    name = deploy("no-module", zip_of(app=""), handler="nowhere.handler")
+    body, answer = invoke(name, LogType="Tail")
+    assert answer["FunctionError"] == "Unhandled"
+    assert body["errorType"] == "Runtime.ImportModuleError" and "nowhere" in body["errorMessage"]
+
+
 def test_a_handler_that_does_not_exist(deploy, invoke):
     name = deploy("no-handler", zip_of(app="x = 1"), handler="app.nothing")
     body, answer = invoke(name)
