@@ -47,14 +47,14 @@ def test_deploying_a_function_that_fails_at_import_says_so(gateway, tmp_path):
 
 def test_logs_follow_what_comes(gateway, hello, invoke):
     command = [THAW, "--endpoint", gateway.url, "logs", hello, "-f", "-n", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as follower:
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as follower:
         deadline = time.monotonic() + 60
         os.set_blocking(follower.stdout.fileno(), False)
-        seen = ""
-        while "for hello" not in seen:
+        seen = b""
+        while b"for hello" not in seen:
             assert time.monotonic() < deadline, seen
             invoke(hello)
-            seen += follower.stdout.read() or ""
+            seen += follower.stdout.read() or b""
         follower.kill()
 
 
