@@ -26,7 +26,7 @@ use crate::{HostError, RuntimeConfig};
 const INIT_MARGIN: Duration = Duration::from_secs(5);
 /// How long a monitor may take to tell why the agent's channel closed.
 const ORPHAN_LIMIT: Duration = Duration::from_secs(5);
-/// How often a guest that dies before its agent is up is booted again.
+/// How often a guest may die before its agent is up until the freeze fails.
 const BOOT_ATTEMPTS_MAX: u32 = 3;
 /// `ENOSPC` and `EDQUOT` as the standard library prints them: the monitor tells its causes as text.
 const NO_SPACE: [&str; 2] = ["(os error 28)", "(os error 122)"];
