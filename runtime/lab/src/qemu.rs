@@ -51,8 +51,9 @@ fn kernel_command_line(tsc_khz: u64) -> String {
 }
 
 /// The emulated processor. No nested paging: with it, QEMU 7.2 on two processors now and then walks a guest's page tables in the wrong
-/// memory (seen: 3 triple faults in 400 invocations by 20 clients, the tables themselves being right, and lab kernels with overwritten
-/// stacks). KVM then shadows the guests' page tables: 2.4 invocations a second under that load, where nested paging gave 2.3 to 2.8.
+/// memory, the tables themselves being right (seen: 11 errors in a little over 600 invocations by 20 clients, mostly triple faults, and
+/// lab kernels with overwritten stacks). KVM then shadows the guests' page tables: 2.4 invocations a second under that load, where
+/// nested paging gave 2.3 to 2.8.
 const PROCESSOR: &str = "max,+svm,-npt";
 
 /// The device through which the lab sees this machine's files.
