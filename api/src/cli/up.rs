@@ -2,10 +2,11 @@
 
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions, TryLockError};
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
 use clap::Args;
@@ -70,7 +71,7 @@ pub fn run(global: &Global, args: &UpArgs) -> anyhow::Result<ExitCode> {
         }
         Venue::Lab(_) => {
             let _lock = lock(&home)?; // locks do not reach across the lab's border, so both sides hold one
-            ensure_port_free(args.listen)?;
+            ensure_port_free(args.listen, PORT_PATIENCE)?;
             let command = in_lab_command(&installation, args);
             InLab {
                 home: &home,
@@ -118,11 +119,24 @@ fn lock(home: &Path) -> anyhow::Result<File> {
     }
 }
 
-/// The emulator would only say that it cannot forward.
-fn ensure_port_free(address: SocketAddr) -> anyhow::Result<()> {
-    std::net::TcpListener::bind(address)
-        .map(drop)
-        .with_context(|| format!("cannot serve on {address}: choose another with --listen"))
+const PORT_PATIENCE: Duration = Duration::from_secs(5);
+
+/// The emulator would only say that it cannot forward. A killed gateway's emulator holds the port until its memory is
+/// given back, which can take seconds, so a busy port is tried again for a while.
+fn ensure_port_free(address: SocketAddr, patience: Duration) -> anyhow::Result<()> {
+    let deadline = Instant::now() + patience;
+    loop {
+        match std::net::TcpListener::bind(address) {
+            Err(error) if error.kind() == ErrorKind::AddrInUse && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(100));
+            }
+            tried => {
+                return tried.map(drop).with_context(|| {
+                    format!("cannot serve on {address}: choose another with --listen")
+                });
+            }
+        }
+    }
 }
 
 /// Everything that guests boot from; nothing to do when it is there.
@@ -264,5 +278,26 @@ pub async fn wait_healthy(client: &Client) -> anyhow::Result<()> {
             }
             Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    #[test]
+    fn a_port_that_becomes_free_is_waited_for_and_a_busy_one_is_named() {
+        let holder = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = holder.local_addr().unwrap();
+        let refused = ensure_port_free(address, Duration::ZERO).unwrap_err();
+        assert!(refused.to_string().contains(&address.to_string()));
+        let release = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(150));
+            drop(holder);
+        });
+        ensure_port_free(address, Duration::from_secs(60)).unwrap();
+        release.join().unwrap();
     }
 }
