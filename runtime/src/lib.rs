@@ -17,6 +17,7 @@ mod service;
 mod freeze;
 mod invocation;
 mod pool;
+mod schedule;
 
 mod channel;
 mod fault;

@@ -266,5 +266,3 @@ impl Schedule {
     }
 }
 
-#[cfg(test)]
-mod tests;
