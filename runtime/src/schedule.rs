@@ -186,8 +186,8 @@ pub(crate) enum Effect {
     },
     /// This caller gets none.
     Refuse(Ticket, Refusal),
-    /// Put this sandbox back to its snapshot.
-    Rewind(VmId),
+    /// Put this sandbox of this function back to its snapshot.
+    Rewind(VmId, FunctionId),
     /// Tear this monitor down, if there is one.
     Destroy(VmId),
     /// Nothing of this function is left.
@@ -309,6 +309,12 @@ impl Schedule {
         self.functions
             .get(&id)
             .map_or_else(FunctionCounts::default, Function::counts)
+    }
+
+    /// A function's ready sandboxes, the one that is used next at the end.
+    pub(crate) fn ready(&self, id: FunctionId) -> Vec<VmId> {
+        let function = self.functions.get(&id);
+        function.map_or_else(Vec::new, |function| function.ready.iter().copied().collect())
     }
 
     /// Takes in what happened at `now`, and says what is to be done.
@@ -540,6 +546,7 @@ impl Schedule {
         );
         vm.has_run = true;
         vm.phase = Phase::Rewinding;
+        let of = vm.function.expect("what runs runs a function");
         self.place(id, vm);
         let recycle = self.rules.recycle;
         let function = self.function_of(id);
@@ -548,7 +555,9 @@ impl Schedule {
         }
         match recycle {
             Recycle::Replace => self.destroy(id),
-            Recycle::Rewind if function.should_rewind() => self.out.push(Effect::Rewind(id)),
+            Recycle::Rewind if function.should_rewind() => {
+                self.out.push(Effect::Rewind(id, of));
+            }
             Recycle::Rewind => self.destroy(id),
             Recycle::Reuse => self.make_ready(id, Start::Warm),
         }

@@ -468,9 +468,10 @@ impl World {
                 granted.push((vm, ticket));
             }
             Effect::Refuse(ticket, refusal) => self.refuse(ticket, refusal),
-            Effect::Rewind(vm) => {
+            Effect::Rewind(vm, function) => {
                 let monitor = self.monitor(vm);
-                assert_eq!(monitor.stage, Stage::Rewinding, "{vm:?} is not to rewind");
+                let is = (monitor.stage, monitor.function);
+                assert_eq!(is, (Stage::Rewinding, Some(function)), "{vm:?}");
                 let delay = dice.microseconds(100, 10_000);
                 self.after(delay, Event::RewindEnds(vm));
             }
