@@ -259,7 +259,7 @@ pub fn restore(
         guest_cid: GUEST_CID,
         agent_stream: agent,
     };
-    let devices = Devices::restore(config, bare.memory.view(), state.devices)
+    let devices = Devices::restore(config, bare.memory.view(), &state.devices)
         .map_err(RestoreError::Devices)?;
     let windows = devices.mmio_windows().map_err(RestoreError::Windows)?;
     timings.state_set_ns = Some(monotonic_ns());

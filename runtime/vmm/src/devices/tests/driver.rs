@@ -116,7 +116,7 @@ impl Guest {
         self.memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
         memory.write_slice(&bytes, GuestAddress(0)).unwrap();
         let (host, agent) = UnixStream::pair().unwrap();
-        let devices = Devices::restore(config(disks, agent), memory.clone(), state).unwrap();
+        let devices = Devices::restore(config(disks, agent), memory.clone(), &state).unwrap();
         Self {
             devices,
             memory,
@@ -286,8 +286,15 @@ impl Ring {
             .unwrap();
     }
 
-    /// Offers a chain; the head's index.
+    /// Offers a chain and notifies the device; the head's index.
     pub fn submit(&mut self, guest: &Guest, parts: &[Part<'_>]) -> u16 {
+        let head = self.offer(guest, parts);
+        guest.write(self.window, 0x50, self.index);
+        head
+    }
+
+    /// Offers a chain and tells nobody; the head's index.
+    pub fn offer(&mut self, guest: &Guest, parts: &[Part<'_>]) -> u16 {
         let chain = self.free.pop().expect("the test keeps chains free");
         let head = chain * GROUP;
         for (at, part) in parts.iter().enumerate() {
@@ -315,7 +322,6 @@ impl Ring {
             );
         }
         self.publish(&guest.memory, head);
-        guest.write(self.window, 0x50, self.index);
         head
     }
 
