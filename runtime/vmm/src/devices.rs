@@ -30,9 +30,9 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::memory::GuestMemoryMmap;
 use block::Block;
 use fault::Faults;
 use rng::Rng;

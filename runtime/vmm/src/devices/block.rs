@@ -9,13 +9,13 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk as abi;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
-use vm_memory::GuestMemoryMmap;
 
 use super::config::{DeviceBuildError, DiskAccess, DiskConfig};
 use super::fault::GuestFault;
 use super::registers::{FEATURE_EVENT_IDX, FEATURE_INDIRECT, FEATURE_VERSION_1, Identity};
 use super::slot::Turn;
 use super::virtqueue::{Chain, VirtQueue};
+use crate::memory::GuestMemoryMmap;
 use store::Store;
 
 /// Unit of the protocol's addresses and lengths (5.2.4).

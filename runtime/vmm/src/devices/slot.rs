@@ -7,7 +7,6 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INTERRUPT_STATUS};
-use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::block::Block;
@@ -20,6 +19,7 @@ use super::state::{DeviceStateV1, RngStateV1, SlotStateV1};
 use super::virtqueue::{VirtQueue, VirtQueueStateV1};
 use super::vsock::{self, Channel, Vsock};
 use super::{DeviceBuildError, DeviceRestoreError, DiskConfig, SlotError};
+use crate::memory::GuestMemoryMmap;
 
 /// When a device wants to be served again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

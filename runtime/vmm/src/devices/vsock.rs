@@ -15,7 +15,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::time::{ClockId, clock_gettime};
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
-use vm_memory::GuestMemoryMmap;
 
 use super::AgentClock;
 use super::config::DeviceBuildError;
@@ -23,6 +22,7 @@ use super::fault::{DeviceFault, Faults, GuestFault};
 use super::registers::{FEATURE_EVENT_IDX, FEATURE_INDIRECT, FEATURE_VERSION_1, Identity};
 use super::slot::Turn;
 use super::virtqueue::{Chain, VirtQueue};
+use crate::memory::GuestMemoryMmap;
 use channel::Happening;
 use packet::{HEADER_BYTES, Header, PAYLOAD_BYTES_MAX};
 

@@ -11,10 +11,11 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use vm_memory::{GuestMemoryError, GuestMemoryMmap, VolatileSlice};
+use vm_memory::GuestMemoryError;
 
 use super::guest_io;
 use crate::devices::virtqueue::Buffers;
+use crate::memory::{GuestMemoryMmap, GuestSlice};
 
 /// Granularity of copy-on-write.
 pub(super) const BLOCK_BYTES: u64 = 4096;
@@ -191,7 +192,7 @@ impl Store {
             let skip = usize::try_from(run.range.start - offset).map_err(io::Error::other)?;
             let length =
                 usize::try_from(run.range.end - run.range.start).map_err(io::Error::other)?;
-            let read = |slice: VolatileSlice<'_>, distance| -> Result<(), Failure> {
+            let read = |slice: GuestSlice<'_>, distance| -> Result<(), Failure> {
                 guest_io::read_exact_at(run.file, slice, run.file_offset + distance)?;
                 Ok(())
             };
@@ -231,7 +232,7 @@ impl Store {
             .delta
             .as_mut()
             .ok_or(io::ErrorKind::ReadOnlyFilesystem)?;
-        let write = |slice: VolatileSlice<'_>, distance| -> Result<(), Failure> {
+        let write = |slice: GuestSlice<'_>, distance| -> Result<(), Failure> {
             guest_io::write_all_at(&delta.file, slice, offset + distance)?;
             Ok(())
         };

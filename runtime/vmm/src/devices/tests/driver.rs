@@ -5,12 +5,13 @@ use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::devices::state::DevicesStateV1;
 use crate::devices::{
     Devices, DevicesConfig, DiskAccess, DiskConfig, MMIO_BASE, MMIO_WINDOW_BYTES,
 };
+use crate::memory::GuestMemoryMmap;
 
 pub const MEMORY_BYTES: usize = 4 << 20;
 pub const GUEST_CID: u64 = 3;
