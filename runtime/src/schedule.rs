@@ -292,6 +292,7 @@ impl Schedule {
     }
 
     /// Closed, and no monitor is left.
+    #[cfg(test)]
     pub(crate) fn is_drained(&self) -> bool {
         !self.open && self.ledger.is_empty()
     }

@@ -93,6 +93,7 @@ impl Ledger {
         }
     }
 
+    #[cfg(test)]
     pub(super) fn is_empty(&self) -> bool {
         self.vms.is_empty()
     }
