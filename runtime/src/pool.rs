@@ -260,7 +260,9 @@ async fn verified(path: PathBuf) -> Result<(std::fs::File, Shape), OpenPoolError
         };
         let snapshot = Snapshot::open(&path).map_err(|error| unusable(error.into()))?;
         snapshot.verify().map_err(|error| unusable(error.into()))?;
-        let metadata = snapshot.metadata().map_err(|error| unusable(error.into()))?;
+        let metadata = snapshot
+            .metadata()
+            .map_err(|error| unusable(error.into()))?;
         let shape = Shape {
             vcpus: metadata.vcpu_count,
             memory_mib: metadata.memory_mib,

@@ -315,7 +315,9 @@ impl Schedule {
     /// A function's ready sandboxes, the one that is used next at the end.
     pub(crate) fn ready(&self, id: FunctionId) -> Vec<VmId> {
         let function = self.functions.get(&id);
-        function.map_or_else(Vec::new, |function| function.ready.iter().copied().collect())
+        function.map_or_else(Vec::new, |function| {
+            function.ready.iter().copied().collect()
+        })
     }
 
     /// Takes in what happened at `now`, and says what is to be done.
@@ -625,8 +627,6 @@ impl Schedule {
         self.ledger.place(id, vm);
     }
 }
-
-
 
 #[cfg(test)]
 mod simulation;

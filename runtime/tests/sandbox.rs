@@ -14,8 +14,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use thaw_runtime::{
     Configure, End, FreezeError, FreezeRequest, FreezeStep, Invocation, InvocationTimings,
-    InvokeError, Measure, Outcome, Pool, PoolSpec, Runtime, RuntimeConfig, RuntimeExitCause,
-    Start,
+    InvokeError, Measure, Outcome, Pool, PoolSpec, Runtime, RuntimeConfig, RuntimeExitCause, Start,
 };
 use thaw_snapshot::Metadata;
 use tokio::sync::{Mutex, MutexGuard, OnceCell};
@@ -277,7 +276,12 @@ async fn a_rewound_vm_is_pristine_and_unique() {
     for round in 0..6 {
         assert_eq!(answer(&pool, json!({"do": "write"})).await, json!(["mark"]));
         let outcome = invoke(&pool, json!({"do": "identify"})).await;
-        eprintln!("{:?} {:?} {:?}", outcome.start, outcome.duration, pool.stats());
+        eprintln!(
+            "{:?} {:?} {:?}",
+            outcome.start,
+            outcome.duration,
+            pool.stats()
+        );
         assert_eq!(outcome.start, Start::Rewound, "round {round}");
         let End::Response { payload, .. } = &outcome.end else {
             panic!("{outcome:?}");

@@ -104,7 +104,8 @@ impl Desk {
                 }
                 Effect::Rewind(id, function) => {
                     let sandbox = self.held.remove(&id);
-                    let sandbox = sandbox.expect("a used sandbox is handed back before it is rewound");
+                    let sandbox =
+                        sandbox.expect("a used sandbox is handed back before it is rewound");
                     Deed::Rewind(id, sandbox, self.member(function))
                 }
                 Effect::Destroy(id) => Deed::Destroy(id, self.held.remove(&id)),

@@ -109,7 +109,10 @@ impl Lease {
         match result {
             Ok(mut outcome) => {
                 outcome.start = *start;
-                if matches!(outcome.end, End::Response { .. } | End::FunctionError { .. }) {
+                if matches!(
+                    outcome.end,
+                    End::Response { .. } | End::FunctionError { .. }
+                ) {
                     self.fate = Fate::Used(Verdict::Clean);
                 }
                 Ok(outcome)

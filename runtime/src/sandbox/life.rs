@@ -103,7 +103,8 @@ impl Life {
         if self.state == State::Ended {
             return Step::Continue;
         }
-        if let Input::Vm(VmEvent::Agent(_) | VmEvent::Exited(_) | VmEvent::Reply(Reply::Done)) = input
+        if let Input::Vm(VmEvent::Agent(_) | VmEvent::Exited(_) | VmEvent::Reply(Reply::Done)) =
+            input
         {
             self.has_begun = true;
         }

@@ -180,7 +180,7 @@ pub(super) struct Demand {
 }
 
 impl Demand {
-    fn new(keep_alive: Duration) -> Self {
+    pub(super) fn new(keep_alive: Duration) -> Self {
         Self {
             keep_alive,
             now: 0,

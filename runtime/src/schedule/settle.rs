@@ -318,10 +318,12 @@ impl Schedule {
         let Some((at, _)) = self.timers.first() else {
             return;
         };
-        if self.armed.is_none_or(|armed: Time| *at < armed || armed <= self.now) {
+        if self
+            .armed
+            .is_none_or(|armed: Time| *at < armed || armed <= self.now)
+        {
             self.armed = Some(*at);
             self.out.push(Effect::WakeAt(*at));
         }
     }
 }
-

@@ -7,7 +7,9 @@
 mod dice;
 mod world;
 
+use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -68,9 +70,13 @@ fn shape(dice: &mut Dice) -> Shape {
 }
 
 /// One schedule, from its first caller to the end of its last monitor.
-fn play(seed: u64, is_told: bool) {
+fn play(seed: u64, is_told: bool) -> BTreeSet<String> {
     let mut dice = Dice::new(seed);
-    let mut world = World::new(rules(&mut dice), Faults::roll(&mut dice), is_told);
+    let mut world = World::new(
+        rules(&mut dice),
+        Faults::roll(&mut dice),
+        [is_told, seed.is_multiple_of(16)],
+    );
     for _ in 0..dice.range(1, 4) {
         let limits = super::Limits {
             shape: shape(&mut dice),
@@ -93,14 +99,52 @@ fn play(seed: u64, is_told: bool) {
         world.close(&mut dice);
     }
     world.check_ended();
+    world.seen()
 }
+
+/// Inputs, effects, starts and refusals that the schedules must have gone through, lest the simulation be an empty one.
+const EVERYTHING: [&str; 31] = [
+    "Add",
+    "Ask",
+    "Claim",
+    "ClaimFailed",
+    "Claimed",
+    "ClaimsFail",
+    "Close",
+    "Closed",
+    "Cold",
+    "DeadlinePassed",
+    "Destroy",
+    "Finished",
+    "GaveBack",
+    "Gone",
+    "Grant",
+    "Leave",
+    "Lost",
+    "MachineFull",
+    "Prepare",
+    "PrepareFailed",
+    "Prepared",
+    "QueueFull",
+    "Reaped",
+    "Refuse",
+    "Remove",
+    "RewindFailed",
+    "Rewind",
+    "Rewound",
+    "TooBig",
+    "WakeAt",
+    "Woke",
+];
 
 #[test]
 fn simulated_schedules_keep_every_promise() {
     if let Ok(seed) = std::env::var("THAW_SEED") {
-        return play(seed.parse().expect("THAW_SEED is a number"), true);
+        play(seed.parse().expect("THAW_SEED is a number"), true);
+        return;
     }
     let next = AtomicU64::new(0);
+    let seen = Mutex::new(BTreeSet::new());
     let threads = std::thread::available_parallelism().map_or(2, usize::from);
     std::thread::scope(|scope| {
         for _ in 0..threads {
@@ -110,15 +154,24 @@ fn simulated_schedules_keep_every_promise() {
                     if seed >= SEEDS {
                         return;
                     }
-                    if catch_unwind(AssertUnwindSafe(|| play(seed, false))).is_err() {
-                        next.store(SEEDS, Ordering::Relaxed);
-                        panic!(
-                            "schedule {seed} broke a promise; replay: \
-                             THAW_SEED={seed} cargo test -p thaw-runtime simulated -- --nocapture"
-                        );
+                    match catch_unwind(AssertUnwindSafe(|| play(seed, false))) {
+                        Ok(more) => seen.lock().expect("nobody fails with it").extend(more),
+                        Err(_) => {
+                            next.store(SEEDS, Ordering::Relaxed);
+                            panic!(
+                                "schedule {seed} broke a promise; replay: THAW_SEED={seed} \
+                                 cargo test -p thaw-runtime simulated -- --nocapture"
+                            );
+                        }
                     }
                 }
             });
         }
     });
+    let seen = seen.into_inner().expect("nobody failed with it");
+    let missed: Vec<_> = EVERYTHING
+        .iter()
+        .filter(|what| !seen.contains(**what))
+        .collect();
+    assert!(missed.is_empty(), "never happened: {missed:?}");
 }

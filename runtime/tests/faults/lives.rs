@@ -73,7 +73,12 @@ async fn shells_that_cannot_be_made_are_done_without() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_vm_that_cannot_be_rewound_is_replaced() {
-    for script in ["refuses-rewind", "dies-in-rewind", "hangs-in-rewind", "answers-and-powers-off"] {
+    for script in [
+        "refuses-rewind",
+        "dies-in-rewind",
+        "hangs-in-rewind",
+        "answers-and-powers-off",
+    ] {
         let limit = |config: &mut thaw_runtime::RuntimeConfig| {
             config.reply_limit = Duration::from_millis(200);
         };
@@ -84,7 +89,10 @@ async fn a_vm_that_cannot_be_rewound_is_replaced() {
         }
         until(|| pool.stats().rewinding == 0).await;
         let stats = pool.stats();
-        assert!(stats.rewind_failures > 0 && stats.rewound == 0, "{script}: {stats:?}");
+        assert!(
+            stats.rewind_failures > 0 && stats.rewound == 0,
+            "{script}: {stats:?}"
+        );
         stage.strike().await;
     }
 }
@@ -101,7 +109,11 @@ async fn a_claim_that_is_refused_before_the_guest_runs_is_tried_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn claims_for_requests_that_go_on_failing_are_told_with_the_monitors_reason() {
     for (script, reason, failures) in [
-        ("refuses-restore", "monitor failed to restore; host lacks avx512", 2),
+        (
+            "refuses-restore",
+            "monitor failed to restore; host lacks avx512",
+            2,
+        ),
         ("dies-in-restore", "monitor died: cannot open /dev/kvm", 1),
         ("hangs-in-restore", "monitor did not restore within 2s", 1),
     ] {
@@ -131,7 +143,9 @@ async fn only_a_measurement_may_use_a_vm_again_as_it_is() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_function_that_nobody_calls_any_more_scales_to_zero() {
-    let stage = Stage::with("well", |config| config.keep_alive = Duration::from_millis(50));
+    let stage = Stage::with("well", |config| {
+        config.keep_alive = Duration::from_millis(50)
+    });
     let pool = stage.lazy_pool().await;
     start(&pool).await;
     until(|| pool.stats().ready == 1).await;

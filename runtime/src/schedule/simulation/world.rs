@@ -1,6 +1,6 @@
 //! Callers and monitors around a schedule, with an account of their own.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use super::Faults;
@@ -95,10 +95,14 @@ pub(super) struct World {
     wake: Option<(Time, u64)>,
     last_prepare: Option<Time>,
     is_closed: bool,
+    /// Naming what happens is slow, so not every world does.
+    is_watched: bool,
+    /// What of everything that can happen did.
+    seen: BTreeSet<String>,
 }
 
 impl World {
-    pub(super) fn new(rules: Rules, faults: Faults, is_told: bool) -> Self {
+    pub(super) fn new(rules: Rules, faults: Faults, [is_told, is_watched]: [bool; 2]) -> Self {
         if is_told {
             eprintln!("{rules:?}\n{faults:?}");
         }
@@ -121,7 +125,22 @@ impl World {
             wake: None,
             last_prepare: None,
             is_closed: false,
+            is_watched,
+            seen: BTreeSet::new(),
         }
+    }
+
+    pub(super) fn seen(self) -> BTreeSet<String> {
+        self.seen
+    }
+
+    fn see(&mut self, what: impl std::fmt::Debug) {
+        if !self.is_watched {
+            return;
+        }
+        let text = format!("{what:?}");
+        let name = text.split(['(', ' ']).next().unwrap_or_default();
+        self.seen.insert(name.to_owned());
     }
 
     pub(super) fn add_function(&mut self, dice: &mut Dice, limits: Limits) {
@@ -429,12 +448,14 @@ impl World {
     fn feed(&mut self, dice: &mut Dice, input: Input) {
         self.steps += 1;
         assert!(self.steps < STEPS_MAX, "the schedule feeds itself");
+        self.see(input);
         let effects = self.schedule.step(self.now, input);
         if self.is_told {
             eprintln!("{:?} {input:?}\n    {effects:?}", self.now);
         }
         let mut granted = Vec::new();
         for effect in effects {
+            self.see(effect);
             self.obey(dice, effect, &mut granted);
         }
         self.account();
@@ -526,6 +547,7 @@ impl World {
         let caller = *self.callers.get(&ticket).expect("granted to nobody");
         let first = self.place(caller.function).queue.pop_front();
         assert_eq!(first, Some(ticket), "granted out of turn");
+        self.see(start);
         self.check_fair(caller.function);
         let shape = self.place(caller.function).limits.shape;
         let old = self.monitors.get(&vm).copied();
@@ -571,6 +593,7 @@ impl World {
     }
 
     fn refuse(&mut self, ticket: Ticket, refusal: Refusal) {
+        self.see(refusal);
         let caller = self.callers.remove(&ticket).expect("refused twice");
         let now = self.now;
         let place = self.place(caller.function);
@@ -613,7 +636,10 @@ impl World {
                 monitor.function == Some(*id) && matches!(monitor.stage, Stage::Granted(_))
             });
             let limits = &place.limits;
-            assert!(runs.count() <= limits.concurrency_max, "{id:?} runs too much");
+            assert!(
+                runs.count() <= limits.concurrency_max,
+                "{id:?} runs too much"
+            );
             // Those whose claim failed stand in front, beyond the bound: they had a place before.
             let again = |t: &&Ticket| self.callers.get(t).is_some_and(|c| c.attempts > 1);
             let waits = place.queue.len() - place.queue.iter().filter(again).count();
@@ -624,16 +650,23 @@ impl World {
         if let Some(first) = waiting.map(|ticket| self.callers[ticket].deadline).min() {
             assert!(first > now, "a deadline passed in the queue unnoticed");
             let wake = self.wake.map(|(at, _)| at);
-            assert!(wake.is_some_and(|at| at <= first), "nobody wakes for a deadline");
+            assert!(
+                wake.is_some_and(|at| at <= first),
+                "nobody wakes for a deadline"
+            );
         }
     }
 
     fn monitor(&mut self, vm: VmId) -> &mut Monitor {
-        self.monitors.get_mut(&vm).expect("there is no such monitor")
+        self.monitors
+            .get_mut(&vm)
+            .expect("there is no such monitor")
     }
 
     fn place(&mut self, id: FunctionId) -> &mut Place {
-        self.functions.get_mut(&id).expect("there is no such function")
+        self.functions
+            .get_mut(&id)
+            .expect("there is no such function")
     }
 }
 
