@@ -41,6 +41,17 @@ impl Blame for AgentUsed {
     }
 }
 
+/// The working set cannot be told.
+#[derive(Debug, Error)]
+#[error("pages of this process could not be listed")]
+struct Pagemap(#[source] io::Error);
+
+impl Blame for Pagemap {
+    fn fault(&self) -> Fault {
+        Fault::Host
+    }
+}
+
 /// Not built yet.
 #[derive(Debug, Error)]
 #[error("{0:?} is not possible yet")]
@@ -195,10 +206,10 @@ impl Monitor {
             }
             Request::Status => return Ok(Reply::Status(self.status())),
             Request::Quit => {}
-            Request::WorkingSet | Request::Rewind => {
+            Request::Rewind => {
                 return Err(failure(&NotYet(Act::from(&request))));
             }
-            Request::Resume | Request::Pause | Request::Save(_) => {
+            Request::Resume | Request::Pause | Request::Save(_) | Request::WorkingSet => {
                 return self.act_on_machine(request, files, now);
             }
         }
@@ -215,6 +226,10 @@ impl Monitor {
         match request {
             Request::Resume => machine.resume(now).map_err(|error| failure(&error))?,
             Request::Pause => machine.pause().map_err(|error| failure(&error))?,
+            Request::WorkingSet => {
+                let set = machine.working_set().map_err(Pagemap);
+                return set.map(Reply::WorkingSet).map_err(|error| failure(&error));
+            }
             Request::Save(request) => {
                 return save(machine, request, files)
                     .map(Reply::Saved)
@@ -224,7 +239,6 @@ impl Monitor {
             | Request::Prepare(_)
             | Request::Restore(_)
             | Request::Rewind
-            | Request::WorkingSet
             | Request::Status
             | Request::Quit => {}
         }
