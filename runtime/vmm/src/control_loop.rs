@@ -15,6 +15,7 @@ use crate::fault::{Blame, failure};
 use crate::lifecycle::{Act, Life};
 use crate::machine::Machine;
 use crate::restore::restore;
+use crate::rewind::rewind;
 use crate::save::save;
 use crate::shell::{PrepareError, Shape, Shell, prepare};
 use crate::vcpu::monotonic_ns;
@@ -47,17 +48,6 @@ impl Blame for AgentUsed {
 struct Pagemap(#[source] io::Error);
 
 impl Blame for Pagemap {
-    fn fault(&self) -> Fault {
-        Fault::Host
-    }
-}
-
-/// Not built yet.
-#[derive(Debug, Error)]
-#[error("{0:?} is not possible yet")]
-struct NotYet(Act);
-
-impl Blame for NotYet {
     fn fault(&self) -> Fault {
         Fault::Host
     }
@@ -206,10 +196,11 @@ impl Monitor {
             }
             Request::Status => return Ok(Reply::Status(self.status())),
             Request::Quit => {}
-            Request::Rewind => {
-                return Err(failure(&NotYet(Act::from(&request))));
-            }
-            Request::Resume | Request::Pause | Request::Save(_) | Request::WorkingSet => {
+            Request::Resume
+            | Request::Pause
+            | Request::Save(_)
+            | Request::WorkingSet
+            | Request::Rewind => {
                 return self.act_on_machine(request, files, now);
             }
         }
@@ -235,10 +226,14 @@ impl Monitor {
                     .map(Reply::Saved)
                     .map_err(|error| failure(&error));
             }
+            Request::Rewind => {
+                return rewind(machine, files, now)
+                    .map(Reply::Rewound)
+                    .map_err(|error| failure(&error));
+            }
             Request::Boot(_)
             | Request::Prepare(_)
             | Request::Restore(_)
-            | Request::Rewind
             | Request::Status
             | Request::Quit => {}
         }

@@ -21,6 +21,7 @@ pub mod memory;
 pub mod prefetch;
 pub mod rehearsal;
 pub mod restore;
+pub mod rewind;
 pub mod save;
 pub mod shell;
 pub mod state;

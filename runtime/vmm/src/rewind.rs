@@ -23,7 +23,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
 use rustix::fs::{FileType, fstat};
-use thaw_snapshot::PageRun;
+use thaw_snapshot::{PageRun, Snapshot, VerifyError};
 use thaw_vmm_control::{Rewound, Timings};
 use thiserror::Error;
 
@@ -32,7 +32,7 @@ use crate::arch::x86_64::vcpu_rewind;
 use crate::arch::x86_64::vcpu_state::{self, VcpuStateError};
 use crate::devices::{DeviceRestoreError, DiskFiles};
 use crate::fault::{Blame, Fault};
-use crate::machine::{Machine, Origin, SwitchError};
+use crate::machine::{Machine, SwitchError};
 use crate::memory::{GuestMemory, MemoryError, PageSet};
 use crate::vcpu::monotonic_ns;
 
@@ -62,6 +62,9 @@ pub enum RewindError {
     /// Guest memory, or the second mapping of the snapshot.
     #[error("memory could not be put back")]
     Memory(#[source] MemoryError),
+    /// Where the snapshot's memory lies.
+    #[error("snapshot could not be read")]
+    Snapshot(#[source] VerifyError),
     /// A vCPU's state.
     #[error("state of vcpu {vcpu} could not be set")]
     Vcpu {
@@ -85,9 +88,11 @@ impl Blame for RewindError {
             Self::Descriptors | Self::NoOrigin => Fault::Caller,
             Self::TooMuch { .. } | Self::Devices(DeviceRestoreError::Ended) => Fault::Guest,
             Self::Stop(error) => error.fault(),
-            Self::Memory(_) | Self::Vcpu { .. } | Self::Interrupts(_) | Self::Devices(_) => {
-                Fault::Host
-            }
+            Self::Memory(_)
+            | Self::Snapshot(_)
+            | Self::Vcpu { .. }
+            | Self::Interrupts(_)
+            | Self::Devices(_) => Fault::Host,
         }
     }
 }
@@ -127,7 +132,12 @@ pub fn rewind(
     if pages > PAGES_MAX {
         return Err(RewindError::TooMuch { pages });
     }
-    undo(&machine.memory, &mut origin, &written).map_err(RewindError::Memory)?;
+    let pristine = match origin.pristine.take() {
+        Some(pristine) => pristine,
+        None => Pristine::map(&origin.snapshot, machine.memory.bytes())?,
+    };
+    put_back(&machine.memory, &pristine, &written);
+    origin.pristine = Some(pristine);
     timings.memory_mapped_ns = Some(monotonic_ns());
 
     let state = &origin.state;
@@ -150,30 +160,31 @@ pub fn rewind(
     Ok(Rewound { pages, disk_bytes })
 }
 
-/// Puts the `written` pages of a machine's memory back. The snapshot's memory gets a mapping of its own for that, which nobody
-/// writes, and keeps it: the next rewind finds its pages mapped.
-fn undo(memory: &GuestMemory, origin: &mut Origin, written: &PageSet) -> Result<(), MemoryError> {
-    let Origin {
-        snapshot,
-        memory: section,
-        pristine,
-        ..
-    } = origin;
-    let original = match pristine {
-        Some(original) => original,
-        None => {
-            let original = GuestMemory::reserve(memory.bytes())?;
-            original.map_private(snapshot.file(), section.offset)?;
-            pristine.insert(original)
-        }
-    };
-    put_back(memory, original, written, &section.runs);
-    Ok(())
+/// The snapshot's memory in a mapping of its own, which nobody writes. It is kept: the next rewind finds its pages mapped.
+#[derive(Debug)]
+pub struct Pristine {
+    memory: GuestMemory,
+    /// Pages that the snapshot or its base stores; all others are zero.
+    stored: Vec<PageRun>,
 }
 
-/// Gives the pages of `written` their content of the snapshot: that of `original` where it stores them, zeros elsewhere, for
-/// which the file is not touched.
-fn put_back(memory: &GuestMemory, original: &GuestMemory, written: &PageSet, stored: &[PageRun]) {
+impl Pristine {
+    fn map(snapshot: &Snapshot, bytes: u64) -> Result<Self, RewindError> {
+        let memory = GuestMemory::reserve(bytes).map_err(RewindError::Memory)?;
+        for layer in snapshot.memory_layers().map_err(RewindError::Snapshot)? {
+            memory.map_layer(&layer).map_err(RewindError::Memory)?;
+        }
+        let stored = snapshot.memory_runs().map_err(RewindError::Snapshot)?;
+        Ok(Self { memory, stored })
+    }
+}
+
+/// Gives the pages of `written` their content of the snapshot: what it stores, and zeros elsewhere, for which no file is touched.
+fn put_back(memory: &GuestMemory, pristine: &Pristine, written: &PageSet) {
+    let Pristine {
+        memory: original,
+        stored,
+    } = pristine;
     let end_of = |run: &PageRun| run.start.saturating_add(run.count);
     for pages in written.runs() {
         let mut at = pages.start;
@@ -193,6 +204,49 @@ fn put_back(memory: &GuestMemory, original: &GuestMemory, written: &PageSet, sto
                 }
             };
             at = end;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::{Bytes as _, GuestAddress};
+
+    #[test]
+    fn stored_pages_are_copied_and_holes_are_zeroed() {
+        let memory = GuestMemory::reserve(64 << 20).unwrap();
+        let pristine = Pristine {
+            memory: GuestMemory::reserve(64 << 20).unwrap(),
+            stored: vec![
+                PageRun { start: 1, count: 2 },
+                PageRun { start: 5, count: 3 },
+                PageRun {
+                    start: 60,
+                    count: 70,
+                },
+            ],
+        };
+        let is_stored = |page: u64| [1..3, 5..8, 60..130].iter().any(|run| run.contains(&page));
+        let place = |page: u64| GuestAddress(page * 4096);
+        let old = pristine.memory.view();
+        for page in (0..200).filter(|page| is_stored(*page)) {
+            old.write_slice(&[1; 4096], place(page)).unwrap();
+        }
+        let is_written = |page: u64| page % 7 != 3;
+        let set = (0..200).filter(|page| is_written(*page)).collect();
+        for page in 0..200 {
+            memory.view().write_slice(&[2; 4096], place(page)).unwrap();
+        }
+        put_back(&memory, &pristine, &set);
+        for page in 0..200 {
+            let mut bytes = [0; 4096];
+            memory.view().read_slice(&mut bytes, place(page)).unwrap();
+            let expected = match (is_written(page), is_stored(page)) {
+                (false, _) => 2,
+                (true, stored) => u8::from(stored),
+            };
+            assert_eq!(bytes, [expected; 4096], "page {page}");
         }
     }
 }
