@@ -20,15 +20,19 @@ const PAGE: u64 = 4096;
 const WALL_CLOCK: u32 = 0x4b56_4d00;
 
 /// A guest that was frozen once for all tests of its shape.
-struct Frozen {
-    snapshot: File,
-    disks: Vec<Disk>,
-    shared: File,
+pub struct Frozen {
+    /// The snapshot.
+    pub snapshot: File,
+    /// Its disks.
+    pub disks: Vec<Disk>,
+    /// The file of the one that is shared.
+    pub shared: File,
     /// Monotonic clock, wall clock and TSC just before.
     clocks: [u64; 3],
 }
 
-fn frozen(vcpu_count: u8) -> &'static Frozen {
+/// Of one or two vCPUs.
+pub fn frozen(vcpu_count: u8) -> &'static Frozen {
     static ONE: OnceLock<Frozen> = OnceLock::new();
     static TWO: OnceLock<Frozen> = OnceLock::new();
     let place = if vcpu_count == 1 { &ONE } else { &TWO };
