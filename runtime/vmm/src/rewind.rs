@@ -128,6 +128,7 @@ pub fn rewind(
         .memory
         .take_written(&machine.vm)
         .map_err(RewindError::Memory)?;
+    timings.decoded_ns = Some(monotonic_ns());
     let pages = written.count();
     if pages > PAGES_MAX {
         return Err(RewindError::TooMuch { pages });

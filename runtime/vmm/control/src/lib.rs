@@ -242,7 +242,7 @@ pub struct Timings {
     pub prepared_ns: Option<u64>,
     /// `Boot` or `Restore` arrived: the claim. In a shell, all of the above lie before.
     pub claimed_ns: Option<u64>,
-    /// The snapshot's header and state were read and decoded.
+    /// The snapshot's header and state were read and decoded. In a rewind: the VM is stopped, and what it has written is known.
     #[serde(default)]
     pub decoded_ns: Option<u64>,
     /// Guest memory is mapped.

@@ -18,6 +18,8 @@ use crate::monitor::Monitor;
 const PAGE: u64 = 4096;
 /// `MSR_KVM_WALL_CLOCK_NEW` (Documentation/virt/kvm/x86/msr.rst): the guest-physical address of 12 bytes of wall clock.
 const WALL_CLOCK: u32 = 0x4b56_4d00;
+/// Version, seconds, nanoseconds.
+const WALL_CLOCK_BYTES: u64 = 12;
 
 /// A guest that was frozen once for all tests of its shape.
 pub struct Frozen {
@@ -29,6 +31,8 @@ pub struct Frozen {
     pub shared: File,
     /// Monotonic clock, wall clock and TSC just before.
     clocks: [u64; 3],
+    /// How long it ran after that.
+    awake: Duration,
 }
 
 /// Of one or two vCPUs.
@@ -40,14 +44,18 @@ pub fn frozen(vcpu_count: u8) -> &'static Frozen {
         let (shared, overlay) = (disk_of(b'r', 1 << 20), ext4());
         let (mut monitor, disks) = prepared(vcpu_count, &shared, &overlay);
         all_cpus_tick(&mut monitor, vcpu_count.into());
+        let asked = Instant::now();
         let clocks = clocks(&mut monitor);
-        let snapshot = monitor.freeze();
+        monitor.done(&Request::Pause, &[]);
+        let awake = asked.elapsed();
+        let snapshot = monitor.save();
         monitor.quit();
         Frozen {
             snapshot,
             disks,
             shared,
             clocks,
+            awake,
         }
     })
 }
@@ -140,26 +148,29 @@ fn machine(file: &File) -> MachineStateV1 {
     state::decode(&open(file).section(SectionKind::Machine).unwrap()).unwrap()
 }
 
-/// Pages that differ between two saved memories or disks.
+/// One page of a saved memory or disk.
+fn page((file, section): (&File, &SparseSection), number: u64) -> Vec<u8> {
+    let is_stored = |run: &PageRun| (run.start..run.start + run.count).contains(&number);
+    let mut bytes = vec![0; 4096];
+    if section.runs.iter().any(is_stored) {
+        (file.read_exact_at(&mut bytes, section.offset + number * PAGE)).unwrap();
+    }
+    bytes
+}
+
+/// Offsets of the bytes that differ between two saved memories or disks.
 fn differing(one: (&File, &SparseSection), other: (&File, &SparseSection)) -> Vec<u64> {
     assert_eq!(one.1.length, other.1.length);
-    let page = |(file, section): (&File, &SparseSection), page: u64| {
-        let is_stored = |run: &PageRun| (run.start..run.start + run.count).contains(&page);
-        let mut bytes = vec![0; 4096];
-        if section.runs.iter().any(is_stored) {
-            file.read_exact_at(&mut bytes, section.offset + page * PAGE)
-                .unwrap();
-        }
-        bytes
-    };
     let runs = one.1.runs.iter().chain(&other.1.runs);
-    let mut pages: Vec<u64> = runs
-        .flat_map(|run| run.start..run.start + run.count)
-        .collect();
+    let mut pages: Vec<u64> = (runs.flat_map(|run| run.start..run.start + run.count)).collect();
     pages.sort_unstable();
     pages.dedup();
-    pages.retain(|&number| page(one, number) != page(other, number));
-    pages
+    let bytes = |number: u64| {
+        let pairs = page(one, number).into_iter().zip(page(other, number));
+        let places = (number * PAGE..).zip(pairs);
+        places.filter_map(|(place, (one, other))| (one != other).then_some(place))
+    };
+    pages.into_iter().flat_map(bytes).collect()
 }
 
 /// A machine that has never run after its restore, and one that was rewound, saved: the same, but for the wall clock that KVM
@@ -175,13 +186,14 @@ fn is_fresh(fresh: &File, rewound: &File) {
     let wall_clock = msrs
         .iter()
         .find(|msr| msr.index == WALL_CLOCK)
-        .map(|msr| msr.data / PAGE);
-    let (ours, theirs) = (sections(fresh), sections(rewound));
-    for ((one, other), name) in ours.iter().zip(&theirs).zip(["memory", "disk"]) {
-        let mut pages = differing((fresh, one), (rewound, other));
-        pages.retain(|page| name == "disk" || Some(*page) != wall_clock);
-        assert!(pages.is_empty(), "pages of {name}: {pages:?}");
-    }
+        .unwrap()
+        .data;
+    let [ours, theirs] = [fresh, rewound].map(sections);
+    let disk = differing((fresh, &ours[1]), (rewound, &theirs[1]));
+    assert!(disk.is_empty(), "disk: {disk:x?}");
+    let mut memory = differing((fresh, &ours[0]), (rewound, &theirs[0]));
+    memory.retain(|place| !(wall_clock..wall_clock + WALL_CLOCK_BYTES).contains(place));
+    assert!(memory.is_empty(), "memory: {memory:x?}");
 }
 
 fn equals_a_fresh_restore(vcpu_count: u8) {
@@ -230,7 +242,8 @@ fn lives_again(vcpu_count: u8) {
         let resumed = Instant::now();
         monitor.done(&Request::Resume, &[]);
         let answer = monitor.hear();
-        let awake = resumed.elapsed() + Duration::from_secs(1);
+        // Capturing the clocks takes a moment that the guest sees pass.
+        let awake = frozen.awake + resumed.elapsed() + Duration::from_secs(1);
         let now: Vec<u64> = answer
             .split(' ')
             .map(|word| word.parse().unwrap())
@@ -293,6 +306,43 @@ fn a_guest_that_ended_is_not_rewound() {
     monitor.exit();
     assert!(
         matches!(ask_to_rewind(&mut monitor).0, Reply::Failed(failure) if failure.fault == Fault::Guest)
+    );
+    monitor.quit();
+}
+
+/// What lies in the new channel is answered, thirty times, and what each part of the rewind before it took.
+#[test]
+fn a_rewound_guest_answers_what_lies_in_its_channel() {
+    let mut monitor = frozen(1).restore();
+    let (mut lives, mut rewinds, mut pages) = (Vec::new(), Vec::new(), Vec::new());
+    for life in 0..30 {
+        monitor.tell(&format!("count {life}"));
+        monitor.done(&Request::Resume, &[]);
+        assert_eq!(monitor.hear(), (1 + life).to_string());
+        lives.push(monitor.status().timings);
+        let asked = Instant::now();
+        let rewound = rewind(&mut monitor);
+        rewinds.push((monitor.status().timings, asked.elapsed()));
+        pages.push(rewound.pages);
+    }
+    let us = |from: Option<u64>, to: Option<u64>| (to.unwrap() - from.unwrap()) / 1000;
+    println!("\npages put back: {pages:?}");
+    println!("us: stop, memory, vcpus, chips, devices; the whole request");
+    for (t, whole) in &rewinds {
+        println!(
+            "{:>6} {:>6} {:>6} {:>6} {:>6}; {:>6}",
+            us(t.claimed_ns, t.decoded_ns),
+            us(t.decoded_ns, t.memory_mapped_ns),
+            us(t.memory_mapped_ns, t.vcpus_set_ns),
+            us(t.vcpus_set_ns, t.chips_set_ns),
+            us(t.chips_set_ns, t.state_set_ns),
+            whole.as_micros(),
+        );
+    }
+    let answered = lives.iter().map(|t| us(t.resume_ns, t.first_agent_byte_ns));
+    println!(
+        "us from resume to answer: {:?}",
+        answered.collect::<Vec<_>>()
     );
     monitor.quit();
 }
