@@ -85,7 +85,6 @@ pub enum Recycle {
     /// It is destroyed, and another takes its place.
     Replace,
     /// It is used again as it is. For measurements alone: the next invocation finds what this one left.
-    #[doc(hidden)]
     Reuse,
 }
 

@@ -55,6 +55,10 @@ enum State {
 
 /// What moves a life on.
 #[derive(Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "one at a time, on the stack, for the moment of a step"
+)]
 pub(crate) enum Input {
     /// The VM said something.
     Vm(VmEvent),
