@@ -202,7 +202,7 @@ impl Pager {
         let (source_bytes, chunk) = (source.bytes(), source.chunk_bytes());
         let page = PAGE_BYTES as u64;
         if bytes != source_bytes
-            || bytes % page != 0
+            || !bytes.is_multiple_of(page)
             || chunk == 0
             || !chunk.is_multiple_of(PAGE_BYTES)
         {

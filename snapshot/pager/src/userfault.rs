@@ -15,7 +15,8 @@ use rustix::ioctl::{Opcode, Updater, opcode};
 use rustix::mm::{MapFlags, ProtFlags, UserfaultfdFlags};
 use thiserror::Error;
 
-pub(crate) const PAGE_BYTES: usize = thaw_snapshot::PAGE_BYTES as usize;
+pub(crate) const PAGE_BYTES: usize = 4096;
+const _: () = assert!(PAGE_BYTES as u64 == thaw_snapshot::PAGE_BYTES);
 
 const API: u64 = 0xaa;
 const FEATURE_PAGEFAULT_FLAG_WP: u64 = 1;

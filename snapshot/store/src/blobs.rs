@@ -55,7 +55,7 @@ pub enum BlobError {
     },
 }
 
-/// Keeps blobs. A remote store implements the same three calls; each blocks, and may be called by several threads at once.
+/// Keeps blobs. A remote store implements these three calls; each blocks, and may be called by several threads at once.
 pub trait Blobs: Send + Sync {
     /// The bytes under `name`, at most `bytes_max`.
     ///
@@ -63,17 +63,18 @@ pub trait Blobs: Send + Sync {
     /// See [`BlobError`].
     fn get(&self, name: BlobName, bytes_max: u64) -> Result<Vec<u8>, BlobError>;
 
-    /// Keeps `bytes` under `name`, all of them or, after a crash, none. What is there already stays.
+    /// Keeps `bytes` under `name` in place of what may be there: whoever gets it has the old bytes or these. They may be lost when
+    /// the machine dies before [`Blobs::flush`].
     ///
     /// # Errors
     /// See [`BlobError`].
     fn put(&self, name: BlobName, bytes: &[u8]) -> Result<(), BlobError>;
 
-    /// Whether there is something under `name`.
+    /// Returns when all that was put before is durable.
     ///
     /// # Errors
-    /// See [`BlobError`].
-    fn has(&self, name: BlobName) -> Result<bool, BlobError>;
+    /// The store's own; then nothing is known of what was put.
+    fn flush(&self) -> io::Result<()>;
 }
 
 /// Blobs as files below a folder of this machine.
@@ -117,9 +118,6 @@ impl Blobs for LocalFolder {
     }
 
     fn put(&self, name: BlobName, bytes: &[u8]) -> Result<(), BlobError> {
-        if self.has(name)? {
-            return Ok(());
-        }
         let failed = |source| BlobError::Io {
             name,
             act: "stored",
@@ -130,16 +128,14 @@ impl Blobs for LocalFolder {
         fs::create_dir_all(folder).map_err(failed)?;
         let pending = PendingFile::create(&path).map_err(failed)?;
         pending.file().write_all(bytes).map_err(failed)?;
-        pending.commit().map_err(failed)
+        pending.commit_without_sync().map_err(failed)
     }
 
-    fn has(&self, name: BlobName) -> Result<bool, BlobError> {
-        self.path(name)
-            .try_exists()
-            .map_err(|source| BlobError::Io {
-                name,
-                act: "looked for",
-                source,
-            })
+    fn flush(&self) -> io::Result<()> {
+        match fs::File::open(&self.root) {
+            Ok(folder) => Ok(rustix::fs::syncfs(folder)?),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()), // nothing was put yet
+            Err(error) => Err(error),
+        }
     }
 }

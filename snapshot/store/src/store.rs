@@ -37,6 +37,9 @@ pub enum PutError {
     /// The store.
     #[error("memory could not be stored")]
     Blob(#[source] BlobError),
+    /// The store, at the end.
+    #[error("stored memory could not be made durable")]
+    Flush(#[source] io::Error),
     /// A memory that no manifest can hold.
     #[error("memory does not fit a manifest")]
     Manifest(#[source] ManifestError),
@@ -86,7 +89,7 @@ pub struct PutSummary {
     pub chunks: u64,
     /// Of these, chunks of zeros, which are not kept.
     pub zero_chunks: u64,
-    /// Of these, chunks that were not in the store before.
+    /// Of these, chunks that were not in the store before, or were damaged there.
     pub new_chunks: u64,
     /// What these take, bytes, compressed.
     pub new_bytes: u64,
@@ -110,8 +113,8 @@ impl Store {
         Self { blobs }
     }
 
-    /// Stores the memory of `snapshot`, its base included, which should have been verified. The manifest comes last, so that
-    /// one that is there has all its chunks. Holds one chunk in memory, and the manifest.
+    /// Stores the memory of `snapshot`, its base included, which should have been verified. The manifest comes last, when
+    /// all its chunks are durable. Holds one chunk in memory, and the manifest.
     ///
     /// # Errors
     /// See [`PutError`].
@@ -148,9 +151,11 @@ impl Store {
         let manifest = Manifest::new(bytes, chunks).map_err(PutError::Manifest)?;
         let (encoded, id) = manifest.encode();
         summary.id = id;
+        self.blobs.flush().map_err(PutError::Flush)?;
         self.blobs
             .put(BlobName::Manifest(id.0), &encoded)
             .map_err(PutError::Blob)?;
+        self.blobs.flush().map_err(PutError::Flush)?;
         Ok(summary)
     }
 
@@ -169,7 +174,7 @@ impl Store {
         }
         let id = ChunkId::of(content);
         let name = BlobName::Chunk(id.0);
-        if !self.blobs.has(name).map_err(PutError::Blob)? {
+        if !self.is_whole(id, content.len()).map_err(PutError::Blob)? {
             let blob =
                 chunk::encode(content).map_err(|source| PutError::Compress { offset, source })?;
             self.blobs.put(name, &blob).map_err(PutError::Blob)?;
@@ -177,6 +182,15 @@ impl Store {
             summary.new_bytes += blob.len() as u64;
         }
         Ok(Some(id))
+    }
+
+    /// Whether the chunk is there, and is what it should be: one that was damaged is stored again.
+    fn is_whole(&self, id: ChunkId, length: usize) -> Result<bool, BlobError> {
+        match self.blobs.get(BlobName::Chunk(id.0), BLOB_BYTES_MAX) {
+            Ok(blob) => Ok(chunk::decode(&blob, id, &mut vec![0; length]).is_ok()),
+            Err(BlobError::Missing(_) | BlobError::TooLong { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     /// Memory that was stored, to be read.

@@ -212,8 +212,15 @@ fn damage_in_the_store_is_found_and_named() {
         fs::write(path, &good).unwrap();
     }
     assert_eq!(read_all(&store, id).unwrap(), memory.bytes());
-    // Another chunk under this one's name.
+    // What is damaged is stored again, and nothing else.
     let chunks = files(&scratch.root().join("chunks"));
+    fs::write(&chunks[1], b"").unwrap();
+    let healed = store
+        .put_memory(&scratch.snapshot("a", &memory, None))
+        .unwrap();
+    assert_eq!((healed.id, healed.new_chunks), (id, 1));
+    assert_eq!(read_all(&store, id).unwrap(), memory.bytes());
+    // Another chunk under this one's name.
     fs::copy(&chunks[0], &chunks[1]).unwrap();
     assert!(matches!(
         read_all(&store, id),
@@ -279,8 +286,8 @@ impl Blobs for Broken {
         self.get(name, 0).map(drop)
     }
 
-    fn has(&self, _: BlobName) -> Result<bool, BlobError> {
-        Ok(false)
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
     }
 }
 
