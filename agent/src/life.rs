@@ -416,7 +416,10 @@ impl Life {
                 self.restore_error = Some(error);
                 vec![Effect::Answer(Answer::Accepted)]
             }
-            Phase::Assigned(invocation) => {
+            // A runtime that fetches its first invocation before it runs its hooks has not begun with it.
+            Phase::Assigned(invocation) | Phase::Running(invocation)
+                if thawed && self.answered.is_none() =>
+            {
                 let message = failed_restore(invocation.head.request_id.clone(), error);
                 self.phase = Phase::Ended;
                 vec![Effect::Send(message), Effect::Answer(Answer::Accepted)]

@@ -16,7 +16,7 @@ use crate::frame::{Frame, FrameError, Generation};
 pub struct Configure {
     /// Program that speaks the Runtime API, tried in order; the first that exists and is executable runs.
     pub bootstrap: Vec<String>,
-    /// The runtime's whole environment, but for `AWS_LAMBDA_RUNTIME_API`, which the agent adds.
+    /// The runtime's whole environment, but for `AWS_LAMBDA_RUNTIME_API` and `THAW_GENERATION_FILE`, which the agent adds.
     pub environment: BTreeMap<String, String>,
     /// Longest time from start to the first `/invocation/next`, milliseconds.
     pub init_limit_ms: u64,
@@ -149,11 +149,12 @@ pub enum AgentMessage {
         /// The agent's package version.
         agent_version: String,
     },
-    /// The runtime blocks in `/invocation/next` for the first time: freeze now.
+    /// The runtime blocks in `/invocation/next` or `/restore/next` for the first time: freeze now.
     Ready,
     /// The function failed before it was ready.
     InitError(InitError),
-    /// The clone is unique; the wall clock and the kernel's generator are set.
+    /// The clone is unique; clocks, the kernel's generator, names and ids are set. Comes before any other message of its
+    /// generation, not necessarily at once: a short invocation's answer travels in the same write.
     Thawed,
     /// Output of the runtime, at most 64 KiB a message; the bytes are the body of the frame.
     Log {

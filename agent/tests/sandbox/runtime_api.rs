@@ -263,6 +263,43 @@ fn a_failing_restore_hook_fails_the_invocation() {
 }
 
 #[test]
+fn a_restore_hook_may_fail_in_the_first_invocation_of_a_clone_and_not_later() {
+    let failed = "/2018-06-01/runtime/restore/error";
+    let (mut sandbox, mut client) = invoked();
+    assert_eq!(client.post(failed, b"{}").status, 202);
+    assert!(matches!(
+        sandbox.message(),
+        AgentMessage::InvocationError(_)
+    ));
+    let (mut sandbox, mut client) = invoked();
+    assert_eq!(client.post(&response_path("r1"), b"1").status, 202);
+    assert!(matches!(sandbox.message(), AgentMessage::Response(_)));
+    client.start_next();
+    assert_eq!(sandbox.message(), AgentMessage::Ready);
+    sandbox.invoke(1, "r2", b"{}");
+    assert_eq!(client.finish().status, 200);
+    assert_eq!(client.post(failed, b"{}").status, 403);
+}
+
+#[test]
+fn the_answer_is_the_first_thing_that_a_short_invocation_sends() {
+    let mut sandbox = Sandbox::idle();
+    let mut client = sandbox.client();
+    client.start_next();
+    assert_eq!(sandbox.message(), AgentMessage::Ready);
+    sandbox.thaw(1);
+    sandbox.invoke(1, "r1", b"{}");
+    assert_eq!(client.finish().status, 200);
+    assert_eq!(client.post(&response_path("r1"), b"1").status, 202);
+    // One write: the word of the thaw, then the answer.
+    let bytes = sandbox.read_once();
+    let frames = sandbox.decode(&bytes);
+    assert_eq!(frames.len(), 2, "{frames:?}");
+    assert_eq!(frames[0], AgentMessage::Thawed);
+    assert!(matches!(frames[1], AgentMessage::Response(_)));
+}
+
+#[test]
 fn an_extension_without_events_registers_and_waits() {
     let mut sandbox = Sandbox::idle();
     let mut client = sandbox.client();

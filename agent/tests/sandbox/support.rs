@@ -214,6 +214,22 @@ impl Sandbox {
         }
     }
 
+    /// What one read of the channel brings: what the agent wrote at once.
+    pub fn read_once(&mut self) -> Vec<u8> {
+        let mut buffer = vec![0; 65536];
+        let length = self.read(&mut buffer).unwrap();
+        buffer.truncate(length);
+        buffer
+    }
+
+    /// The messages in `bytes`.
+    pub fn decode(&mut self, bytes: &[u8]) -> Vec<AgentMessage> {
+        self.decoder.feed(bytes);
+        std::iter::from_fn(|| self.decoder.next_frame().unwrap())
+            .map(|frame| AgentMessage::from_frame(frame).unwrap())
+            .collect()
+    }
+
     /// The next message that is no output; output is collected.
     pub fn message(&mut self) -> AgentMessage {
         loop {
