@@ -282,21 +282,23 @@ fn a_restore_hook_may_fail_in_the_first_invocation_of_a_clone_and_not_later() {
 }
 
 #[test]
-fn the_answer_is_the_first_thing_that_a_short_invocation_sends() {
-    let mut sandbox = Sandbox::idle();
-    let mut client = sandbox.client();
-    client.start_next();
-    assert_eq!(sandbox.message(), AgentMessage::Ready);
-    sandbox.thaw(1);
-    sandbox.invoke(1, "r1", b"{}");
-    assert_eq!(client.finish().status, 200);
-    assert_eq!(client.post(&response_path("r1"), b"1").status, 202);
-    // One write: the word of the thaw, then the answer.
-    let bytes = sandbox.read_once();
-    let frames = sandbox.decode(&bytes);
-    assert_eq!(frames.len(), 2, "{frames:?}");
-    assert_eq!(frames[0], AgentMessage::Thawed);
-    assert!(matches!(frames[1], AgentMessage::Response(_)));
+fn nothing_is_sent_before_the_answer_of_a_short_invocation() {
+    // On a busy machine an invocation is not always short.
+    let silent = (0..5).any(|_| {
+        let mut sandbox = Sandbox::idle();
+        let mut client = sandbox.client();
+        client.start_next();
+        assert_eq!(sandbox.message(), AgentMessage::Ready);
+        sandbox.thaw(1);
+        sandbox.invoke(1, "r1", b"{}");
+        assert_eq!(client.finish().status, 200);
+        let silent = sandbox.is_silent(Duration::from_millis(20));
+        assert_eq!(client.post(&response_path("r1"), b"1").status, 202);
+        assert_eq!(sandbox.message(), AgentMessage::Thawed);
+        assert!(matches!(sandbox.message(), AgentMessage::Response(_)));
+        silent
+    });
+    assert!(silent);
 }
 
 #[test]
