@@ -227,6 +227,7 @@ def handler(event, context):
 fn python_hooks_run_around_the_freeze_and_generators_are_reseeded_before_the_functions_own() {
     let mut sandbox = python(HOOKS, "app.handler");
     thaw(&mut sandbox);
+    assert_eq!(sandbox.log_text(), "", "the rehearsal is heard");
     for (id, seen) in [
         ("r1", json!(["init", "before", "after, reseeded", "r1"])),
         (

@@ -6,16 +6,20 @@ nobody renews is equal in all clones, or the clones are none."""
 import base64
 import concurrent.futures
 import json
+import pathlib
+import shutil
+import subprocess
+import sys
 import time
 
 import pytest
 
-from conftest import zip_of
+from conftest import ROOT, zip_of
 
 CLONES = 50
 
 FUNCTION = """
-import ctypes, json, mmap, os, random, secrets, select, socket, ssl, struct, tempfile, threading, time, uuid
+import ctypes, json, mmap, numpy, os, random, secrets, select, socket, ssl, struct, tempfile, threading, time, uuid
 from snapshot_restore_py import register_after_restore, register_before_snapshot
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -38,6 +42,7 @@ def ids():
 def draws():
     # Every generator was used before the freeze, so that its state is in the snapshot.
     return {
+        "numpy": numpy.random.random(),
         "random": random.random(),
         "getrandbits": random.getrandbits(128),
         "secrets": secrets.token_hex(16),
@@ -64,6 +69,13 @@ def expirations(fd):
         return 0
 
 
+def ticks():
+    # How often the timer fired, and the least and most time that it had for it.
+    least = time.monotonic() - armed[1]
+    fired = expirations(tick)
+    return fired, least, time.monotonic() - armed[0]
+
+
 def echo(server):
     peer, _ = server.accept()
     while data := peer.recv(100):
@@ -77,7 +89,9 @@ own = random.Random(1)  # nobody renews it
 own.random()
 before = {**ids(), **draws()}
 started = {"time": time.time(), "monotonic": time.monotonic()}
+armed = [time.monotonic()]
 tick = timer(1, 0.25, 0.25)  # CLOCK_MONOTONIC = 1, with a period
+armed.append(time.monotonic())
 distant = timer(1, 3600.0)
 slept = threading.Event()
 threading.Thread(target=lambda: (time.sleep(3600), slept.set()), daemon=True).start()
@@ -119,7 +133,7 @@ def handler(event, context):
         "wall-since-init": wall - started["time"],
         "since-init": monotonic - started["monotonic"],
         "since-freeze": monotonic - started["frozen"],
-        "ticks": expirations(tick),
+        "ticks": ticks(),
         "distant": [expirations(distant), slept.is_set()],
         "echo": connection.recv(100).decode(),
         "tmp": found,
@@ -128,10 +142,20 @@ def handler(event, context):
 """
 
 
+def package(folder):
+    """The function with numpy beside it."""
+    (folder / "app.py").write_text(FUNCTION)
+    wheels = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--only-binary=:all:"]
+    wheels += ["--python-version", "3.11", "-t", folder, "-r", ROOT / "examples/numpy/requirements.txt"]
+    subprocess.run(wheels, check=True)
+    return pathlib.Path(shutil.make_archive(str(folder.parent / "identity"), "zip", folder)).read_bytes()
+
+
 @pytest.fixture(scope="module")
-def clones(deploy, gateway):
+def clones(deploy, gateway, tmp_path_factory):
     """What 50 clones of one snapshot say, each with the host's clock before and after."""
-    name = deploy("identity", zip_of(app=FUNCTION), timeout=60)
+    code = package(tmp_path_factory.mktemp("code"))
+    name = deploy("identity", code, timeout=60, MemorySize=256)
 
     def invoke(_):
         asked = time.time()
@@ -142,7 +166,7 @@ def clones(deploy, gateway):
 
     client = gateway.client()
     with concurrent.futures.ThreadPoolExecutor(2) as clients:
-        yield list(clients.map(invoke, range(CLONES)))
+        return list(clients.map(invoke, range(CLONES)))
 
 
 def distinct(values):
@@ -154,7 +178,7 @@ def test_the_clones_are_of_one_snapshot(clones):
     assert len({clone["own"] for clone in clones}) == 1
 
 
-@pytest.mark.parametrize("what", ["random", "getrandbits", "secrets", "urandom", "uuid1", "uuid4", "ssl"])
+@pytest.mark.parametrize("what", ["random", "getrandbits", "numpy", "secrets", "urandom", "uuid1", "uuid4", "ssl"])
 def test_50_clones_draw_different_random_values(clones, what):
     assert distinct(clone["draws"][what] for clone in clones)
     assert clones[0]["before"][what] not in [clone["draws"][what] for clone in clones]
@@ -208,8 +232,9 @@ def test_timers_of_50_clones_neither_fire_early_nor_in_a_storm(clones):
     for clone in clones:
         assert clone["distant"] == [0, False]
         # One for each quarter of a second that the function has lived, not that the world has.
-        assert abs(clone["ticks"] - clone["since-init"] / 0.25) <= 2, clone
-        assert clone["ticks"] < clone["wall-since-init"] / 0.25 or clone["wall-since-init"] < 1
+        fired, least, most = clone["ticks"]
+        assert least // 0.25 <= fired <= most // 0.25
+        assert most < clone["wall-since-init"], "the world's time went on while the function was frozen"
 
 
 def test_connections_of_50_clones_live_on(clones):
@@ -224,16 +249,12 @@ def test_50_clones_share_what_was_in_tmp_and_nothing_that_another_wrote(clones):
 
 
 FAILING = """
-import os
-from snapshot_restore_py import register_after_restore, register_before_snapshot
-
-when = os.environ["WHEN"]
-register = register_before_snapshot if when == "before" else register_after_restore
+from snapshot_restore_py import register_after_restore
 
 
-@register
+@register_after_restore
 def hook():
-    raise ValueError(f"the hook {when} fails")
+    raise ValueError("no new connection")
 
 
 def handler(event, context):
@@ -242,13 +263,9 @@ def handler(event, context):
 """
 
 
-@pytest.mark.parametrize(
-    "when, error_type", [("before", "Runtime.BeforeSnapshotError"), ("after", "Runtime.AfterRestoreError")]
-)
-def test_a_hook_that_fails_keeps_the_request_from_the_handler(deploy, invoke, when, error_type):
-    name = deploy(f"hook-{when}", zip_of(app=FAILING), Environment={"Variables": {"WHEN": when}})
-    told, answer = invoke(name, LogType="Tail")
+def test_a_hook_that_fails_keeps_the_request_from_the_handler(deploy, invoke):
+    told, answer = invoke(deploy("hook", zip_of(app=FAILING), timeout=60), LogType="Tail")
     assert answer["FunctionError"] == "Unhandled"
-    assert told["errorMessage"].endswith(f"the hook {when} fails") and told["errorType"] == "ValueError", told
+    assert (told["errorType"], told["errorMessage"]) == ("ValueError", "no new connection"), told
     log = base64.b64decode(answer["LogResult"]).decode()
-    assert error_type in log and "the handler ran" not in log, log
+    assert "no new connection" in log and "the handler ran" not in log, log
