@@ -24,7 +24,9 @@ pub struct Configure {
     pub hostname: String,
 }
 
-/// Makes a clone unique. Always the first message after a restore; no request runs before it is carried out.
+/// Makes a clone unique. Always the first message after a restore; no request runs before it is carried out. A guest
+/// restored from a snapshot without a function gets one before its `Configure`, too, so that the function starts with a
+/// right clock and randomness of its own; invocations are refused in that generation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Thaw {
     /// Wall clock, nanoseconds since the Unix epoch.

@@ -221,6 +221,19 @@ fn an_init_error_after_init_is_refused() {
 }
 
 #[test]
+fn a_rehearsed_answer_is_accepted_while_initialising_and_goes_nowhere() {
+    let mut sandbox = Sandbox::idle();
+    let mut client = sandbox.client();
+    let path = response_path("rehearsal");
+    assert_eq!(client.post(&path, b"{}").status, 202);
+    client.start_next();
+    assert_eq!(sandbox.message(), AgentMessage::Ready);
+    sandbox.thaw(1);
+    assert_eq!(sandbox.message(), AgentMessage::Thawed);
+    assert_eq!(sandbox.client().post(&path, b"{}").status, 400);
+}
+
+#[test]
 fn a_snap_start_runtime_is_frozen_in_restore_next() {
     let mut sandbox = Sandbox::idle();
     let mut client = sandbox.client();

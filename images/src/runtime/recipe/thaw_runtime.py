@@ -53,7 +53,7 @@ class Client(LambdaRuntimeClient):
     def rehearse(self):
         """Goes an invocation's way before the snapshot, so that its code is in memory and its connection is open.
 
-        No function runs; the agent refuses the answer, as it knows no such invocation."""
+        No function runs, and the agent drops the answer. A client that the function has changed may find it unfit."""
         reseed()
         try:
             bootstrap.handle_event_request(
