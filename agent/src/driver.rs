@@ -16,6 +16,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::api::{self, PendingCall};
 use crate::channel::{self, ChannelError, Incoming, Writer};
+use crate::identity::files::GENERATION_FILE;
 use crate::identity::{AdoptError, Machine};
 use crate::life::{Answer, Call, Effect, Life, LifeError};
 use crate::output::Output;
@@ -27,9 +28,13 @@ const TERMINATE_GRACE: Duration = Duration::from_secs(2);
 /// Time for the last message of a failing agent to leave.
 const FATAL_GRACE: Duration = Duration::from_secs(1);
 
-/// How long output may lie in the pipes. A short invocation's whole output then travels together with its answer, in one
-/// write to the channel.
+/// How long output may lie in the pipes once some was seen, so that many small writes make few messages.
 const OUTPUT_DELAY: Duration = Duration::from_millis(5);
+
+/// How long nobody looks at the pipes after an invocation was delivered, and nothing is sent. A short invocation's output
+/// and the word that the clone is unique then travel with its answer, in one write to the channel, and the agent does not
+/// wake before it is asked to. The pipes hold what the runtime writes meanwhile.
+const FIRST_OUTPUT_DELAY: Duration = Duration::from_millis(50);
 
 /// Bytes that may be queued for the channel before they are written.
 const QUEUED_BYTES_MAX: usize = 128 * 1024;
@@ -167,9 +172,8 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
             let event = match self.messages.try_recv() {
                 Ok(message) => Event::Message(Some(message)),
                 Err(_) => {
-                    if self.writer.queued_bytes() > 0 {
-                        // Let a call that was just answered reach the runtime before the host hears of the thaw.
-                        tokio::task::yield_now().await;
+                    // While an invocation runs, the word of the thaw waits for its answer or its output.
+                    if self.writer.queued_bytes() > 0 && self.life.request_id().is_none() {
                         self.writer.flush().await?;
                     }
                     self.wait().await
@@ -256,8 +260,14 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
         while let Some(effect) = effects.pop_front() {
             match effect {
                 Effect::Park => self.parked = reply.take(),
-                Effect::Answer(answer) => send_answer(&mut reply, answer),
-                Effect::Wake(answer) => send_answer(&mut self.parked, answer),
+                Effect::Answer(answer) => {
+                    self.delivering(&answer);
+                    send_answer(&mut reply, answer);
+                }
+                Effect::Wake(answer) => {
+                    self.delivering(&answer);
+                    send_answer(&mut self.parked, answer);
+                }
                 Effect::Send(message) => {
                     self.queue_output_so_far().await?;
                     self.writer.send(message).await?;
@@ -283,6 +293,12 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
         Ok(Next::GoOn)
     }
 
+    fn delivering(&mut self, answer: &Answer) {
+        if matches!(answer, Answer::Invocation(_)) {
+            self.output_due = Instant::now().checked_add(FIRST_OUTPUT_DELAY);
+        }
+    }
+
     fn adopt(
         &mut self,
         generation: thaw_agent_protocol::Generation,
@@ -290,7 +306,9 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
     ) -> Result<(), DriverError> {
         self.writer.adopt(generation);
         self.machine.adopt(thaw)?;
-        // Queued, not sent: an invocation that came with the thaw goes first.
+        // Queued, not sent: an invocation that came with the thaw goes first, see `live`. Should the runtime not fetch it,
+        // the word goes alone.
+        self.output_due = Instant::now().checked_add(FIRST_OUTPUT_DELAY);
         self.writer.queue(AgentMessage::Thawed)?;
         Ok(())
     }
@@ -301,6 +319,7 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
         let address = self.serve(&configure)?;
         let mut environment = configure.environment;
         environment.insert("AWS_LAMBDA_RUNTIME_API".into(), address);
+        environment.insert("THAW_GENERATION_FILE".into(), GENERATION_FILE.into());
         let (output, ends) = Output::new(self.host.user).map_err(|source| DriverError::System {
             what: "pipes for the runtime's output",
             source,

@@ -20,12 +20,21 @@ use thaw_agent_protocol::{
 /// Every wait of a test ends after this.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// A clone of this name cannot be made unique.
+pub const UNFIT: &str = "unfit";
+
 /// Records thaws instead of setting this machine's clock.
 struct Recorder(mpsc::Sender<Thaw>);
 
 impl Machine for Recorder {
     fn adopt(&mut self, thaw: &Thaw) -> Result<(), AdoptError> {
         self.0.send(thaw.clone()).unwrap();
+        if thaw.hostname == UNFIT {
+            return Err(AdoptError::System {
+                what: "machine-id",
+                source: std::io::ErrorKind::StorageFull.into(),
+            });
+        }
         Ok(())
     }
 
@@ -166,11 +175,15 @@ impl Sandbox {
     }
 
     pub fn thaw(&mut self, generation: u64) {
+        self.thaw_named(generation, format!("clone-{generation}"));
+    }
+
+    pub fn thaw_named(&mut self, generation: u64, hostname: String) {
         self.send(
             generation,
             HostMessage::Thaw(Thaw {
                 unix_time_ns: 1_800_000_000_000_000_000,
-                hostname: format!("clone-{generation}"),
+                hostname,
                 entropy: vec![7; 64],
             }),
         );
@@ -246,12 +259,21 @@ impl Sandbox {
 
     /// Nothing arrives for a moment.
     pub fn assert_silent(&mut self, moment: Duration) {
+        assert!(self.is_silent(moment));
+    }
+
+    /// Whether nothing arrives for a moment. What arrives is kept.
+    pub fn is_silent(&mut self, moment: Duration) -> bool {
         assert_eq!(self.decoder.next_frame().unwrap(), None);
         self.channel.set_read_timeout(Some(moment)).unwrap();
         let mut byte = [0];
-        let error = self.read(&mut byte).unwrap_err();
-        assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
+        let read = self.read(&mut byte);
         self.channel.set_read_timeout(Some(PATIENCE)).unwrap();
+        match read {
+            Ok(length) => self.decoder.feed(&byte[..length]),
+            Err(ref error) => assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock),
+        }
+        read.is_err()
     }
 
     /// Ends the sandbox as the host does and hands back how the driver ended.
@@ -354,6 +376,14 @@ impl Client {
             status,
             headers,
             body,
+        }
+    }
+
+    /// The server closes the connection and has sent nothing.
+    pub fn is_closed_without_an_answer(&mut self) -> bool {
+        match self.stream.read(&mut [0]) {
+            Ok(length) => length == 0,
+            Err(error) => error.kind() == std::io::ErrorKind::ConnectionReset,
         }
     }
 
