@@ -6,7 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use rustix::process::Signal;
 use serde_json::json;
-use thaw_agent_protocol::{AgentMessage, Configure, HostMessage, Thaw};
+use thaw_agent_protocol::{AgentMessage, Configure, Generation, HostMessage, Thaw};
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
@@ -15,6 +15,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::api::{self, PendingCall};
+use crate::boot::BootError;
 use crate::channel::{self, ChannelError, Incoming, Writer};
 use crate::identity::files::GENERATION_FILE;
 use crate::identity::{AdoptError, Machine};
@@ -51,6 +52,9 @@ pub enum DriverError {
     /// The clone could not be made unique.
     #[error("making the clone unique")]
     Adopt(#[from] AdoptError),
+    /// A restored base's function cannot be mounted.
+    #[error("mounting the function's code")]
+    Code(#[from] BootError),
     /// The Runtime API's task is gone.
     #[error("the Runtime API server ended")]
     ServerEnded,
@@ -316,6 +320,9 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
     /// The inner error is the function's own fault.
     fn start(&mut self, configure: Configure) -> Result<Result<(), String>, DriverError> {
         self.machine.set_hostname(&configure.hostname)?;
+        if self.life.generation() != Generation::default() {
+            self.machine.take_code()?;
+        }
         let address = self.serve(&configure)?;
         let mut environment = configure.environment;
         environment.insert("AWS_LAMBDA_RUNTIME_API".into(), address);

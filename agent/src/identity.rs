@@ -12,7 +12,7 @@ use rustix::time::{ClockId, Timespec};
 use thaw_agent_protocol::Thaw;
 use thiserror::Error;
 
-use crate::boot::{BootError, step};
+use crate::boot::{BootError, mounts, step};
 use crate::sys;
 use files::Files;
 
@@ -58,6 +58,13 @@ pub trait Machine {
     /// # Errors
     /// A name that the kernel does not take.
     fn set_hostname(&mut self, hostname: &str) -> Result<(), AdoptError>;
+
+    /// Mounts the function's code anew: in a guest that was restored from a base runtime's snapshot, another disk's content is
+    /// mounted than is there now.
+    ///
+    /// # Errors
+    /// There is no code on the disk, or it cannot be mounted.
+    fn take_code(&mut self) -> Result<(), BootError>;
 }
 
 /// The virtual machine in which the agent is PID 1.
@@ -104,6 +111,10 @@ impl Machine for Guest {
             what: "host name",
             source: error.into(),
         })
+    }
+
+    fn take_code(&mut self) -> Result<(), BootError> {
+        mounts::remount_code()
     }
 }
 

@@ -173,6 +173,11 @@ impl Life {
         }
     }
 
+    /// The generation of the last thaw; 0 before any.
+    pub fn generation(&self) -> Generation {
+        self.generation
+    }
+
     /// The runtime was started and has not asked for work yet; its init limit holds.
     pub fn is_initialising(&self) -> bool {
         matches!(self.phase, Phase::Initialising { .. })

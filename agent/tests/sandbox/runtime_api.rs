@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::json;
 use thaw_agent_protocol::{AgentMessage, RESPONSE_BYTES_MAX};
 
-use crate::support::{Client, NEXT, Sandbox, response_path};
+use crate::support::{CODE_TAKEN, Client, NEXT, Sandbox, response_path};
 
 /// A sandbox in generation 1 whose runtime (this client) waits in `/next`.
 fn thawed() -> (Sandbox, Client) {
@@ -218,6 +218,24 @@ fn an_init_error_after_init_is_refused() {
     let (_sandbox, mut client) = invoked();
     let reply = client.post("/2018-06-01/runtime/init/error", b"{}");
     assert_eq!(reply.status, 403);
+}
+
+#[test]
+fn a_restored_base_takes_its_code_and_a_booted_guest_has_it() {
+    let taken = |sandbox: &Sandbox| std::path::Path::new(&sandbox.path(CODE_TAKEN)).exists();
+    let mut booted = Sandbox::idle();
+    booted.client().start_next();
+    assert_eq!(booted.message(), AgentMessage::Ready);
+    assert!(!taken(&booted));
+    let mut restored = Sandbox::boot();
+    restored.write("bootstrap", "#!/bin/sh\nexec sleep 1000\n");
+    restored.thaw(1);
+    restored.configure(&["bootstrap"], &[]);
+    restored.client().start_next();
+    let mut messages = [restored.message(), restored.message()];
+    messages.sort_by_key(|message| *message == AgentMessage::Ready);
+    assert_eq!(messages, [AgentMessage::Thawed, AgentMessage::Ready]);
+    assert!(taken(&restored));
 }
 
 #[test]

@@ -4,12 +4,14 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use tempfile::TempDir;
+use thaw_agent::boot::BootError;
 use thaw_agent::driver::{Driver, DriverError, Settings};
 use thaw_agent::identity::{AdoptError, Machine};
 use thaw_agent::process::{Host, Reap};
@@ -23,12 +25,18 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// A clone of this name cannot be made unique.
 pub const UNFIT: &str = "unfit";
 
+/// Appears in the task root when code was mounted anew.
+pub const CODE_TAKEN: &str = "code-taken";
+
 /// Records thaws instead of setting this machine's clock.
-struct Recorder(mpsc::Sender<Thaw>);
+struct Recorder {
+    thaws: mpsc::Sender<Thaw>,
+    task_root: PathBuf,
+}
 
 impl Machine for Recorder {
     fn adopt(&mut self, thaw: &Thaw) -> Result<(), AdoptError> {
-        self.0.send(thaw.clone()).unwrap();
+        self.thaws.send(thaw.clone()).unwrap();
         if thaw.hostname == UNFIT {
             return Err(AdoptError::System {
                 what: "machine-id",
@@ -40,6 +48,11 @@ impl Machine for Recorder {
 
     fn set_hostname(&mut self, hostname: &str) -> Result<(), AdoptError> {
         assert_eq!(hostname, "snapshot");
+        Ok(())
+    }
+
+    fn take_code(&mut self) -> Result<(), BootError> {
+        std::fs::create_dir(self.task_root.join(CODE_TAKEN)).unwrap(); // once, or it fails
         Ok(())
     }
 }
@@ -78,10 +91,13 @@ impl Sandbox {
                         listener,
                         host: Host {
                             user: None,
-                            task_root,
+                            task_root: task_root.clone(),
                             reap: Reap::Runtime,
                         },
-                        machine: Recorder(thaws_to),
+                        machine: Recorder {
+                            thaws: thaws_to,
+                            task_root,
+                        },
                     };
                     Driver::new(reader, writer, settings).unwrap().run().await
                 })
