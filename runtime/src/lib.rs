@@ -30,8 +30,8 @@ mod vm;
 
 pub use fault::HostError;
 pub use freeze::{
-    FreezeError, FreezeRequest, FreezeStep, FreezeTimings, Frozen, GUEST_COMMAND_LINE,
-    INIT_LOG_BYTES_MAX, InitFailure,
+    BaseFileError, BaseRequest, FreezeError, FreezeRequest, FreezeStep, FreezeTimings, Frozen,
+    GUEST_COMMAND_LINE, INIT_LOG_BYTES_MAX, InitFailure,
 };
 pub use invocation::{
     End, INVOCATION_LOG_BYTES_MAX, Invocation, InvocationTimings, InvokeError, Measure, Outcome,

@@ -425,7 +425,7 @@ fn hostname(generation: Generation) -> String {
 }
 
 /// Bytes of the kernel's generator, getrandom(2).
-fn random<const SIZE: usize>() -> Result<[u8; SIZE], HostError> {
+pub(crate) fn random<const SIZE: usize>() -> Result<[u8; SIZE], HostError> {
     let mut bytes = [0; SIZE];
     let mut filled = 0;
     while filled < SIZE {

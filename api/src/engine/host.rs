@@ -234,6 +234,7 @@ fn request(job: FreezeJob, base: Base, rootfs: &RuntimeImage, code: PathBuf) -> 
             ..Metadata::default()
         },
         output: job.folder.join(SNAPSHOT_FILE),
+        base: None,
         boot_limit: BOOT_LIMIT,
     }
 }

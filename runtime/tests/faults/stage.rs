@@ -99,6 +99,7 @@ impl Stage {
             configure: Configure::default(),
             metadata: Metadata::default(),
             output: self.path("out.thaw"),
+            base: None,
             boot_limit: Duration::from_secs(2),
         };
         let mut steps = Vec::new();

@@ -257,7 +257,7 @@ impl Monitor {
 mod tests {
     use super::*;
     use std::thread;
-    use thaw_vmm_control::{RestoreRequest, SaveRequest};
+    use thaw_vmm_control::{RestoreRequest, SaveForm, SaveRequest};
 
     fn ask(socket: &UnixStream, receiver: &mut Receiver, request: &Request) -> Reply {
         wire::send(socket, request, &[]).unwrap();
@@ -277,6 +277,7 @@ mod tests {
         let mut receiver = Receiver::new();
         let save = Request::Save(SaveRequest {
             metadata: serde_json::Value::Null,
+            form: SaveForm::Whole,
         });
         for request in [Request::Resume, Request::Pause, save] {
             let Reply::Failed(failed) = ask(&ours, &mut receiver, &request) else {

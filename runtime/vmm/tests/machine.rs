@@ -14,6 +14,9 @@ mod boot;
 #[path = "harness/claim.rs"]
 mod claim;
 #[cfg(test)]
+#[path = "harness/difference.rs"]
+mod difference;
+#[cfg(test)]
 #[path = "harness/freeze.rs"]
 mod freeze;
 #[cfg(test)]

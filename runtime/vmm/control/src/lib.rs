@@ -158,6 +158,20 @@ pub enum DiskSource {
 pub struct SaveRequest {
     /// JSON document for the snapshot's metadata section.
     pub metadata: serde_json::Value,
+    /// How guest memory is written.
+    #[serde(default)]
+    pub form: SaveForm,
+}
+
+/// How a snapshot holds guest memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SaveForm {
+    /// All of it: the snapshot stands by itself.
+    #[default]
+    Whole,
+    /// What differs from the snapshot that the VM was restored from, which must stand by itself.
+    Difference,
 }
 
 /// Answer to a [`Request`].

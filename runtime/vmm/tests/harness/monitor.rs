@@ -11,7 +11,7 @@ use std::time::Duration;
 use thaw_vmm_control::wire::{self, Read, Receiver};
 use thaw_vmm_control::{
     AGENT_FD, BootRequest, CONTROL_FD, Disk, DiskAccess, DiskSource, Event, Exit, FromMonitor,
-    Reply, Request, RestoreRequest, SaveRequest, Status,
+    Reply, Request, RestoreRequest, SaveForm, SaveRequest, Status,
 };
 
 /// Longest wait for anything: an emulated host is slow.
@@ -165,6 +165,11 @@ impl Monitor {
 
     /// Saves a paused machine into a new file.
     pub fn save(&mut self) -> File {
+        self.save_as(SaveForm::Whole)
+    }
+
+    /// The same, in this form.
+    pub fn save_as(&mut self, form: SaveForm) -> File {
         let file = tempfile::tempfile().unwrap();
         self.save_into(&file);
         file
@@ -174,6 +179,7 @@ impl Monitor {
     pub fn save_into(&mut self, file: &File) {
         let request = Request::Save(SaveRequest {
             metadata: serde_json::json!({ "function": "test" }),
+            form,
         });
         match self.ask(&request, &[file]) {
             Reply::Saved(saved) => assert_eq!(saved.file_bytes, file.metadata().unwrap().len()),
@@ -193,6 +199,18 @@ impl Monitor {
             .chain(files.iter().copied())
             .collect();
         monitor.done(&request, &all);
+        monitor
+    }
+
+    /// Restores a difference and its base in a fresh process, paused.
+    pub fn restore_over(base: &File, snapshot: &File, disks: &[Disk], files: &[&File]) -> Self {
+        let mut monitor = Self::start();
+        let request = Request::Restore(RestoreRequest {
+            disks: disks.to_vec(),
+            has_base: true,
+            ..Default::default()
+        });
+        monitor.done(&request, &[&[snapshot, base], files].concat());
         monitor
     }
 
