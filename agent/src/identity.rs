@@ -118,10 +118,10 @@ impl Machine for Guest {
     }
 }
 
-/// Random bytes of the kernel's generator for the files.
+/// Random bytes of the kernel's generator for the files. Waits only while the guest boots, until the generator is ready.
 fn draw() -> io::Result<[u8; files::RANDOM_BYTES]> {
     let mut bytes = [0; files::RANDOM_BYTES];
-    let drawn = getrandom(&mut bytes[..], GetRandomFlags::NONBLOCK)?;
+    let drawn = getrandom(&mut bytes[..], GetRandomFlags::empty())?;
     // The kernel hands out requests up to 256 bytes whole (getrandom(2)).
     if drawn == bytes.len() {
         Ok(bytes)
