@@ -393,7 +393,10 @@ async fn collect(mut pipe: ChildStderr, tail: Arc<Mutex<Tail>>) {
 fn name(request: &Request) -> &'static str {
     match request {
         Request::Boot(_) => "boot",
+        Request::Prepare(_) => "prepare",
         Request::Restore(_) => "restore",
+        Request::Rewind => "rewind",
+        Request::WorkingSet => "tell its working set",
         Request::Resume => "resume",
         Request::Pause => "pause",
         Request::Save(_) => "save",
@@ -406,6 +409,8 @@ fn unexpected(request: &Request, reply: &Reply) -> HostError {
     let reply = match reply {
         Reply::Done => "done",
         Reply::Saved(_) => "saved",
+        Reply::Rewound(_) => "rewound",
+        Reply::WorkingSet(_) => "a working set",
         Reply::Status(_) => "a status",
         Reply::Failed(_) => "a failure",
     };

@@ -87,6 +87,7 @@ impl Sandbox {
                 disk(code, DiskAccess::ReadOnly, DiskSource::Descriptor),
                 disk(overlay, DiskAccess::CopyOnWrite, DiskSource::Snapshot),
             ],
+            ..Default::default()
         });
         let fds = [
             files.snapshot.as_fd(),

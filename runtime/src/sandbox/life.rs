@@ -104,10 +104,12 @@ impl Life {
                 request: "resume",
                 source,
             })),
-            Reply::Saved(_) | Reply::Status(_) => Step::Ended(Err(HostError::UnexpectedReply {
-                request: "resume",
-                reply: "an answer to another request",
-            })),
+            Reply::Saved(_) | Reply::Rewound(_) | Reply::WorkingSet(_) | Reply::Status(_) => {
+                Step::Ended(Err(HostError::UnexpectedReply {
+                    request: "resume",
+                    reply: "an answer to another request",
+                }))
+            }
         }
     }
 

@@ -91,6 +91,9 @@ impl Monitor {
                     console: "console of the guest".into(),
                     ..Status::default()
                 })),
+                (_, Request::Prepare(_) | Request::Rewind | Request::WorkingSet) => {
+                    self.fail("this monitor has no such part", Fault::Host);
+                }
                 (_, Request::Quit) => exit(0),
             }
         }

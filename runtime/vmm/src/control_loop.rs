@@ -40,6 +40,17 @@ impl Blame for AgentUsed {
     }
 }
 
+/// Not built yet.
+#[derive(Debug, Error)]
+#[error("{0:?} is not possible yet")]
+struct NotYet(Act);
+
+impl Blame for NotYet {
+    fn fault(&self) -> Fault {
+        Fault::Host
+    }
+}
+
 /// The monitor of one machine.
 #[derive(Debug)]
 pub struct Monitor {
@@ -166,11 +177,18 @@ impl Monitor {
             }
             Request::Restore(request) => {
                 let agent = self.agent.take().ok_or_else(|| failure(&AgentUsed))?;
-                self.machine =
-                    Some(restore(&request, files, agent, now).map_err(|error| failure(&error))?);
+                let machine =
+                    restore(&request, files, agent, now).map_err(|error| failure(&error))?;
+                let machine = self.machine.insert(machine);
+                if request.resume {
+                    machine.resume().map_err(|error| failure(&error))?;
+                }
             }
             Request::Status => return Ok(Reply::Status(self.status())),
             Request::Quit => {}
+            Request::Prepare(_) | Request::WorkingSet | Request::Rewind => {
+                return Err(failure(&NotYet(Act::from(&request))));
+            }
             Request::Resume | Request::Pause | Request::Save(_) => {
                 return self.act_on_machine(request, files);
             }
@@ -188,7 +206,13 @@ impl Monitor {
                     .map(Reply::Saved)
                     .map_err(|error| failure(&error));
             }
-            Request::Boot(_) | Request::Restore(_) | Request::Status | Request::Quit => {}
+            Request::Boot(_)
+            | Request::Prepare(_)
+            | Request::Restore(_)
+            | Request::Rewind
+            | Request::WorkingSet
+            | Request::Status
+            | Request::Quit => {}
         }
         Ok(Reply::Done)
     }
@@ -240,7 +264,7 @@ mod tests {
             ask(&ours, &mut receiver, &Request::Status),
             Reply::Status(Status::default())
         );
-        let restore = Request::Restore(RestoreRequest { disks: Vec::new() });
+        let restore = Request::Restore(RestoreRequest::default());
         assert!(matches!(
             ask(&ours, &mut receiver, &restore),
             Reply::Failed(_)

@@ -302,6 +302,7 @@ fn refusal(snapshot: &File, disks: &[Disk], files: &[&File]) -> (String, Fault) 
         .collect();
     let request = Request::Restore(RestoreRequest {
         disks: disks.to_vec(),
+        ..Default::default()
     });
     let Reply::Failed(failure) = monitor.ask(&request, &all) else {
         panic!("restored")

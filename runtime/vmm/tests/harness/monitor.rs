@@ -181,6 +181,7 @@ impl Monitor {
         let mut monitor = Self::start();
         let request = Request::Restore(RestoreRequest {
             disks: disks.to_vec(),
+            ..Default::default()
         });
         let all: Vec<&File> = [snapshot]
             .into_iter()
