@@ -20,8 +20,7 @@ bench: build ## what a request costs, part by part
 build: setup
 	@echo "== build"
 	cargo build --release --locked -p thaw-api -p thaw-vmm -p thaw-loadtest -p thaw-bench
-	RUSTFLAGS='-C target-feature=+crt-static' cargo build --release --locked -p thaw-agent -p thaw-bench \
-	  --bin thaw-agent --bin thaw-bench-guest --target $(AGENT_TARGET)
+	RUSTFLAGS='-C target-feature=+crt-static' cargo build --release --locked -p thaw-agent -p thaw-bench-guest --target $(AGENT_TARGET)
 	install -D -t target/release/guest target/$(AGENT_TARGET)/release/thaw-agent target/$(AGENT_TARGET)/release/thaw-bench-guest
 
 setup: ## Debian packages and a look at cargo; does nothing when all is there
