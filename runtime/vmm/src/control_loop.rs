@@ -16,6 +16,7 @@ use crate::lifecycle::{Act, Life};
 use crate::machine::Machine;
 use crate::restore::restore;
 use crate::save::save;
+use crate::shell::{PrepareError, Shape, Shell, prepare};
 use crate::vcpu::monotonic_ns;
 
 /// Why the monitor cannot go on.
@@ -57,6 +58,7 @@ pub struct Monitor {
     control: UnixStream,
     agent: Option<UnixStream>,
     life: Life,
+    shell: Option<Shell>,
     machine: Option<Machine>,
 }
 
@@ -74,6 +76,7 @@ impl Monitor {
             control,
             agent: Some(agent),
             life: Life::Empty,
+            shell: None,
             machine: None,
         }
     }
@@ -84,7 +87,8 @@ impl Monitor {
     /// The control socket is broken.
     pub fn serve(mut self) -> Result<(), ControlError> {
         let result = self.serve_requests();
-        if let Some(machine) = self.machine.take() {
+        let shell = self.shell.take().map(|shell| shell.machine);
+        if let Some(machine) = self.machine.take().or(shell) {
             machine.close();
         }
         result
@@ -175,31 +179,41 @@ impl Monitor {
                 let machine = boot(&request, files, agent, now).map_err(|error| failure(&error))?;
                 self.machine.insert(machine).start();
             }
+            Request::Prepare(request) => {
+                let shell = Shape::try_from(&request).and_then(|shape| prepare(shape, now));
+                self.shell = Some(shell.map_err(|error: PrepareError| failure(&error))?);
+            }
             Request::Restore(request) => {
                 let agent = self.agent.take().ok_or_else(|| failure(&AgentUsed))?;
-                let machine =
-                    restore(&request, files, agent, now).map_err(|error| failure(&error))?;
+                let machine = restore(self.shell.take(), &request, files, agent, now)
+                    .map_err(|error| failure(&error))?;
                 let machine = self.machine.insert(machine);
                 if request.resume {
-                    machine.resume().map_err(|error| failure(&error))?;
+                    let resumed = machine.resume(monotonic_ns());
+                    resumed.map_err(|error| failure(&error))?;
                 }
             }
             Request::Status => return Ok(Reply::Status(self.status())),
             Request::Quit => {}
-            Request::Prepare(_) | Request::WorkingSet | Request::Rewind => {
+            Request::WorkingSet | Request::Rewind => {
                 return Err(failure(&NotYet(Act::from(&request))));
             }
             Request::Resume | Request::Pause | Request::Save(_) => {
-                return self.act_on_machine(request, files);
+                return self.act_on_machine(request, files, now);
             }
         }
         Ok(Reply::Done)
     }
 
-    fn act_on_machine(&mut self, request: Request, files: Vec<File>) -> Result<Reply, Failure> {
+    fn act_on_machine(
+        &mut self,
+        request: Request,
+        files: Vec<File>,
+        now: u64,
+    ) -> Result<Reply, Failure> {
         let machine = self.machine.as_mut().expect("admitted only with a machine");
         match request {
-            Request::Resume => machine.resume().map_err(|error| failure(&error))?,
+            Request::Resume => machine.resume(now).map_err(|error| failure(&error))?,
             Request::Pause => machine.pause().map_err(|error| failure(&error))?,
             Request::Save(request) => {
                 return save(machine, request, files)
@@ -218,7 +232,8 @@ impl Monitor {
     }
 
     fn status(&self) -> Status {
-        let Some(machine) = &self.machine else {
+        let shell = self.shell.as_ref().map(|shell| &shell.machine);
+        let Some(machine) = self.machine.as_ref().or(shell) else {
             return Status::default();
         };
         let console = String::from_utf8_lossy(&machine.console()).into_owned();

@@ -19,5 +19,6 @@ pub mod machine;
 pub mod memory;
 pub mod restore;
 pub mod save;
+pub mod shell;
 pub mod state;
 pub mod vcpu;

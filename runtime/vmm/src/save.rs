@@ -132,7 +132,11 @@ pub fn save(
             &state::encode(&state).map_err(SaveError::Encode)?,
         )
         .map_err(write)?;
-    let mut memory = MemorySource::new(&machine.memory, machine.memory_runs.as_deref());
+    let stored = machine
+        .origin
+        .as_ref()
+        .map(|origin| &origin.memory.runs[..]);
+    let mut memory = MemorySource::new(&machine.memory, stored);
     writer
         .sparse_section(SectionKind::Memory, machine.memory.bytes(), &mut memory)
         .map_err(write)?;

@@ -11,5 +11,8 @@ mod monitor;
 #[path = "harness/boot.rs"]
 mod boot;
 #[cfg(test)]
+#[path = "harness/claim.rs"]
+mod claim;
+#[cfg(test)]
 #[path = "harness/freeze.rs"]
 mod freeze;

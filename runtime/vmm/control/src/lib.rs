@@ -163,6 +163,10 @@ pub struct SaveRequest {
 /// Answer to a [`Request`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "reply", rename_all = "snake_case")]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "one at a time is sent and taken apart at once; boxes would be for nothing"
+)]
 pub enum Reply {
     /// Done.
     Done,
@@ -228,16 +232,37 @@ pub struct Status {
 /// Moments on this host's `CLOCK_MONOTONIC`, nanoseconds; `None` for what has not happened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Timings {
-    /// `Boot` or `Restore` arrived. What a shell was prepared with lies before.
-    pub claimed_ns: Option<u64>,
-    /// VM, interrupt chips and vCPUs exist.
+    /// The shell was asked for: `Prepare` arrived, or `Restore` in an empty monitor.
+    #[serde(default)]
+    pub prepared_from_ns: Option<u64>,
+    /// VM, interrupt chips, vCPUs and devices exist.
     pub vm_made_ns: Option<u64>,
+    /// The shell is ready: event descriptors are registered, threads parked.
+    #[serde(default)]
+    pub prepared_ns: Option<u64>,
+    /// `Boot` or `Restore` arrived: the claim. In a shell, all of the above lie before.
+    pub claimed_ns: Option<u64>,
+    /// The snapshot's header and state were read and decoded.
+    #[serde(default)]
+    pub decoded_ns: Option<u64>,
     /// Guest memory is mapped.
     pub memory_mapped_ns: Option<u64>,
-    /// vCPU, interrupt chip, clock and device state is set; the VM is paused and ready.
+    /// The vCPUs have their state.
+    #[serde(default)]
+    pub vcpus_set_ns: Option<u64>,
+    /// The interrupt chips have theirs.
+    #[serde(default)]
+    pub chips_set_ns: Option<u64>,
+    /// vCPU, interrupt chip and device state is set; the VM is paused and ready.
     pub state_set_ns: Option<u64>,
-    /// The newest `Resume` arrived.
+    /// The newest `Resume` arrived, or a claim went on to run.
     pub resume_ns: Option<u64>,
+    /// What lay in the agent channel is in the guest's receive queue.
+    #[serde(default)]
+    pub primed_ns: Option<u64>,
+    /// The guest's clocks are set and its vCPUs are told to run.
+    #[serde(default)]
+    pub time_set_ns: Option<u64>,
     /// The first vCPU entered the guest after the newest `Resume`: the guest's first instruction.
     pub first_instruction_ns: Option<u64>,
     /// The first byte from the agent reached the host after the newest `Resume`.
