@@ -23,7 +23,10 @@ const ARROWS: &[(&str, &[&str])] = &[
         ],
     ),
     ("thaw-api-types", &[]),
-    ("thaw-bench", &["thaw-snapshot", "thaw-vmm-control"]),
+    (
+        "thaw-bench",
+        &["thaw-agent-protocol", "thaw-snapshot", "thaw-vmm-control"],
+    ),
     ("thaw-bench-guest", &[]),
     ("thaw-images", &[]),
     ("thaw-lab", &[]),

@@ -1,7 +1,8 @@
 //! `thaw-bench`: what restoring a VM costs, beside the bare KVM calls and beside Firecracker, in one run.
 //!
-//! Owns: measuring. Must not know: HTTP, functions, the pool; what it is given of those (`--function`) it only prints.
-//! Start at [`restore::run`]. `thaw bench` calls it, in the lab where this machine's own KVM is no good.
+//! Owns: measuring. Must not know: functions, the pool; what it is given of those (`--function`) it only prints.
+//! Start at [`restore::run`]; `thaw bench` calls it, in the lab where this machine's own KVM is no good. [`gateway::run`]
+//! measures the gateway without any guest, on the machine itself.
 //!
 //! Always holds: sides are interleaved, never one after the other; cold, claimed, rewound and warm are never in one figure;
 //! a side that was not measured is null with a reason, not left out.
@@ -9,6 +10,8 @@
 mod echo;
 mod firecracker;
 mod floor;
+mod gateway;
+mod instant;
 mod memory;
 mod ours;
 mod report;
@@ -39,6 +42,27 @@ struct Cli {
 enum Command {
     /// Floor, claim, rewind, warm, and Firecracker if it is named, interleaved.
     Restore(RestoreArgs),
+    /// The gateway's own share of a request: `thaw up` on one processor, over monitors that answer at once.
+    Gateway(GatewayArgs),
+}
+
+#[derive(Args)]
+struct GatewayArgs {
+    /// THAW_HOME with images in it (after a first `thaw up`); nothing of it is changed.
+    #[arg(long, value_name = "DIR")]
+    home: PathBuf,
+    /// Folder of the example function `hello`.
+    #[arg(long, value_name = "DIR")]
+    example: PathBuf,
+    /// Requests of each step.
+    #[arg(long, default_value_t = 5000, value_parser = clap::value_parser!(u32).range(1..))]
+    requests: u32,
+    /// Clients at the same time, step by step.
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 4, 16, 32], value_parser = clap::value_parser!(u32).range(1..=1000))]
+    clients: Vec<u32>,
+    /// Print JSON instead of text.
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Args)]
@@ -116,6 +140,30 @@ fn restore_command(args: RestoreArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+fn gateway_command(args: GatewayArgs) -> anyhow::Result<ExitCode> {
+    let this = std::env::current_exe().context("cannot tell where this program is")?;
+    let absolute = |path: &Path| {
+        fs::canonicalize(path).with_context(|| format!("there is no {}", path.display()))
+    };
+    let plan = gateway::Plan {
+        installation: this
+            .parent()
+            .context("this program is in no folder")?
+            .to_owned(),
+        home: absolute(&args.home)?,
+        example: absolute(&args.example)?,
+        requests: args.requests,
+        clients: args.clients,
+    };
+    let findings = gateway::run(&plan)?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&findings)?);
+    } else {
+        print!("{}", findings.text());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
 fn add_function(path: &Path, findings: &mut Findings) -> anyhow::Result<()> {
     let text =
         fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -134,7 +182,13 @@ fn write(path: &Path, text: &str) -> anyhow::Result<()> {
 }
 
 fn main() -> anyhow::Result<ExitCode> {
+    let name = std::env::args_os().next().map(PathBuf::from);
+    if name.is_some_and(|name| name.ends_with(instant::PLAYED_NAME)) {
+        instant::play()?;
+        return Ok(ExitCode::SUCCESS);
+    }
     match Cli::parse().command {
         Command::Restore(args) => restore_command(args),
+        Command::Gateway(args) => gateway_command(args),
     }
 }
