@@ -114,15 +114,17 @@ impl Snapshot {
     /// # Errors
     /// Missing or damaged; [`VerifyError::BaseMissing`] if the base was not attached.
     pub fn memory_layers(&self) -> Result<Vec<MemoryLayer<'_>>, VerifyError> {
-        let section = self.own_memory()?;
         let Some(base) = self.attached()? else {
+            // Without the list of pages, which is long: a restore waits for this.
+            let entry = self.entry(SectionKind::Memory)?;
             return Ok(vec![MemoryLayer {
                 file: self.file(),
-                file_offset: section.offset,
+                file_offset: entry.offset,
                 memory_offset: 0,
-                bytes: section.length,
+                bytes: entry.length,
             }]);
         };
+        let section = self.own_memory()?;
         if section.runs.len() > DIFFERENCE_RUNS_MAX {
             return Err(VerifyError::Decode(
                 SectionKind::Memory,

@@ -299,6 +299,15 @@ impl Snapshot {
             .map_err(|error| VerifyError::Decode(kind, error.to_string()))
     }
 
+    /// Where the `index`-th disk lies, bytes in the file, without the list of its pages, which a restore does not need.
+    ///
+    /// # Errors
+    /// Missing.
+    pub fn disk_range(&self, index: u8) -> Result<Range<u64>, VerifyError> {
+        let entry = self.entry(SectionKind::Disk(index))?;
+        Ok(entry.offset..entry.end())
+    }
+
     pub(crate) fn has(&self, kind: SectionKind) -> bool {
         self.entry(kind).is_ok()
     }
@@ -328,7 +337,7 @@ impl Snapshot {
         layout::header_end(self.header.entries.len())
     }
 
-    fn entry(&self, kind: SectionKind) -> Result<&Entry, VerifyError> {
+    pub(crate) fn entry(&self, kind: SectionKind) -> Result<&Entry, VerifyError> {
         self.header
             .entries
             .iter()

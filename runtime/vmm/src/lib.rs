@@ -9,6 +9,7 @@
 
 pub mod arch;
 pub mod boot;
+mod bytes;
 pub mod control_loop;
 pub mod devices;
 pub mod end;
@@ -17,6 +18,7 @@ pub mod host;
 pub mod lifecycle;
 pub mod machine;
 pub mod memory;
+pub mod rehearsal;
 pub mod restore;
 pub mod save;
 pub mod shell;

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvm_ioctls::{IoEventAddress, VmFd};
-use thaw_snapshot::{Snapshot, SparseSection};
+use thaw_snapshot::Snapshot;
 use thaw_vmm_control::{Exit, Timings};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
@@ -114,10 +114,8 @@ pub struct Origin {
     pub state: MachineStateV1,
     /// Frequency of its TSC, kHz.
     pub tsc_khz: u32,
-    /// The open snapshot.
+    /// The open snapshot, its base attached: guest memory is a private mapping of its layers.
     pub snapshot: Snapshot,
-    /// Guest memory in it, of which the machine's is a private mapping.
-    pub memory: SparseSection,
 }
 
 /// How a machine's clocks are.

@@ -17,6 +17,7 @@ use kvm_bindings::{
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::VmFd;
+use thaw_snapshot::MemoryLayer;
 use thiserror::Error;
 use vm_memory::bitmap::{AtomicBitmap, BS};
 use vm_memory::mmap::MmapRegionError;
@@ -199,33 +200,54 @@ impl GuestMemory {
     /// # Errors
     /// The section is not all of this memory, not page aligned, or not inside the file; or `mmap`'s own.
     pub fn map_private(&self, file: &File, offset: u64) -> Result<(), MemoryError> {
+        self.map_layer(&MemoryLayer {
+            file,
+            file_offset: offset,
+            memory_offset: 0,
+            bytes: self.bytes,
+        })
+    }
+
+    /// The same for a part of this memory.
+    ///
+    /// # Errors
+    /// The part is not within this memory, not page aligned, or not inside the file; or `mmap`'s own.
+    pub fn map_layer(&self, layer: &MemoryLayer<'_>) -> Result<(), MemoryError> {
+        let &MemoryLayer {
+            file,
+            file_offset: offset,
+            memory_offset,
+            bytes,
+        } = layer;
         let map = |source| MemoryError::MapFile { offset, source };
         let file_bytes = file.metadata().map_err(map)?.len();
-        let inside = offset
-            .checked_add(self.bytes)
-            .is_some_and(|end| end <= file_bytes);
-        let bytes = self.bytes;
-        if !inside || !offset.is_multiple_of(PAGE_BYTES) {
-            return Err(MemoryError::Section {
-                offset,
-                bytes,
-                file_bytes,
-            });
-        }
-        let (Ok(length), Ok(position)) = (usize::try_from(bytes), libc::off_t::try_from(offset))
-        else {
-            return Err(MemoryError::Section {
-                offset,
-                bytes,
-                file_bytes,
-            });
+        let within = |start: u64, length: u64| {
+            let end = start.checked_add(bytes);
+            end.is_some_and(|end| end <= length) && start.is_multiple_of(PAGE_BYTES)
+        };
+        let wrong = MemoryError::Section {
+            offset,
+            bytes,
+            file_bytes,
+        };
+        let fits = within(offset, file_bytes)
+            && within(memory_offset, self.bytes)
+            && bytes.is_multiple_of(PAGE_BYTES);
+        let (true, Ok(start), Ok(length), Ok(position)) = (
+            fits,
+            usize::try_from(memory_offset),
+            usize::try_from(bytes),
+            libc::off_t::try_from(offset),
+        ) else {
+            return Err(wrong);
         };
         let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
-        // SAFETY: replaces exactly the range that `reserve` made and this value owns. No reference into it exists: all
-        // access is by volatile copies, and no vCPU runs before the machine is restored.
+        // SAFETY: replaces a part of the range that `reserve` made and this value owns: `start + length` is at most its length,
+        // checked above. No reference into it exists: all access is by volatile copies, and no vCPU runs before the machine is
+        // restored.
         let mapped = unsafe {
             libc::mmap(
-                self.host.cast(),
+                self.host.add(start).cast(),
                 length,
                 PROTECTION,
                 flags,
@@ -439,6 +461,45 @@ mod tests {
         let mut byte = [0];
         std::os::unix::fs::FileExt::read_exact_at(&file, &mut byte, 4096).unwrap();
         assert_eq!(byte, [1]);
+    }
+
+    #[test]
+    fn a_later_layer_lies_over_an_earlier() {
+        let memory = GuestMemory::reserve(64 << 20).unwrap();
+        let (mut base, mut above) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+        base.write_all(&[1; 3 * 4096]).unwrap();
+        base.set_len(64 << 20).unwrap();
+        above.write_all(&[2; 2 * 4096]).unwrap();
+        memory.map_private(&base, 0).unwrap();
+        let layer = MemoryLayer {
+            file: &above,
+            file_offset: 4096,
+            memory_offset: 4096,
+            bytes: 4096,
+        };
+        memory.map_layer(&layer).unwrap();
+        let first = |page: u64| {
+            memory
+                .view()
+                .read_obj::<u8>(GuestAddress(page * 4096))
+                .unwrap()
+        };
+        assert_eq!([0, 1, 2, 3].map(first), [1, 2, 1, 0]);
+        for (file_offset, memory_offset, bytes) in [
+            (8192, 0, 4096),
+            (0, 64 << 20, 4096),
+            (0, 1, 4096),
+            (0, 0, 1),
+            (0, u64::MAX, 4096),
+        ] {
+            let outside = MemoryLayer {
+                file: &above,
+                file_offset,
+                memory_offset,
+                bytes,
+            };
+            assert!(memory.map_layer(&outside).is_err(), "{outside:?}");
+        }
     }
 
     #[test]

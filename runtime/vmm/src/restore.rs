@@ -7,8 +7,7 @@ use std::io;
 use std::os::unix::net::UnixStream;
 
 use thaw_snapshot::{
-    CpuRecord, MissingFeature, OpenError, PAGE_BYTES, SectionKind, Snapshot, SparseSection,
-    VerifyError,
+    BaseError, CpuRecord, MissingFeature, OpenError, PAGE_BYTES, SectionKind, Snapshot, VerifyError,
 };
 use thaw_vmm_control::{Disk, DiskAccess as Access, DiskSource, RestoreRequest, Timings};
 use thiserror::Error;
@@ -30,6 +29,9 @@ pub enum RestoreError {
     /// The file is no snapshot.
     #[error("snapshot could not be opened")]
     Open(#[source] OpenError),
+    /// The snapshot is a difference, and what it came with is not its base; or it is none.
+    #[error("base of the snapshot could not be used")]
+    Base(#[source] BaseError),
     /// A section is missing or damaged.
     #[error("snapshot could not be read")]
     Read(#[source] VerifyError),
@@ -188,14 +190,14 @@ fn disks(
             }
             DiskSource::Snapshot => {
                 let number = u8::try_from(index).map_err(|_| wrong("too many"))?;
-                let section = snapshot.disk(number).map_err(RestoreError::Read)?;
-                if section.length != saved.bytes.next_multiple_of(PAGE_BYTES) {
+                let section = snapshot.disk_range(number).map_err(RestoreError::Read)?;
+                if section.end - section.start != saved.bytes.next_multiple_of(PAGE_BYTES) {
                     return Err(RestoreError::Contradiction("a disk section's length"));
                 }
                 let file = snapshot.file().try_clone().map_err(used)?;
                 let base = DiskBase {
                     file: file.try_clone().map_err(used)?,
-                    offset: section.offset,
+                    offset: section.start,
                 };
                 let id = disk.id.clone();
                 (
@@ -203,7 +205,7 @@ fn disks(
                         file,
                         access: access(disk.access),
                         id,
-                        offset: section.offset,
+                        offset: section.start,
                         length: saved.bytes,
                     },
                     base,
@@ -224,25 +226,26 @@ struct Saved {
     snapshot: Snapshot,
     state: MachineStateV1,
     cpu: CpuRecord,
-    memory: SparseSection,
 }
 
-fn read(file: File) -> Result<Saved, RestoreError> {
-    let snapshot = Snapshot::from_file(file, "given").map_err(RestoreError::Open)?;
+fn read(file: File, base: Option<File>) -> Result<Saved, RestoreError> {
+    let mut snapshot = Snapshot::from_file(file, "given").map_err(RestoreError::Open)?;
+    if let Some(base) = base {
+        let base = Snapshot::from_file(base, "given base").map_err(RestoreError::Open)?;
+        snapshot.attach_base(base).map_err(RestoreError::Base)?;
+    }
     let cpu = snapshot.cpu().map_err(RestoreError::Read)?;
     let section = snapshot
         .section(SectionKind::Machine)
         .map_err(RestoreError::Read)?;
     let state = state::decode(&section).map_err(RestoreError::State)?;
-    let memory = snapshot.memory().map_err(RestoreError::Read)?;
-    if memory.length != state.memory_bytes {
+    if snapshot.memory_bytes().map_err(RestoreError::Read)? != state.memory_bytes {
         return Err(RestoreError::Contradiction("the memory section's length"));
     }
     Ok(Saved {
         snapshot,
         state,
         cpu,
-        memory,
     })
 }
 
@@ -272,7 +275,7 @@ fn shell_for(saved: &Saved, shell: Option<Shell>, asked_ns: u64) -> Result<Shell
             });
         }
         Some(shell) => shell,
-        None => shell::prepare(needed, asked_ns).map_err(RestoreError::Prepare)?,
+        None => shell::make(needed, asked_ns).map_err(RestoreError::Prepare)?,
     };
     // What a machine of this shape is told here; some bits speak of the shape.
     let missing = saved.cpu.missing_on(&shell.cpu);
@@ -297,18 +300,22 @@ pub fn restore(
     claimed_ns: u64,
 ) -> Result<Machine, RestoreError> {
     let mut files = files.into_iter();
-    let file = files.next().ok_or(RestoreError::Descriptors {
-        expected: 1,
+    let missing = || RestoreError::Descriptors {
+        expected: 1 + usize::from(request.has_base),
         found: 0,
-    })?;
-    let saved = read(file)?;
+    };
+    let file = files.next().ok_or_else(missing)?;
+    let base = match request.has_base {
+        true => Some(files.next().ok_or_else(missing)?),
+        false => None,
+    };
+    let saved = read(file, base)?;
     let decoded_ns = monotonic_ns();
     let shell = shell_for(&saved, shell, claimed_ns)?;
     let Saved {
         snapshot,
         state,
         cpu,
-        memory,
     } = saved;
     let (disks, disk_bases) = disks(&snapshot, &request.disks, &state.disks, files.collect())?;
     let Shell {
@@ -319,10 +326,10 @@ pub fn restore(
         decoded_ns: Some(decoded_ns),
         ..machine.timings
     };
-    machine
-        .memory
-        .map_private(snapshot.file(), memory.offset)
-        .map_err(RestoreError::Memory)?;
+    for layer in snapshot.memory_layers().map_err(RestoreError::Read)? {
+        let mapped = machine.memory.map_layer(&layer);
+        mapped.map_err(RestoreError::Memory)?;
+    }
     timings.memory_mapped_ns = Some(monotonic_ns());
 
     let vcpus = machine.vcpus.iter().zip(&fresh).zip(&state.vcpus);
@@ -346,7 +353,6 @@ pub fn restore(
         state,
         tsc_khz: cpu.tsc_khz,
         snapshot,
-        memory,
     });
     Ok(machine)
 }

@@ -5,7 +5,9 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use rustix::fs::SeekFrom;
-use thaw_snapshot::{Metadata, PAGE_BYTES, PageRun, PageSource, SectionKind, WriteError, Writer};
+use thaw_snapshot::{
+    Metadata, PAGE_BYTES, PageRun, PageSource, SectionKind, VerifyError, WriteError, Writer,
+};
 use thaw_vmm_control::{SaveRequest, Saved};
 use thiserror::Error;
 use vm_memory::Bytes;
@@ -42,6 +44,9 @@ pub enum SaveError {
     /// The state cannot be encoded.
     #[error("machine state could not be encoded")]
     Encode(#[source] postcard::Error),
+    /// The snapshot that it was restored from.
+    #[error("pages of the origin could not be listed")]
+    Origin(#[source] VerifyError),
     /// A disk is gone.
     #[error("disk {0} has no content")]
     Disk(usize),
@@ -60,7 +65,7 @@ impl Blame for SaveError {
 }
 
 /// Reads everything but memory and disk content.
-fn capture(machine: &Machine) -> Result<(MachineStateV1, u32), SaveError> {
+pub(crate) fn capture(machine: &Machine) -> Result<(MachineStateV1, u32), SaveError> {
     let failed = |vcpu| move |source| SaveError::Vcpu { vcpu, source };
     let first = machine
         .vcpus
@@ -132,11 +137,11 @@ pub fn save(
             &state::encode(&state).map_err(SaveError::Encode)?,
         )
         .map_err(write)?;
-    let stored = machine
-        .origin
-        .as_ref()
-        .map(|origin| &origin.memory.runs[..]);
-    let mut memory = MemorySource::new(&machine.memory, stored);
+    let stored = match &machine.origin {
+        Some(origin) => origin.snapshot.memory_runs().map_err(SaveError::Origin)?,
+        None => Vec::new(),
+    };
+    let mut memory = MemorySource::new(&machine.memory, &stored);
     writer
         .sparse_section(SectionKind::Memory, machine.memory.bytes(), &mut memory)
         .map_err(write)?;
@@ -180,10 +185,10 @@ const PAGEMAP_THERE: u64 = 0b11 << 62;
 const PAGEMAP_BATCH: u64 = 4096;
 
 impl<'a> MemorySource<'a> {
-    fn new(memory: &'a GuestMemory, runs: Option<&'a [PageRun]>) -> Self {
+    fn new(memory: &'a GuestMemory, runs: &'a [PageRun]) -> Self {
         Self {
             memory,
-            runs: runs.unwrap_or_default(),
+            runs,
             pagemap: File::open("/proc/self/pagemap").ok(),
         }
     }

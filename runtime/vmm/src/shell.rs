@@ -8,6 +8,8 @@
 //!    differ.
 //! 4. **Event descriptors**, then **threads**, parked: device thread and vCPUs.
 //!
+//! 5. **A rehearsal** ([`crate::rehearsal`]): the claim's code has run once and its pages are mapped.
+//!
 //! What remains for a claim is in [`crate::restore`]. A vCPU is not run ahead: its first entry builds page tables over memory that
 //! the claim replaces, and tearing these down again cost more than the entry saved.
 
@@ -22,6 +24,7 @@ use crate::fault::{Blame, Fault};
 use crate::host::{Host, HostError};
 use crate::machine::{AssembleError, GUEST_CID, Machine, Parts};
 use crate::memory::{GuestMemory, MemoryError};
+use crate::rehearsal::{RehearsalError, rehearse};
 use crate::state;
 use crate::vcpu::monotonic_ns;
 
@@ -54,6 +57,9 @@ pub enum PrepareError {
     /// Devices.
     #[error("devices could not be built")]
     Devices(#[source] DeviceBuildError),
+    /// What every claim does.
+    #[error("claim could not be rehearsed")]
+    Rehearsal(#[source] RehearsalError),
     /// Putting it together.
     #[error("machine could not be assembled")]
     Assemble(#[source] AssembleError),
@@ -120,11 +126,22 @@ pub struct Shell {
     pub(crate) cpu: CpuRecord,
 }
 
-/// Makes a shell; `asked_ns` is when the request arrived.
+/// Makes a shell ahead of demand and rehearses its claim; `asked_ns` is when the request arrived.
 ///
 /// # Errors
 /// A shape out of limits, or this host.
 pub fn prepare(shape: Shape, asked_ns: u64) -> Result<Shell, PrepareError> {
+    let mut shell = make(shape, asked_ns)?;
+    rehearse(&mut shell.machine).map_err(PrepareError::Rehearsal)?;
+    shell.machine.timings.prepared_ns = Some(monotonic_ns());
+    Ok(shell)
+}
+
+/// Makes a shell that is claimed at once.
+///
+/// # Errors
+/// As [`prepare`].
+pub fn make(shape: Shape, asked_ns: u64) -> Result<Shell, PrepareError> {
     let mut timings = Timings {
         prepared_from_ns: Some(asked_ns),
         ..Default::default()

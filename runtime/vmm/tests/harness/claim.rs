@@ -56,8 +56,11 @@ fn frozen(vcpu_count: u8, shared: &File) -> (File, Vec<Disk>) {
     (snapshot, disks)
 }
 
+/// A moment of a claim.
+type Moment = fn(&Timings) -> Option<u64>;
+
 /// The parts of a claim, from moment to moment.
-const PARTS: [(&str, fn(&Timings) -> Option<u64>); 10] = [
+const PARTS: [(&str, Moment); 10] = [
     ("snapshot read", |t| t.decoded_ns),
     ("memory mapped", |t| t.memory_mapped_ns),
     ("vcpus set", |t| t.vcpus_set_ns),
@@ -95,7 +98,7 @@ fn print_parts(all: &[Timings]) {
         "shell, made ahead",
         each(&|t| microseconds(t.prepared_from_ns, t.prepared_ns)),
     );
-    let mut before: fn(&Timings) -> Option<u64> = |t| t.claimed_ns;
+    let mut before: Moment = |t| t.claimed_ns;
     for (name, moment) in PARTS {
         print_quantiles(name, each(&|t| microseconds(before(t), moment(t))));
         before = moment;

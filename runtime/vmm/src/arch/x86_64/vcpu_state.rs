@@ -50,22 +50,29 @@ pub struct VcpuStateV1 {
     /// What CPUID told the guest.
     pub cpuid: Vec<CpuidEntryV1>,
     /// `struct kvm_sregs`.
+    #[serde(with = "crate::bytes")]
     pub sregs: Vec<u8>,
     /// `struct kvm_xcrs`.
+    #[serde(with = "crate::bytes")]
     pub xcrs: Vec<u8>,
     /// `struct kvm_xsave`, as long as the saving host's KVM made it.
+    #[serde(with = "crate::bytes")]
     pub xsave: Vec<u8>,
     /// `struct kvm_regs`.
+    #[serde(with = "crate::bytes")]
     pub regs: Vec<u8>,
     /// `struct kvm_debugregs`.
+    #[serde(with = "crate::bytes")]
     pub debugregs: Vec<u8>,
     /// Model-specific registers but time.
     pub msrs: Vec<MsrV1>,
     /// `struct kvm_lapic_state`.
+    #[serde(with = "crate::bytes")]
     pub lapic: Vec<u8>,
     /// `KVM_MP_STATE_*`.
     pub mp_state: u32,
     /// `struct kvm_vcpu_events`.
+    #[serde(with = "crate::bytes")]
     pub events: Vec<u8>,
     /// `IA32_TSC_DEADLINE`; 0 is no timer.
     pub tsc_deadline: u64,
