@@ -179,7 +179,8 @@ impl Monitor {
     pub fn rewind(&mut self) -> anyhow::Result<()> {
         let (agent, theirs) = UnixStream::pair().context("cannot make a socket")?;
         agent.set_read_timeout(Some(PATIENCE))?;
-        self.agent = agent;
+        // The old one stays open until it is replaced: the guest that still runs has it.
+        let _old = std::mem::replace(&mut self.agent, agent);
         self.question()?;
         match self.ask(&Request::Rewind, &[theirs.as_fd()])? {
             Reply::Rewound(_) => Ok(()),
