@@ -15,6 +15,7 @@ use crate::fault::{Blame, failure};
 use crate::lifecycle::{Act, Life};
 use crate::machine::Machine;
 use crate::restore::restore;
+use crate::rewind::rewind;
 use crate::save::save;
 use crate::shell::{PrepareError, Shape, Shell, prepare};
 use crate::vcpu::monotonic_ns;
@@ -195,10 +196,10 @@ impl Monitor {
             }
             Request::Status => return Ok(Reply::Status(self.status())),
             Request::Quit => {}
-            Request::WorkingSet | Request::Rewind => {
+            Request::WorkingSet => {
                 return Err(failure(&NotYet(Act::from(&request))));
             }
-            Request::Resume | Request::Pause | Request::Save(_) => {
+            Request::Resume | Request::Pause | Request::Save(_) | Request::Rewind => {
                 return self.act_on_machine(request, files, now);
             }
         }
@@ -220,10 +221,14 @@ impl Monitor {
                     .map(Reply::Saved)
                     .map_err(|error| failure(&error));
             }
+            Request::Rewind => {
+                return rewind(machine, files, now)
+                    .map(Reply::Rewound)
+                    .map_err(|error| failure(&error));
+            }
             Request::Boot(_)
             | Request::Prepare(_)
             | Request::Restore(_)
-            | Request::Rewind
             | Request::WorkingSet
             | Request::Status
             | Request::Quit => {}

@@ -491,6 +491,13 @@ impl Devices {
         self.with_disk(disk, |block| (block.length(), block.access()))
     }
 
+    /// Bytes of all copy-on-write disks that the guest has written since they were built or reset, in whole blocks of
+    /// 4 KiB. Quiesced only.
+    pub fn disk_written_bytes(&self) -> u64 {
+        let written = |disk| self.with_disk(disk, |block| block.written_bytes());
+        (0..self.disk_count).filter_map(written).sum()
+    }
+
     /// Byte ranges of a copy-on-write disk that the guest has written since it was built or rewound,
     /// ascending, 4 KiB aligned except at the disk's end. Quiesced only.
     pub fn disk_written_runs(&self, disk: usize) -> Vec<std::ops::Range<u64>> {

@@ -20,6 +20,7 @@ pub mod machine;
 pub mod memory;
 pub mod rehearsal;
 pub mod restore;
+pub mod rewind;
 pub mod save;
 pub mod shell;
 pub mod state;

@@ -26,6 +26,7 @@ use crate::end::{self, EndReceiver};
 use crate::fault::{Blame, Fault};
 use crate::host::Bare;
 use crate::memory::GuestMemory;
+use crate::rewind::Pristine;
 use crate::state::MachineStateV1;
 use crate::vcpu::{Vcpu, VcpuContext, VcpuError, monotonic_ns};
 
@@ -116,6 +117,8 @@ pub struct Origin {
     pub tsc_khz: u32,
     /// The open snapshot, its base attached: guest memory is a private mapping of its layers.
     pub snapshot: Snapshot,
+    /// What a rewind copies from; made by the first.
+    pub pristine: Option<Pristine>,
 }
 
 /// How a machine's clocks are.
@@ -325,11 +328,31 @@ impl Machine {
     /// # Errors
     /// Something did not stop in time or has ended.
     pub fn pause(&mut self) -> Result<(), SwitchError> {
-        self.vcpus.iter().for_each(Vcpu::request_pause);
-        for vcpu in &self.vcpus {
-            vcpu.wait_paused().map_err(SwitchError::Vcpu)?;
-        }
+        self.stop_vcpus()?;
         self.devices.pause().map_err(SwitchError::Devices)
+    }
+
+    fn stop_vcpus(&self) -> Result<(), SwitchError> {
+        self.vcpus.iter().for_each(Vcpu::request_pause);
+        (self.vcpus.iter()).try_for_each(|vcpu| vcpu.wait_paused().map_err(SwitchError::Vcpu))
+    }
+
+    /// As [`Machine::pause`], but what devices have not served stays so: the machine's state is given up. A machine that is
+    /// paused stays so.
+    ///
+    /// # Errors
+    /// As [`Machine::pause`].
+    pub(crate) fn park(&mut self) -> Result<(), SwitchError> {
+        self.stop_vcpus()?;
+        self.devices.park().map_err(SwitchError::Devices)
+    }
+
+    /// All parts were put back to `origin`: the clocks stand, and nothing has happened since.
+    pub(crate) fn begin_anew(&mut self, origin: Origin, timings: Timings) {
+        self.first_instruction_ns.store(0, Ordering::SeqCst);
+        self.origin = Some(origin);
+        self.clocks = Clocks::Frozen;
+        self.timings = timings;
     }
 
     /// The origin of a machine whose clocks no resume has set yet: they still stand where they stood there.

@@ -411,6 +411,20 @@ impl PageSet {
     }
 }
 
+impl FromIterator<u64> for PageSet {
+    fn from_iter<T: IntoIterator<Item = u64>>(pages: T) -> Self {
+        let mut words = Vec::new();
+        for page in pages {
+            let word = usize::try_from(page / WORD_PAGES).expect("pages of a guest's memory");
+            if word >= words.len() {
+                words.resize(word + 1, 0);
+            }
+            words[word] |= 1 << (page % WORD_PAGES);
+        }
+        Self { words }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -515,14 +529,6 @@ mod tests {
         }
     }
 
-    fn set(pages: &[u64]) -> PageSet {
-        let mut words = vec![0; 4];
-        for page in pages {
-            words[usize::try_from(page / 64).unwrap()] |= 1 << (page % 64);
-        }
-        PageSet { words }
-    }
-
     #[test]
     fn runs_are_the_pages_of_the_set() {
         for pages in [
@@ -534,11 +540,14 @@ mod tests {
             (0..256).collect(),
             (0..256).step_by(2).collect(),
         ] {
-            let set = set(&pages);
+            let set: PageSet = pages.iter().copied().collect();
             assert_eq!(set.count(), pages.len() as u64);
             assert_eq!(set.runs().flatten().collect::<Vec<_>>(), pages);
         }
-        assert_eq!(set(&[1, 2, 3, 9]).runs().collect::<Vec<_>>(), [1..4, 9..10]);
+        assert_eq!(
+            PageSet::from_iter([1, 2, 3, 9]).runs().collect::<Vec<_>>(),
+            [1..4, 9..10]
+        );
     }
 
     #[test]

@@ -353,6 +353,7 @@ pub fn restore(
         state,
         tsc_khz: cpu.tsc_khz,
         snapshot,
+        pristine: None,
     });
     Ok(machine)
 }

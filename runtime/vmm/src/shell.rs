@@ -146,7 +146,9 @@ pub fn make(shape: Shape, asked_ns: u64) -> Result<Shell, PrepareError> {
         prepared_from_ns: Some(asked_ns),
         ..Default::default()
     };
-    let memory = GuestMemory::reserve(shape.memory_bytes).map_err(PrepareError::Memory)?;
+    let memory = GuestMemory::reserve(shape.memory_bytes)
+        .map_err(PrepareError::Memory)?
+        .tracked();
     let host = Host::open().map_err(PrepareError::Host)?;
     let bare = host
         .make(memory, shape.vcpu_count)

@@ -16,3 +16,6 @@ mod claim;
 #[cfg(test)]
 #[path = "harness/freeze.rs"]
 mod freeze;
+#[cfg(test)]
+#[path = "harness/rewind.rs"]
+mod rewind;

@@ -220,6 +220,10 @@ impl Block {
         self.access
     }
 
+    pub(super) fn written_bytes(&self) -> u64 {
+        self.store.written_bytes()
+    }
+
     pub(super) fn written_runs(&self) -> Vec<Range<u64>> {
         self.store.written_runs()
     }

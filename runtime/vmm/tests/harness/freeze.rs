@@ -12,7 +12,7 @@ use thaw_vmm_control::{Disk, Fault, Reply, Request, RestoreRequest};
 use crate::guest::{disk_of, ext4};
 use crate::monitor::{Monitor, copy_on_write, read_only, stored};
 
-fn clocks(monitor: &mut Monitor) -> [u64; 3] {
+pub fn clocks(monitor: &mut Monitor) -> [u64; 3] {
     let answer = monitor.command("clocks");
     let numbers: Vec<u64> = answer
         .split(' ')
@@ -30,7 +30,7 @@ fn ticks(monitor: &mut Monitor) -> Vec<u64> {
 }
 
 /// Timers fire on every CPU.
-fn all_cpus_tick(monitor: &mut Monitor, vcpu_count: usize) {
+pub fn all_cpus_tick(monitor: &mut Monitor, vcpu_count: usize) {
     let before = ticks(monitor);
     assert_eq!(before.len(), vcpu_count);
     for _ in 0..1000 {
@@ -63,7 +63,7 @@ fn report(name: &str, monitor: &mut Monitor) {
 }
 
 /// A running guest with 1 MiB of known memory, a counter at 1 and a file system with one file.
-fn prepared(vcpu_count: u8, shared: &File, overlay: &File) -> (Monitor, Vec<Disk>) {
+pub fn prepared(vcpu_count: u8, shared: &File, overlay: &File) -> (Monitor, Vec<Disk>) {
     let disks = [
         (read_only("shared"), shared),
         (copy_on_write("overlay"), overlay),

@@ -263,6 +263,12 @@ impl Store {
         Ok(())
     }
 
+    /// Bytes that are in the delta, in whole blocks.
+    pub(super) fn written_bytes(&self) -> u64 {
+        let words = self.delta.iter().flat_map(|delta| &delta.written);
+        words.map(|word| u64::from(word.count_ones())).sum::<u64>() * BLOCK_BYTES
+    }
+
     /// Byte ranges that are in the delta, ascending.
     pub(super) fn written_runs(&self) -> Vec<Range<u64>> {
         let mut runs: Vec<Range<u64>> = Vec::new();
@@ -310,7 +316,9 @@ mod tests {
         let mut bytes = vec![0; 1 << 20];
         store.read(0, &mut bytes).unwrap();
         assert_eq!((bytes[4096], bytes[5000], bytes[12287]), (0, 7, 7));
+        assert_eq!(store.written_bytes(), 2 * BLOCK_BYTES);
         store.forget_writes().unwrap();
+        assert_eq!(store.written_bytes(), 0);
         store.read(0, &mut bytes).unwrap();
         assert_eq!(
             (store.written_runs(), bytes),
