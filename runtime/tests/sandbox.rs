@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use thaw_runtime::{
     Configure, End, FreezeError, FreezeRequest, FreezeStep, Invocation, InvocationTimings,
     InvokeError, Measure, Outcome, Pool, PoolSpec, Runtime, RuntimeConfig, RuntimeExitCause,
+    Start,
 };
 use thaw_snapshot::Metadata;
 use tokio::sync::{Mutex, MutexGuard, OnceCell};
@@ -266,6 +267,48 @@ async fn each_invocation_sees_a_pristine_and_unique_vm() {
         assert!(identity["remaining_ms"].as_u64().unwrap() <= 120_000);
     }
     runtime.shutdown(AMPLE).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rewound_vm_is_pristine_and_unique() {
+    let _turn = alone().await;
+    let (runtime, pool) = pool(0).await;
+    let mut seen = HashSet::new();
+    for round in 0..6 {
+        assert_eq!(answer(&pool, json!({"do": "write"})).await, json!(["mark"]));
+        let outcome = invoke(&pool, json!({"do": "identify"})).await;
+        eprintln!("{:?} {:?} {:?}", outcome.start, outcome.duration, pool.stats());
+        assert_eq!(outcome.start, Start::Rewound, "round {round}");
+        let End::Response { payload, .. } = &outcome.end else {
+            panic!("{outcome:?}");
+        };
+        let identity: Value = serde_json::from_slice(payload).unwrap();
+        for part in ["host", "uuid", "urandom"] {
+            let value = identity[part].as_str().unwrap().to_owned();
+            assert!(seen.insert(value), "{part} came twice: {identity}");
+        }
+        greets(&pool).await;
+    }
+    let stats = pool.stats();
+    assert_eq!((stats.rewound, stats.rewind_failures), (17, 0), "{stats:?}");
+    eventually("it was one VM all along", || {
+        monitors().len() == 1 + runtime.stats().shells
+    })
+    .await;
+    runtime.shutdown(AMPLE).await;
+    assert!(monitors().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_claims_a_shell_that_was_made_ahead() {
+    let _turn = alone().await;
+    let (runtime, pool) = pool(0).await;
+    eventually("a shell is made", || runtime.stats().shells > 0).await;
+    let outcome = invoke(&pool, json!({"do": "greet", "name": "you"})).await;
+    assert_eq!(outcome.start, Start::Claimed);
+    eprintln!("{:?}", outcome.timings);
+    runtime.shutdown(AMPLE).await;
+    assert!(monitors().is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]

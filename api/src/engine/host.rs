@@ -10,7 +10,7 @@ use futures_util::future::BoxFuture;
 use thaw_images::{Fault, ImageStore, Quiet, RuntimeImage, RuntimeName};
 use thaw_runtime::{
     Configure, FreezeRequest, FreezeStep, Frozen, Invocation, InvokeError, OpenPoolError, Outcome,
-    Pool, PoolSpec, PoolStats, Runtime,
+    Pool, PoolSpec, PoolStats, Runtime, RuntimeStats,
 };
 use thaw_snapshot::Metadata;
 
@@ -136,6 +136,10 @@ impl Engine for HostEngine {
             Ok(pool)
         }
         .boxed()
+    }
+
+    fn stats(&self) -> RuntimeStats {
+        self.runtime.stats()
     }
 
     fn shutdown(&self, deadline: Duration) -> BoxFuture<'_, ()> {
