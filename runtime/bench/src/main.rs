@@ -121,21 +121,24 @@ fn restore_command(args: RestoreArgs) -> anyhow::Result<ExitCode> {
         clones: args.clones,
         memory_mib: args.memory_mib,
     };
-    let mut findings = restore::run(&plan)?;
-    if let Some(path) = &args.function {
-        add_function(path, &mut findings)?;
-    }
-    let report = Report::new(&plan, findings, Host::this());
-    if let Some(path) = &args.svg {
-        let title = format!(
-            "{} rounds, {} MiB, {}",
-            report.rounds, report.memory_mib, report.host.processor
-        );
-        write(path, &svg::draw(&title, &report.sides))?;
-    }
-    if let Some(path) = &args.json {
-        write(path, &serde_json::to_string_pretty(&report)?)?;
-    }
+    let tell = |findings: &Findings| -> anyhow::Result<Report> {
+        let mut findings = findings.clone();
+        if let Some(path) = &args.function {
+            add_function(path, &mut findings)?;
+        }
+        let report = Report::new(&plan, findings, Host::this());
+        if let Some(path) = &args.svg {
+            let (rounds, memory) = (report.rounds, report.memory_mib);
+            let title = format!("{rounds} rounds, {memory} MiB, {}", report.host.processor);
+            write(path, &svg::draw(&title, &report.sides))?;
+        }
+        if let Some(path) = &args.json {
+            write(path, &serde_json::to_string_pretty(&report)?)?;
+        }
+        Ok(report)
+    };
+    let findings = restore::run(&plan, &mut |findings| tell(findings).map(drop))?;
+    let report = tell(&findings)?;
     print!("{}", report.text());
     Ok(ExitCode::SUCCESS)
 }

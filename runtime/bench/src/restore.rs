@@ -49,7 +49,7 @@ pub struct Plan {
 }
 
 /// What came out.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Findings {
     /// Latencies by side.
     pub series: Series,
@@ -120,11 +120,15 @@ struct Sides {
     firecracker: Option<Firecracker>,
 }
 
-/// Does all of it.
+/// Does all of it. `keep` hears what was found so far after each part: an emulated host can die in the middle, and what was
+/// measured by then is worth as much.
 ///
 /// # Errors
-/// What the sides need cannot be made. A side that fails in a round is in [`Findings::failures`].
-pub fn run(plan: &Plan) -> anyhow::Result<Findings> {
+/// What the sides need cannot be made, or `keep` fails. A side that fails in a round is in [`Findings::failures`].
+pub fn run(
+    plan: &Plan,
+    keep: &mut dyn FnMut(&Findings) -> anyhow::Result<()>,
+) -> anyhow::Result<Findings> {
     let mut findings = Findings::default();
     let sides = prepare(plan, &mut findings)?;
     // One round before the first that counts: caches are warm for all or for none.
@@ -141,8 +145,10 @@ pub fn run(plan: &Plan) -> anyhow::Result<Findings> {
         eprint!("\rthaw-bench: round {round} of {}", plan.rounds);
     }
     eprintln!();
-    sides.look_at_memory(plan.clones, &mut findings);
+    keep(&findings)?;
     sides.count_clones(&mut findings);
+    keep(&findings)?;
+    sides.look_at_memory(plan.clones, &mut findings);
     Ok(findings)
 }
 
