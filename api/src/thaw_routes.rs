@@ -10,7 +10,8 @@ use bytes::Bytes;
 use futures_util::stream::{self, Stream, StreamExt as _};
 use serde::Deserialize;
 use thaw_api_types::thaw::{
-    FunctionSummary, ListResponse, MachineSummary, PoolSummary, ProgressEvent, SnapshotSummary, Step,
+    FunctionSummary, ListResponse, MachineSummary, PoolSummary, ProgressEvent, SnapshotSummary,
+    Step,
 };
 use tokio::sync::broadcast::error::RecvError;
 

@@ -51,7 +51,11 @@ pub async fn ls(global: &Global) -> anyhow::Result<ExitCode> {
 
 /// What all sandboxes use of the machine, and may use.
 fn machine(now: &MachineSummary) -> String {
-    let of = |limit: Option<u64>| limit.map(|limit| format!(" of {limit}")).unwrap_or_default();
+    let of = |limit: Option<u64>| {
+        limit
+            .map(|limit| format!(" of {limit}"))
+            .unwrap_or_default()
+    };
     format!(
         "sandboxes may use {}{} MiB; {}{} virtual CPUs run; {} shells",
         now.memory_mib,

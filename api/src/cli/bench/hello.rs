@@ -108,8 +108,7 @@ impl Stage<'_> {
         let agent = self.installation.agent.clone();
         let engine = HostEngine::new(runtime, self.home.to_owned(), agent.clone());
         let folder = self.folder.join(format!("{recycle:?}"));
-        let mut config =
-            GatewayConfig::new(folder, listener, self.installation.vmm.clone(), agent);
+        let mut config = GatewayConfig::new(folder, listener, self.installation.vmm.clone(), agent);
         config.ready_count = 1;
         let gateway = Gateway::start_on(config, Arc::new(engine))
             .await
@@ -187,7 +186,9 @@ async fn call(client: &Client) -> anyhow::Result<Call> {
     let timing = answer.timing.context("the gateway sent no Server-Timing")?;
     let mut parts = server_timing(&timing);
     parts.push(("http".to_owned(), http));
-    let start = answer.start.context("the gateway does not say how the sandbox was had")?;
+    let start = answer
+        .start
+        .context("the gateway does not say how the sandbox was had")?;
     Ok(Call { start, parts })
 }
 
