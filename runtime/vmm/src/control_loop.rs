@@ -42,12 +42,12 @@ impl Blame for AgentUsed {
     }
 }
 
-/// Not built yet.
+/// The working set cannot be told.
 #[derive(Debug, Error)]
-#[error("{0:?} is not possible yet")]
-struct NotYet(Act);
+#[error("pages of this process could not be listed")]
+struct Pagemap(#[source] io::Error);
 
-impl Blame for NotYet {
+impl Blame for Pagemap {
     fn fault(&self) -> Fault {
         Fault::Host
     }
@@ -196,10 +196,11 @@ impl Monitor {
             }
             Request::Status => return Ok(Reply::Status(self.status())),
             Request::Quit => {}
-            Request::WorkingSet => {
-                return Err(failure(&NotYet(Act::from(&request))));
-            }
-            Request::Resume | Request::Pause | Request::Save(_) | Request::Rewind => {
+            Request::Resume
+            | Request::Pause
+            | Request::Save(_)
+            | Request::WorkingSet
+            | Request::Rewind => {
                 return self.act_on_machine(request, files, now);
             }
         }
@@ -216,6 +217,10 @@ impl Monitor {
         match request {
             Request::Resume => machine.resume(now).map_err(|error| failure(&error))?,
             Request::Pause => machine.pause().map_err(|error| failure(&error))?,
+            Request::WorkingSet => {
+                let set = machine.working_set().map_err(Pagemap);
+                return set.map(Reply::WorkingSet).map_err(|error| failure(&error));
+            }
             Request::Save(request) => {
                 return save(machine, request, files)
                     .map(Reply::Saved)
@@ -229,7 +234,6 @@ impl Monitor {
             Request::Boot(_)
             | Request::Prepare(_)
             | Request::Restore(_)
-            | Request::WorkingSet
             | Request::Status
             | Request::Quit => {}
         }

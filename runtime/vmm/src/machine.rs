@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvm_ioctls::{IoEventAddress, VmFd};
 use thaw_snapshot::Snapshot;
-use thaw_vmm_control::{Exit, Timings};
+use thaw_vmm_control::{Exit, Prefetch, Timings, WorkingSet};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -23,9 +23,10 @@ use crate::devices::{
     SERIAL_GSI,
 };
 use crate::end::{self, EndReceiver};
-use crate::fault::{Blame, Fault};
+use crate::fault::{self, Blame, Fault};
 use crate::host::Bare;
 use crate::memory::GuestMemory;
+use crate::prefetch::{Prefetcher, Recorder};
 use crate::rewind::Pristine;
 use crate::state::MachineStateV1;
 use crate::vcpu::{Vcpu, VcpuContext, VcpuError, monotonic_ns};
@@ -152,6 +153,10 @@ pub struct Machine {
     pub(crate) origin: Option<Origin>,
     pub(crate) clocks: Clocks,
     pub(crate) timings: Timings,
+    /// What the first resume after a claim fetches beside the guest.
+    pub(crate) prefetch: Prefetch,
+    prefetcher: Option<Prefetcher>,
+    recorder: Recorder,
     device_thread: Option<DeviceThread>,
     first_instruction_ns: Arc<AtomicU64>,
     ends: EndReceiver,
@@ -266,6 +271,9 @@ impl Machine {
             origin: None,
             clocks: Clocks::Set,
             timings,
+            prefetch: Prefetch::Off,
+            prefetcher: None,
+            recorder: Recorder::default(),
             device_thread,
             first_instruction_ns,
             ends,
@@ -298,7 +306,31 @@ impl Machine {
         }
         self.timings.time_set_ns = Some(monotonic_ns());
         self.vcpus.iter().for_each(Vcpu::run);
+        if std::mem::take(&mut self.prefetch) == Prefetch::WorkingSet {
+            self.start_prefetch();
+        }
         Ok(())
+    }
+
+    /// The guest runs without it too, only slower.
+    fn start_prefetch(&mut self) {
+        let Some(origin) = &self.origin else {
+            return;
+        };
+        match Prefetcher::start(&origin.snapshot, &self.memory) {
+            Ok(prefetcher) => self.prefetcher = Some(prefetcher),
+            Err(error) => {
+                tracing::warn!(error = fault::chain(&error), "working set is not fetched")
+            }
+        }
+    }
+
+    /// Pages that were touched since the machine was restored, those of earlier calls first.
+    ///
+    /// # Errors
+    /// The host does not let this process see its own pages.
+    pub fn working_set(&mut self) -> io::Result<WorkingSet> {
+        self.recorder.look(&self.memory)
     }
 
     /// Steps 10 to 12 of [`vcpu_state`]'s order.
@@ -332,7 +364,10 @@ impl Machine {
         self.devices.pause().map_err(SwitchError::Devices)
     }
 
-    fn stop_vcpus(&self) -> Result<(), SwitchError> {
+    fn stop_vcpus(&mut self) -> Result<(), SwitchError> {
+        if let Some(prefetcher) = self.prefetcher.take() {
+            prefetcher.stop();
+        }
         self.vcpus.iter().for_each(Vcpu::request_pause);
         (self.vcpus.iter()).try_for_each(|vcpu| vcpu.wait_paused().map_err(SwitchError::Vcpu))
     }
@@ -353,6 +388,7 @@ impl Machine {
         self.origin = Some(origin);
         self.clocks = Clocks::Frozen;
         self.timings = timings;
+        self.recorder = Recorder::default();
     }
 
     /// The origin of a machine whose clocks no resume has set yet: they still stand where they stood there.

@@ -349,6 +349,7 @@ pub fn restore(
     machine.disk_bases = disk_bases;
     machine.timings = timings;
     machine.clocks = Clocks::Frozen;
+    machine.prefetch = request.prefetch;
     machine.origin = Some(Origin {
         state,
         tsc_khz: cpu.tsc_khz,

@@ -1,13 +1,17 @@
 //! Shells, made ahead, and what claiming one costs.
 
 use std::fs::File;
+use std::time::{Duration, Instant};
 
+use tempfile::NamedTempFile;
+use thaw_snapshot::{Access, PageRun, TouchedRun, WorkingSet, set_working_set};
 use thaw_vmm_control::{
-    Disk, DiskShape, Fault, PrepareRequest, Reply, Request, RestoreRequest, Status, Timings,
+    Disk, DiskShape, Fault, Prefetch, PrepareRequest, Reply, Request, RestoreRequest, Status,
+    Timings, WorkingSetRun,
 };
 
-use crate::guest::{disk_of, ext4};
-use crate::monitor::{Monitor, copy_on_write, read_only, stored};
+use crate::monitor::Monitor;
+use crate::rewind::{Frozen, frozen};
 
 /// Claims whose parts are measured.
 const CLAIMS: usize = 30;
@@ -38,22 +42,6 @@ fn claim(shell: &mut Monitor, disks: &[Disk], files: &[&File]) {
         ..Default::default()
     });
     shell.done(&request, files);
-}
-
-/// A frozen guest that has counted to 1 and holds a file on its disk.
-fn frozen(vcpu_count: u8, shared: &File) -> (File, Vec<Disk>) {
-    let disks = [
-        (read_only("shared"), shared),
-        (copy_on_write("overlay"), &ext4()),
-    ];
-    let mut monitor = Monitor::boot("vmlinux", vcpu_count, &disks);
-    assert_eq!(monitor.command("count 1"), "1");
-    assert_eq!(monitor.command("mount /dev/vdb"), "mounted");
-    assert_eq!(monitor.command("put before frozen"), "put");
-    let snapshot = monitor.freeze();
-    monitor.quit();
-    let disks = vec![read_only("shared"), stored(&copy_on_write("overlay"))];
-    (snapshot, disks)
 }
 
 /// A moment of a claim.
@@ -113,60 +101,134 @@ fn print_parts(all: &[Timings]) {
     );
 }
 
-/// One message runs a shell's guest, with the request in its queue; thirty times, and what each part of it took.
+/// A command whose work is worth fetching ahead for.
+const COMMANDS: [&str; 2] = ["sum", "get before"];
+
+/// Claims a new shell with the first command in its channel.
+fn claimed(snapshot: &File, frozen: &Frozen, prefetch: Prefetch) -> (Monitor, Duration) {
+    let mut shell = shell(&shape(1, &frozen.disks));
+    shell.tell(COMMANDS[0]);
+    let asked = Instant::now();
+    let request = Request::Restore(RestoreRequest {
+        disks: frozen.disks.clone(),
+        resume: true,
+        prefetch,
+        ..Default::default()
+    });
+    shell.done(&request, &[snapshot, &frozen.shared]);
+    assert_eq!(shell.hear(), "0");
+    assert_eq!(shell.command(COMMANDS[1]), "frozen");
+    (shell, asked.elapsed())
+}
+
+/// The frozen guest with the working set of the commands, as one clone of it told.
+fn with_working_set(frozen: &Frozen) -> NamedTempFile {
+    let file = NamedTempFile::new().unwrap();
+    let mut unused = Monitor::restore(&frozen.snapshot, &frozen.disks, &[&frozen.shared]);
+    unused.save_into(file.as_file());
+    unused.quit();
+    let (mut clone, _) = claimed(&frozen.snapshot, frozen, Prefetch::Off);
+    let Reply::WorkingSet(told) = clone.ask(&Request::WorkingSet, &[]) else {
+        panic!("no working set");
+    };
+    clone.quit();
+    let written: u64 = told
+        .runs
+        .iter()
+        .filter(|run| run.written)
+        .map(|run| run.count)
+        .sum();
+    let all: u64 = told.runs.iter().map(|run| run.count).sum();
+    println!(
+        "working set: {all} pages, {written} written, {} runs",
+        told.runs.len()
+    );
+    // The guest has read a mebibyte of its own and has written its stack at least.
+    assert!(written > 0 && all > 256, "{all} pages, {written} written");
+    let run = |run: &WorkingSetRun| TouchedRun {
+        pages: PageRun {
+            start: run.start,
+            count: run.count,
+        },
+        access: match run.written {
+            true => Access::Write,
+            false => Access::Read,
+        },
+    };
+    let set = WorkingSet::new(told.runs.iter().map(run).collect(), 256 << 20).unwrap();
+    set_working_set(file.path(), &set).unwrap();
+    file
+}
+
+/// One message runs a shell's guest, with the request in its queue. Thirty times, and what each part took: in turns without and
+/// with the working set fetched beside the guest.
 #[test]
 fn a_claimed_shell_answers_what_lay_in_its_channel() {
-    let shared = disk_of(b'r', 1 << 20);
-    let (snapshot, disks) = frozen(1, &shared);
-    let shape = shape(1, &disks);
-    let mut timings = Vec::with_capacity(CLAIMS);
+    let frozen = frozen(1);
+    let amended = with_working_set(frozen);
+    let snapshot = File::open(amended.path()).unwrap();
+    let mut rows = [
+        (Prefetch::Off, Vec::new(), Vec::new()),
+        (Prefetch::WorkingSet, Vec::new(), Vec::new()),
+    ];
     for number in 0..CLAIMS {
-        let mut shell = shell(&shape);
-        shell.tell(&format!("count {number}"));
-        claim(&mut shell, &disks, &[&snapshot, &shared]);
-        assert_eq!(shell.hear(), (1 + number).to_string());
-        timings.push(shell.status().timings);
-        if number == 0 {
-            assert_eq!(shell.command("get before"), "frozen");
-            assert_eq!(shell.command("read /dev/vda 8192 4"), "rrrr");
-            shell.quit();
+        let (prefetch, timings, answers) = &mut rows[number % 2];
+        let (mut clone, answered) = claimed(&snapshot, frozen, *prefetch);
+        timings.push(clone.status().timings);
+        answers.push(u64::try_from(answered.as_micros()).unwrap());
+        if number < 2 {
+            assert_eq!(clone.command("count 1"), "2");
+            assert_eq!(clone.command("read /dev/vda 8192 4"), "rrrr");
+            clone.quit();
         }
     }
-    print_parts(&timings);
+    for (prefetch, timings, answers) in rows {
+        println!("prefetch {prefetch:?}:");
+        print_parts(&timings);
+        print_quantiles("CLAIM TO TWO ANSWERS", answers);
+    }
 }
 
 #[test]
-fn a_shell_of_four_vcpus_is_claimed_paused_and_saved_again() {
-    let shared = disk_of(b'r', 1 << 20);
-    let (snapshot, disks) = frozen(4, &shared);
-    let mut paused = shell(&shape(4, &disks));
+fn a_shell_of_two_vcpus_is_claimed_paused_and_saved_again() {
+    let Frozen {
+        snapshot,
+        disks,
+        shared,
+        ..
+    } = frozen(2);
+    let mut paused = shell(&shape(2, disks));
     let request = Request::Restore(RestoreRequest {
         disks: disks.clone(),
         ..Default::default()
     });
-    paused.done(&request, &[&snapshot, &shared]);
+    paused.done(&request, &[snapshot, shared]);
     // It has not run: what is saved of it now is what it was restored from.
     let again = paused.save();
     paused.done(&Request::Resume, &[]);
     assert_eq!(paused.command("count 1"), "2");
     paused.quit();
-    let mut clone = shell(&shape(4, &disks));
-    claim(&mut clone, &disks, &[&again, &shared]);
+    let mut clone = shell(&shape(2, disks));
+    claim(&mut clone, disks, &[&again, shared]);
     assert_eq!(clone.command("count 1"), "2");
     assert_eq!(clone.command("get before"), "frozen");
-    assert_eq!(clone.command("cpus"), "4");
+    assert_eq!(clone.command("cpus"), "2");
     clone.quit();
 }
 
 #[test]
 fn a_shell_of_another_shape_is_refused_and_one_nobody_claims_ends() {
-    let shared = disk_of(b'r', 1 << 20);
-    let (snapshot, disks) = frozen(1, &shared);
+    let Frozen {
+        snapshot,
+        disks,
+        shared,
+        ..
+    } = frozen(1);
     let wrong = [
-        shape(2, &disks),
+        shape(2, disks),
         PrepareRequest {
             memory_mib: 128,
-            ..shape(1, &disks)
+            ..shape(1, disks)
         },
         shape(1, &disks[..1]),
     ];
@@ -176,14 +238,14 @@ fn a_shell_of_another_shape_is_refused_and_one_nobody_claims_ends() {
             disks: disks.clone(),
             ..Default::default()
         });
-        let Reply::Failed(failure) = shell.ask(&request, &[&snapshot, &shared]) else {
+        let Reply::Failed(failure) = shell.ask(&request, &[snapshot, shared]) else {
             panic!("claimed {shape:?}");
         };
         assert_eq!(failure.fault, Fault::Caller, "{failure}");
         assert!(failure.message.contains("cannot hold"), "{failure}");
         shell.quit();
     }
-    let mut unclaimed = shell(&shape(1, &disks));
+    let mut unclaimed = shell(&shape(1, disks));
     let Status { console, timings } = unclaimed.status();
     assert!(console.is_empty() && timings.prepared_ns.is_some() && timings.claimed_ns.is_none());
     unclaimed.quit();

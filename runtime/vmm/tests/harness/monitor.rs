@@ -166,14 +166,19 @@ impl Monitor {
     /// Saves a paused machine into a new file.
     pub fn save(&mut self) -> File {
         let file = tempfile::tempfile().unwrap();
+        self.save_into(&file);
+        file
+    }
+
+    /// Saves a paused machine into an empty file.
+    pub fn save_into(&mut self, file: &File) {
         let request = Request::Save(SaveRequest {
             metadata: serde_json::json!({ "function": "test" }),
         });
-        match self.ask(&request, &[&file]) {
+        match self.ask(&request, &[file]) {
             Reply::Saved(saved) => assert_eq!(saved.file_bytes, file.metadata().unwrap().len()),
             other => panic!("{other:?}"),
         }
-        file
     }
 
     /// Restores a snapshot in a fresh process, paused.

@@ -22,17 +22,21 @@ const WALL_CLOCK: u32 = 0x4b56_4d00;
 const WALL_CLOCK_BYTES: u64 = 12;
 
 /// A guest that was frozen once for all tests of its shape.
-struct Frozen {
-    snapshot: File,
-    disks: Vec<Disk>,
-    shared: File,
+pub struct Frozen {
+    /// The snapshot.
+    pub snapshot: File,
+    /// Its disks.
+    pub disks: Vec<Disk>,
+    /// The file of the one that is shared.
+    pub shared: File,
     /// Monotonic clock, wall clock and TSC just before.
     clocks: [u64; 3],
     /// How long it ran after that.
     awake: Duration,
 }
 
-fn frozen(vcpu_count: u8) -> &'static Frozen {
+/// Of one or two vCPUs.
+pub fn frozen(vcpu_count: u8) -> &'static Frozen {
     static ONE: OnceLock<Frozen> = OnceLock::new();
     static TWO: OnceLock<Frozen> = OnceLock::new();
     let place = if vcpu_count == 1 { &ONE } else { &TWO };
