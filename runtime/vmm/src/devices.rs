@@ -430,7 +430,7 @@ impl Devices {
 
     /// Serves again. Repeats every interrupt that the guest has not acknowledged and looks at every queue, so
     /// that neither an interrupt nor a notification is lost with the machine that was saved. Call it after the
-    /// interrupt chip's state is set and the irqfds are registered, before the vCPUs run.
+    /// interrupt chip's state is set and the irqfds are registered, before the vCPUs run or right after they were told to.
     pub fn resume(&self) {
         for slot in &self.slots {
             slot.interrupt().resend();

@@ -1,7 +1,7 @@
 //! One machine: its vCPUs, devices and clocks, run and stopped as a whole.
 //!
-//! Pause: every vCPU stops, then the devices; resume: devices first, so that what lay in the agent channel is in the guest's
-//! queue, then time, then the vCPUs. A machine that was restored has its clocks set at the first resume and not before: its
+//! Pause: every vCPU stops, then the devices; resume: what lay in the agent channel is put into the guest's queue, then time,
+//! then the vCPUs, then the device thread. A machine that was restored has its clocks set at the first resume and not before: its
 //! time stands still however long it waits for a request.
 
 use std::io;
@@ -295,19 +295,28 @@ impl Machine {
         self.first_instruction_ns.store(0, Ordering::SeqCst);
         self.devices.prime();
         self.timings.primed_ns = Some(monotonic_ns());
-        self.devices.resume();
-        if self.clocks == Clocks::Frozen {
-            self.set_time()?;
-            self.clocks = Clocks::Set;
+        match self.clocks {
+            // The guest's time goes on where it stood, so there is no gap that its watchdog would have to be told of.
+            Clocks::Frozen => self.set_time()?,
+            Clocks::Set => self.tell_paused()?,
         }
+        self.clocks = Clocks::Set;
+        self.timings.time_set_ns = Some(monotonic_ns());
+        self.vcpus.iter().for_each(Vcpu::run);
+        // Last, as the guest need not wait for it: what it is to find is in its queue and its interrupt is raised, and what it
+        // notifies meanwhile lies in the eventfds.
+        self.devices.resume();
+        if std::mem::take(&mut self.prefetch) == Prefetch::WorkingSet {
+            self.start_prefetch();
+        }
+        Ok(())
+    }
+
+    /// Tells the guest's watchdogs that real time has passed while it was stopped.
+    fn tell_paused(&self) -> Result<(), SwitchError> {
         for (vcpu, running) in self.vcpus.iter().enumerate() {
             vcpu_state::tell_paused(&running.fd())
                 .map_err(|source| SwitchError::Time { vcpu, source })?;
-        }
-        self.timings.time_set_ns = Some(monotonic_ns());
-        self.vcpus.iter().for_each(Vcpu::run);
-        if std::mem::take(&mut self.prefetch) == Prefetch::WorkingSet {
-            self.start_prefetch();
         }
         Ok(())
     }

@@ -275,7 +275,7 @@ pub fn save(
         xcrs: plain::to_bytes(&fd.get_xcrs().map_err(call("KVM_GET_XCRS"))?),
         xsave: get_xsave(fd, host.xsave_bytes)?,
         regs: plain::to_bytes(&fd.get_regs().map_err(call("KVM_GET_REGS"))?),
-        debugregs: plain::to_bytes(&fd.get_debug_regs().map_err(call("KVM_GET_DEBUGREGS"))?),
+        debugregs: get_debugregs(fd)?,
         msrs,
         lapic: plain::to_bytes(&lapic),
         mp_state,
@@ -318,6 +318,7 @@ pub fn tsc_khz(fd: &VcpuFd) -> Result<u32, VcpuStateError> {
 pub struct FreshVcpu {
     cpuid: Vec<CpuidEntryV1>,
     tsc_khz: u32,
+    debugregs: Vec<u8>,
     msrs: Vec<MsrV1>,
 }
 
@@ -336,8 +337,14 @@ pub fn fresh(fd: &VcpuFd, host: &HostVcpuLimits) -> Result<FreshVcpu, VcpuStateE
     Ok(FreshVcpu {
         cpuid: get_cpuid(fd)?,
         tsc_khz: tsc_khz(fd)?,
+        debugregs: get_debugregs(fd)?,
         msrs: msr::read(fd, &host.msr_indices).map_err(VcpuStateError::Msr)?,
     })
+}
+
+fn get_debugregs(fd: &VcpuFd) -> Result<Vec<u8>, VcpuStateError> {
+    let registers = fd.get_debug_regs().map_err(call("KVM_GET_DEBUGREGS"))?;
+    Ok(plain::to_bytes(&registers))
 }
 
 fn get_cpuid(fd: &VcpuFd) -> Result<Vec<CpuidEntryV1>, VcpuStateError> {
@@ -348,7 +355,7 @@ fn get_cpuid(fd: &VcpuFd) -> Result<Vec<CpuidEntryV1>, VcpuStateError> {
 }
 
 /// Gives a vCPU that has never run the state of a saved one but time: all of the module's steps 1 to 9. Of CPUID, TSC
-/// frequency and MSRs only what differs from `fresh` is set: most of it on a host like the one that saved, nothing is.
+/// frequency, debug registers and MSRs only what differs from `fresh` is set; on the host that saved that is a few MSRs.
 ///
 /// # Errors
 /// Malformed state, a frequency that the host's processor cannot scale to, or any KVM call that fails.
@@ -371,7 +378,8 @@ pub fn claim(
             })?;
     }
     let changed = msr::changed(&fresh.msrs, &state.msrs);
-    set(fd, state, &changed, host)
+    let debugregs = Some(&state.debugregs[..]).filter(|wanted| *wanted != fresh.debugregs);
+    set(fd, state, (debugregs, &changed), host)
 }
 
 /// Sets everything but time, CPUID and TSC frequency, whatever the vCPU has done since it took these from the same state;
@@ -384,13 +392,13 @@ pub fn restore(
     state: &VcpuStateV1,
     host: &HostVcpuLimits,
 ) -> Result<(), VcpuStateError> {
-    set(fd, state, &state.msrs, host)
+    set(fd, state, (Some(&state.debugregs), &state.msrs), host)
 }
 
 fn set(
     fd: &VcpuFd,
     state: &VcpuStateV1,
-    msrs: &[MsrV1],
+    (debugregs, msrs): (Option<&[u8]>, &[MsrV1]),
     host: &HostVcpuLimits,
 ) -> Result<(), VcpuStateError> {
     let VcpuStateV1 {
@@ -399,8 +407,8 @@ fn set(
         xcrs,
         xsave,
         regs,
-        debugregs,
-        msrs: _, // those of `msrs`
+        debugregs: _, // the argument
+        msrs: _,      // the argument
         lapic,
         mp_state: saved_mp_state,
         events,
@@ -415,8 +423,10 @@ fn set(
     set_xsave(fd, xsave, host.xsave_bytes)?;
     fd.set_regs(&plain::from_bytes(regs).map_err(length)?)
         .map_err(call("KVM_SET_REGS"))?;
-    fd.set_debug_regs(&plain::from_bytes(debugregs).map_err(length)?)
-        .map_err(call("KVM_SET_DEBUGREGS"))?;
+    if let Some(registers) = debugregs {
+        fd.set_debug_regs(&plain::from_bytes(registers).map_err(length)?)
+            .map_err(call("KVM_SET_DEBUGREGS"))?;
+    }
     msr::write(fd, msrs).map_err(VcpuStateError::Msr)?;
     fd.set_lapic(&plain::from_bytes(lapic).map_err(length)?)
         .map_err(call("KVM_SET_LAPIC"))?;
