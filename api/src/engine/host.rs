@@ -10,7 +10,7 @@ use futures_util::future::BoxFuture;
 use thaw_images::{Fault, ImageStore, Quiet, RuntimeImage, RuntimeName};
 use thaw_runtime::{
     Configure, FreezeRequest, FreezeStep, Frozen, Invocation, InvokeError, OpenPoolError, Outcome,
-    Pool, PoolSpec, PoolStats, Runtime,
+    Pool, PoolSpec, PoolStats, Runtime, RuntimeStats,
 };
 use thaw_snapshot::Metadata;
 
@@ -138,6 +138,10 @@ impl Engine for HostEngine {
         .boxed()
     }
 
+    fn stats(&self) -> RuntimeStats {
+        self.runtime.stats()
+    }
+
     fn shutdown(&self, deadline: Duration) -> BoxFuture<'_, ()> {
         self.runtime.shutdown(deadline).boxed()
     }
@@ -230,6 +234,7 @@ fn request(job: FreezeJob, base: Base, rootfs: &RuntimeImage, code: PathBuf) -> 
             ..Metadata::default()
         },
         output: job.folder.join(SNAPSHOT_FILE),
+        base: None,
         boot_limit: BOOT_LIMIT,
     }
 }
