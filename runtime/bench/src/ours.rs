@@ -12,7 +12,7 @@ use command_fds::{CommandFdExt as _, FdMapping};
 use thaw_vmm_control::wire::{self, Read, Receiver};
 use thaw_vmm_control::{
     AGENT_FD, BootRequest, CONTROL_FD, Event, FromMonitor, Prefetch, PrepareRequest, Reply,
-    Request, RestoreRequest, SaveRequest, Timings,
+    Request, RestoreRequest, SaveForm, SaveRequest, Timings,
 };
 
 use crate::echo::{COMMAND_LINE, PATIENCE, PROBE, READY};
@@ -61,6 +61,7 @@ impl Ours {
             .with_context(|| format!("cannot make {}", self.snapshot.display()))?;
         let save = Request::Save(SaveRequest {
             metadata: serde_json::json!({ "function": "bench" }),
+            form: SaveForm::Whole,
         });
         match monitor.ask(&save, &[file.as_fd()])? {
             Reply::Saved(_) => Ok(()),

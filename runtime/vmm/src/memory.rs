@@ -26,7 +26,7 @@ use vm_memory::{
     MmapRegion, VolatileSlice,
 };
 
-use crate::arch::x86_64::layout::{MEMORY_MIB_MAX, MEMORY_MIB_MIN, memory_ranges};
+use crate::arch::x86_64::layout::{MEMORY_MIB_MAX, MEMORY_MIB_MIN, MemoryRange, memory_ranges};
 use crate::fault::{Blame, Fault};
 
 /// Bytes of a page, as KVM's log and the bitmaps count them.
@@ -277,13 +277,32 @@ impl GuestMemory {
             vm.enable_cap(&capability).map_err(MemoryError::Track)?;
             flags = KVM_MEM_LOG_DIRTY_PAGES;
         }
+        self.set_slots(vm, flags, |range| range.length)
+    }
+
+    /// Makes KVM forget what it derived from guest memory, its shadows of the guest's page tables above all, by taking the slots
+    /// away and giving them back. The log of written pages begins anew. No vCPU may run.
+    ///
+    /// # Errors
+    /// KVM refused a slot.
+    pub fn forget_shadows(&self, vm: &VmFd) -> Result<(), MemoryError> {
+        self.set_slots(vm, 0, |_| 0)?;
+        self.register(vm)
+    }
+
+    fn set_slots(
+        &self,
+        vm: &VmFd,
+        flags: u32,
+        length: impl Fn(&MemoryRange) -> u64,
+    ) -> Result<(), MemoryError> {
         let mut host = self.host as u64;
         for (slot, range) in (0u32..).zip(memory_ranges(self.bytes)) {
             let region = kvm_userspace_memory_region {
                 slot,
                 flags,
                 guest_phys_addr: range.start.raw_value(),
-                memory_size: range.length,
+                memory_size: length(&range),
                 userspace_addr: host,
             };
             // SAFETY: the range is mapped for the life of the process (the module's invariant), and slots do not overlap.
