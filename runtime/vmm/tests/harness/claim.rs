@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use tempfile::NamedTempFile;
 use thaw_snapshot::{Access, PageRun, TouchedRun, WorkingSet, set_working_set};
 use thaw_vmm_control::{
-    Disk, DiskShape, Fault, Prefetch, PrepareRequest, Reply, Request, RestoreRequest, Status,
-    Timings, WorkingSetRun,
+    Disk, DiskShape, Fault, Prefetch, PrepareRequest, Reply, Request, RestoreRequest, SaveForm,
+    Status, Timings, WorkingSetRun,
 };
 
 use crate::monitor::Monitor;
@@ -125,7 +125,7 @@ fn claimed(snapshot: &File, frozen: &Frozen, prefetch: Prefetch) -> (Monitor, Du
 fn with_working_set(frozen: &Frozen) -> NamedTempFile {
     let file = NamedTempFile::new().unwrap();
     let mut unused = Monitor::restore(&frozen.snapshot, &frozen.disks, &[&frozen.shared]);
-    unused.save_into(file.as_file());
+    unused.save_into(file.as_file(), SaveForm::Whole);
     unused.quit();
     let (mut clone, _) = claimed(&frozen.snapshot, frozen, Prefetch::Off);
     let Reply::WorkingSet(told) = clone.ask(&Request::WorkingSet, &[]) else {

@@ -171,12 +171,12 @@ impl Monitor {
     /// The same, in this form.
     pub fn save_as(&mut self, form: SaveForm) -> File {
         let file = tempfile::tempfile().unwrap();
-        self.save_into(&file);
+        self.save_into(&file, form);
         file
     }
 
     /// Saves a paused machine into an empty file.
-    pub fn save_into(&mut self, file: &File) {
+    pub fn save_into(&mut self, file: &File, form: SaveForm) {
         let request = Request::Save(SaveRequest {
             metadata: serde_json::json!({ "function": "test" }),
             form,
