@@ -9,6 +9,7 @@ use thaw_vmm_control::{Fault, Reply, Request, RestoreRequest, SaveForm, SaveRequ
 use crate::freeze::{all_cpus_tick, prepared};
 use crate::guest::{disk_of, ext4};
 use crate::monitor::Monitor;
+use crate::rewind::wall_clock;
 
 fn open(file: &File) -> Snapshot {
     Snapshot::from_file(file.try_clone().unwrap(), "test").unwrap()
@@ -45,6 +46,11 @@ fn differing(one: &Snapshot, other: &Snapshot) -> Vec<PageRun> {
     runs
 }
 
+/// The one page that KVM itself writes whenever the guest's register for its wall clock is set, as by a restore.
+fn is_wall_clock(snapshot: &File, run: &PageRun) -> bool {
+    (run.start, run.count) == (wall_clock(snapshot) / PAGE_BYTES, 1)
+}
+
 fn pages(runs: &[PageRun]) -> u64 {
     runs.iter().map(|run| run.count).sum()
 }
@@ -71,7 +77,9 @@ fn a_difference_restores_what_a_whole_snapshot_of_the_same_machine_does() {
 
     let (layered, alone) = (open_over(&base, &difference), open(&whole));
     layered.verify().unwrap();
-    assert_eq!(differing(&layered, &alone), [], "memory");
+    let mut memory = differing(&layered, &alone);
+    memory.retain(|run| !is_wall_clock(&base, run));
+    assert_eq!(memory, [], "memory");
     let changed = differing(&open(&base), &alone);
     let (own, all) = (layered.own_memory().unwrap(), alone.own_memory().unwrap());
     println!(
@@ -133,11 +141,9 @@ fn a_machine_that_was_booted_has_nothing_to_differ_from() {
     monitor.quit();
     let mut restored = Monitor::restore(&base, &disks, &[&shared]);
     let difference = restored.save_as(SaveForm::Difference);
-    assert_eq!(
-        open(&difference).own_memory().unwrap().runs,
-        [],
-        "nothing ran"
-    );
+    let mut stored = open(&difference).own_memory().unwrap().runs;
+    stored.retain(|run| !is_wall_clock(&base, run));
+    assert_eq!(stored, [], "nothing ran");
     restored.done(&Request::Resume, &[]);
     assert_eq!(restored.command("count 1"), "2");
     let other = restored.freeze();

@@ -173,6 +173,13 @@ fn differing(one: (&File, &SparseSection), other: (&File, &SparseSection)) -> Ve
     pages.into_iter().flat_map(bytes).collect()
 }
 
+/// Where KVM writes the wall clock: guest-physical.
+pub fn wall_clock(snapshot: &File) -> u64 {
+    let msrs = &machine(snapshot).vcpus[0].msrs;
+    let register = msrs.iter().find(|msr| msr.index == WALL_CLOCK);
+    register.unwrap().data
+}
+
 /// A machine that has never run after its restore, and one that was rewound, saved: the same, but for the wall clock that KVM
 /// itself writes whenever the guest's register for it is set.
 fn is_fresh(fresh: &File, rewound: &File) {
@@ -182,12 +189,7 @@ fn is_fresh(fresh: &File, rewound: &File) {
     assert_eq!(theirs.chips, state.chips);
     assert_eq!(theirs.vcpus, state.vcpus);
     assert_eq!(theirs, state);
-    let msrs = &state.vcpus[0].msrs;
-    let wall_clock = msrs
-        .iter()
-        .find(|msr| msr.index == WALL_CLOCK)
-        .unwrap()
-        .data;
+    let wall_clock = wall_clock(fresh);
     let [ours, theirs] = [fresh, rewound].map(sections);
     let disk = differing((fresh, &ours[1]), (rewound, &theirs[1]));
     assert!(disk.is_empty(), "disk: {disk:x?}");
