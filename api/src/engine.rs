@@ -111,6 +111,9 @@ pub enum EngineStep {
 pub struct Artifact {
     /// The snapshot file.
     pub snapshot: PathBuf,
+    /// The runtime's own snapshot, over which it is a difference.
+    #[serde(default)]
+    pub base: Option<PathBuf>,
     /// Its identity.
     pub digest: String,
     /// Its length, bytes.

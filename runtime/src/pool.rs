@@ -1,6 +1,7 @@
 //! A pool: the sandboxes of one snapshot, and the queue of those who want one, as the caller sees them. What becomes of
 //! them is the node's to decide.
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,6 +29,8 @@ pub struct PoolSpec {
     pub name: String,
     /// The snapshot file.
     pub snapshot: PathBuf,
+    /// The snapshot that it is a difference over, if it is one.
+    pub base: Option<PathBuf>,
     /// The root file system it was frozen with.
     pub rootfs: PathBuf,
     /// The code it was frozen with.
@@ -117,9 +120,10 @@ impl Pool {
         if spec.concurrency_max == 0 {
             return Err(OpenPoolError::Limits("concurrency_max is 0"));
         }
-        let (snapshot, shape) = verified(spec.snapshot.clone()).await?;
+        let (snapshot, base, shape) = verified(spec.snapshot.clone(), spec.base.clone()).await?;
         let files = SnapshotFiles {
             snapshot,
+            base,
             rootfs: open(&spec.rootfs).await?,
             code: open(&spec.code).await?,
         };
@@ -251,14 +255,27 @@ impl Drop for Place<'_> {
     }
 }
 
-/// Opens a snapshot and checks every byte of it, before anything in it is used. Tells the size of its VM.
-async fn verified(path: PathBuf) -> Result<(std::fs::File, Shape), OpenPoolError> {
+/// Opens a snapshot, and its base if it has one, and checks every byte of both, before anything in them is used. Tells the size of
+/// its VM.
+async fn verified(
+    path: PathBuf,
+    base: Option<PathBuf>,
+) -> Result<(File, Option<File>, Shape), OpenPoolError> {
     let check = move || {
         let unusable = |source: Box<dyn std::error::Error + Send + Sync>| OpenPoolError::Snapshot {
             path: path.clone(),
             source,
         };
-        let snapshot = Snapshot::open(&path).map_err(|error| unusable(error.into()))?;
+        let mut snapshot = Snapshot::open(&path).map_err(|error| unusable(error.into()))?;
+        let mut base_file = None;
+        if let Some(base) = base {
+            let base = Snapshot::open(&base).map_err(|error| unusable(error.into()))?;
+            let kept = base.file().try_clone();
+            base_file = Some(kept.map_err(|error| unusable(error.into()))?);
+            snapshot
+                .attach_base(base)
+                .map_err(|error| unusable(error.into()))?;
+        }
         snapshot.verify().map_err(|error| unusable(error.into()))?;
         let metadata = snapshot
             .metadata()
@@ -278,7 +295,7 @@ async fn verified(path: PathBuf) -> Result<(std::fs::File, Shape), OpenPoolError
                 source,
             })
         })?;
-        Ok((file, shape))
+        Ok((file, base_file, shape))
     };
     match tokio::task::spawn_blocking(check).await {
         Ok(result) => result,

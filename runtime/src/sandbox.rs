@@ -2,7 +2,7 @@
 
 pub(crate) mod life;
 
-use std::os::fd::{AsFd as _, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -44,7 +44,7 @@ enum Run {
     Later,
 }
 
-fn restore(run: Run) -> Request {
+fn restore(run: Run, files: &SnapshotFiles) -> Request {
     let disks = DISK_IDS.iter().zip(DISKS);
     let disks = disks.map(|(id, (access, source))| Disk {
         id: (*id).into(),
@@ -54,6 +54,7 @@ fn restore(run: Run) -> Request {
     Request::Restore(RestoreRequest {
         disks: disks.collect(),
         resume: run == Run::AtOnce,
+        has_base: files.base.is_some(),
         prefetch: Prefetch::WorkingSet,
         ..RestoreRequest::default()
     })
@@ -63,18 +64,23 @@ fn restore(run: Run) -> Request {
 #[derive(Debug)]
 pub(crate) struct SnapshotFiles {
     pub(crate) snapshot: std::fs::File,
+    /// What the snapshot is a difference over.
+    pub(crate) base: Option<std::fs::File>,
     pub(crate) rootfs: std::fs::File,
     pub(crate) code: std::fs::File,
 }
 
 impl SnapshotFiles {
     /// In the order that [`Request::Restore`] names.
-    fn fds(&self) -> [BorrowedFd<'_>; 3] {
-        [
-            self.snapshot.as_fd(),
-            self.rootfs.as_fd(),
-            self.code.as_fd(),
-        ]
+    fn fds(&self) -> Vec<BorrowedFd<'_>> {
+        let Self {
+            snapshot,
+            base,
+            rootfs,
+            code,
+        } = self;
+        let files = [Some(snapshot), base.as_ref(), Some(rootfs), Some(code)];
+        files.into_iter().flatten().map(AsFd::as_fd).collect()
     }
 }
 
@@ -180,7 +186,11 @@ impl Sandbox {
     ) -> Result<(), HostError> {
         let monitor = &mut self.vm.monitor;
         monitor
-            .command(&restore(Run::Later), &files.fds(), config.restore_limit)
+            .command(
+                &restore(Run::Later, files),
+                &files.fds(),
+                config.restore_limit,
+            )
             .await?;
         self.stage = Stage::Pristine;
         Ok(())
@@ -250,7 +260,10 @@ impl Sandbox {
         self.hand_over(invocation).map_err(NotRun::Perhaps)?;
         let monitor = &mut self.vm.monitor;
         match begin {
-            Begin::Claim => monitor.send(&restore(Run::AtOnce), &files.fds()).await?,
+            Begin::Claim => {
+                let request = restore(Run::AtOnce, files);
+                monitor.send(&request, &files.fds()).await?;
+            }
             Begin::Resume => monitor.send(&Request::Resume, &[]).await?,
             Begin::Continue => {}
         }

@@ -136,6 +136,7 @@ async fn pool(ready_count: usize) -> (Runtime, Pool) {
     let spec = PoolSpec {
         name: "test".into(),
         snapshot,
+        base: None,
         rootfs: setting("THAW_TEST_ROOTFS"),
         code: setting("THAW_TEST_CODE"),
         ready_count,

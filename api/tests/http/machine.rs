@@ -68,6 +68,7 @@ impl Engine for Machine {
                 code: job.zip,
                 rootfs: snapshot.clone(),
                 snapshot,
+                base: None,
                 digest: String::new(),
                 file_bytes: 6,
                 stored_bytes: 6,

@@ -65,6 +65,7 @@ impl Stage {
         PoolSpec {
             name: "f".into(),
             snapshot: self.path("snapshot.thaw"),
+            base: None,
             rootfs: self.path("rootfs"),
             code: self.path("code"),
             ready_count: 1,
