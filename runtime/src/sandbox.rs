@@ -56,7 +56,6 @@ fn restore(run: Run, files: &SnapshotFiles) -> Request {
         resume: run == Run::AtOnce,
         has_base: files.base.is_some(),
         prefetch: Prefetch::WorkingSet,
-        ..RestoreRequest::default()
     })
 }
 
