@@ -19,9 +19,9 @@ bench: build ## what a request costs, part by part
 
 build: setup
 	@echo "== build"
-	cargo build --release --locked -p thaw-api -p thaw-vmm -p thaw-loadtest
-	RUSTFLAGS='-C target-feature=+crt-static' cargo build --release --locked -p thaw-agent --target $(AGENT_TARGET)
-	install -D target/$(AGENT_TARGET)/release/thaw-agent target/release/guest/thaw-agent
+	cargo build --release --locked -p thaw-api -p thaw-vmm -p thaw-loadtest -p thaw-bench
+	RUSTFLAGS='-C target-feature=+crt-static' cargo build --release --locked -p thaw-agent -p thaw-bench-guest --target $(AGENT_TARGET)
+	install -D -t target/release/guest target/$(AGENT_TARGET)/release/thaw-agent target/$(AGENT_TARGET)/release/thaw-bench-guest
 
 setup: ## Debian packages and a look at cargo; does nothing when all is there
 	@.ci/setup

@@ -6,7 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use rustix::process::Signal;
 use serde_json::json;
-use thaw_agent_protocol::{AgentMessage, Configure, HostMessage, Thaw};
+use thaw_agent_protocol::{AgentMessage, Configure, Generation, HostMessage, Thaw};
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
@@ -15,7 +15,9 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::api::{self, PendingCall};
+use crate::boot::BootError;
 use crate::channel::{self, ChannelError, Incoming, Writer};
+use crate::identity::files::GENERATION_FILE;
 use crate::identity::{AdoptError, Machine};
 use crate::life::{Answer, Call, Effect, Life, LifeError};
 use crate::output::Output;
@@ -27,9 +29,13 @@ const TERMINATE_GRACE: Duration = Duration::from_secs(2);
 /// Time for the last message of a failing agent to leave.
 const FATAL_GRACE: Duration = Duration::from_secs(1);
 
-/// How long output may lie in the pipes. A short invocation's whole output then travels together with its answer, in one
-/// write to the channel.
+/// How long output may lie in the pipes once some was seen, so that many small writes make few messages.
 const OUTPUT_DELAY: Duration = Duration::from_millis(5);
+
+/// How long nobody looks at the pipes after an invocation was delivered, and nothing is sent. A short invocation's output
+/// and the word that the clone is unique then travel with its answer, in one write to the channel, and the agent does not
+/// wake before it is asked to. The pipes hold what the runtime writes meanwhile.
+const FIRST_OUTPUT_DELAY: Duration = Duration::from_millis(50);
 
 /// Bytes that may be queued for the channel before they are written.
 const QUEUED_BYTES_MAX: usize = 128 * 1024;
@@ -46,6 +52,9 @@ pub enum DriverError {
     /// The clone could not be made unique.
     #[error("making the clone unique")]
     Adopt(#[from] AdoptError),
+    /// A restored base's function cannot be mounted.
+    #[error("mounting the function's code")]
+    Code(#[from] BootError),
     /// The Runtime API's task is gone.
     #[error("the Runtime API server ended")]
     ServerEnded,
@@ -167,9 +176,8 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
             let event = match self.messages.try_recv() {
                 Ok(message) => Event::Message(Some(message)),
                 Err(_) => {
-                    if self.writer.queued_bytes() > 0 {
-                        // Let a call that was just answered reach the runtime before the host hears of the thaw.
-                        tokio::task::yield_now().await;
+                    // While an invocation runs, the word of the thaw waits for its answer or its output.
+                    if self.writer.queued_bytes() > 0 && self.life.request_id().is_none() {
                         self.writer.flush().await?;
                     }
                     self.wait().await
@@ -256,8 +264,14 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
         while let Some(effect) = effects.pop_front() {
             match effect {
                 Effect::Park => self.parked = reply.take(),
-                Effect::Answer(answer) => send_answer(&mut reply, answer),
-                Effect::Wake(answer) => send_answer(&mut self.parked, answer),
+                Effect::Answer(answer) => {
+                    self.delivering(&answer);
+                    send_answer(&mut reply, answer);
+                }
+                Effect::Wake(answer) => {
+                    self.delivering(&answer);
+                    send_answer(&mut self.parked, answer);
+                }
                 Effect::Send(message) => {
                     self.queue_output_so_far().await?;
                     self.writer.send(message).await?;
@@ -283,6 +297,12 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
         Ok(Next::GoOn)
     }
 
+    fn delivering(&mut self, answer: &Answer) {
+        if matches!(answer, Answer::Invocation(_)) {
+            self.output_due = Instant::now().checked_add(FIRST_OUTPUT_DELAY);
+        }
+    }
+
     fn adopt(
         &mut self,
         generation: thaw_agent_protocol::Generation,
@@ -290,7 +310,9 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
     ) -> Result<(), DriverError> {
         self.writer.adopt(generation);
         self.machine.adopt(thaw)?;
-        // Queued, not sent: an invocation that came with the thaw goes first.
+        // Queued, not sent: an invocation that came with the thaw goes first, see `live`. Should the runtime not fetch it,
+        // the word goes alone.
+        self.output_due = Instant::now().checked_add(FIRST_OUTPUT_DELAY);
         self.writer.queue(AgentMessage::Thawed)?;
         Ok(())
     }
@@ -298,9 +320,13 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
     /// The inner error is the function's own fault.
     fn start(&mut self, configure: Configure) -> Result<Result<(), String>, DriverError> {
         self.machine.set_hostname(&configure.hostname)?;
+        if self.life.generation() != Generation::default() {
+            self.machine.take_code()?;
+        }
         let address = self.serve(&configure)?;
         let mut environment = configure.environment;
         environment.insert("AWS_LAMBDA_RUNTIME_API".into(), address);
+        environment.insert("THAW_GENERATION_FILE".into(), GENERATION_FILE.into());
         let (output, ends) = Output::new(self.host.user).map_err(|source| DriverError::System {
             what: "pipes for the runtime's output",
             source,

@@ -1,14 +1,20 @@
-//! What makes a clone its own machine: wall clock, kernel generator, host name.
+//! What makes a clone its own machine: kernel generator, wall clock, host name, and the ids that programs read in files.
+
+pub mod files;
 
 use std::fs::File;
 use std::io;
+use std::path::Path;
 use std::time::Duration;
 
+use rustix::rand::{GetRandomFlags, getrandom};
 use rustix::time::{ClockId, Timespec};
 use thaw_agent_protocol::Thaw;
 use thiserror::Error;
 
+use crate::boot::{BootError, mounts, step};
 use crate::sys;
+use files::Files;
 
 /// Fewest fresh random bytes that a thaw must bring: the generator's key is 256 bits.
 pub const ENTROPY_BYTES_MIN: usize = 32;
@@ -52,34 +58,51 @@ pub trait Machine {
     /// # Errors
     /// A name that the kernel does not take.
     fn set_hostname(&mut self, hostname: &str) -> Result<(), AdoptError>;
+
+    /// Mounts the function's code anew: in a guest that was restored from a base runtime's snapshot, another disk's content is
+    /// mounted than is there now.
+    ///
+    /// # Errors
+    /// There is no code on the disk, or it cannot be mounted.
+    fn take_code(&mut self) -> Result<(), BootError>;
 }
 
 /// The virtual machine in which the agent is PID 1.
 #[derive(Debug)]
 pub struct Guest {
     random: File,
+    files: Files,
 }
 
 impl Guest {
-    /// Opens what a thaw needs, so that the thaw itself opens nothing.
+    /// Opens what a thaw needs, so that the thaw itself opens nothing, and puts the files of [`files`] in their places.
+    /// Only PID 1 of a guest may call it, once, after [`crate::boot::boot`].
     ///
     /// # Errors
-    /// No `/dev/urandom`.
-    pub fn open() -> io::Result<Self> {
-        let random = File::options().write(true).open("/dev/urandom")?;
-        Ok(Self { random })
+    /// No `/dev/urandom`; a file that cannot be made or mounted.
+    pub fn open() -> Result<Self, BootError> {
+        let opened = File::options().write(true).open("/dev/urandom");
+        let random = step("opening", "/dev/urandom", opened)?;
+        let drawn = step("drawing random bytes from", "the kernel", draw())?;
+        let files = Files::create(Path::new(files::FOLDER), &drawn)?;
+        files::bind(Path::new(files::FOLDER))?;
+        Ok(Self { random, files })
     }
 }
 
 impl Machine for Guest {
     fn adopt(&mut self, thaw: &Thaw) -> Result<(), AdoptError> {
         let time = validate(thaw)?;
-        let step = |what| move |source: io::Error| AdoptError::System { what, source };
+        let failed = |what| move |source: io::Error| AdoptError::System { what, source };
         // Entropy first: nothing may be drawn between the clone's first moment and its reseeding.
-        sys::add_entropy(&self.random, &thaw.entropy).map_err(step("random generator"))?;
+        sys::add_entropy(&self.random, &thaw.entropy).map_err(failed("random generator"))?;
         rustix::time::clock_settime(ClockId::Realtime, time)
-            .map_err(|e| step("wall clock")(e.into()))?;
-        self.set_hostname(&thaw.hostname)
+            .map_err(|e| failed("wall clock")(e.into()))?;
+        self.set_hostname(&thaw.hostname)?;
+        // From the generator that has just got the host's entropy: what is derived from it may be public.
+        let random = draw().map_err(failed("random ids"))?;
+        let renewed = self.files.renew(&random);
+        renewed.map_err(|(name, source)| failed(name)(source))
     }
 
     fn set_hostname(&mut self, hostname: &str) -> Result<(), AdoptError> {
@@ -88,6 +111,22 @@ impl Machine for Guest {
             what: "host name",
             source: error.into(),
         })
+    }
+
+    fn take_code(&mut self) -> Result<(), BootError> {
+        mounts::remount_code()
+    }
+}
+
+/// Random bytes of the kernel's generator for the files. Waits only while the guest boots, until the generator is ready.
+fn draw() -> io::Result<[u8; files::RANDOM_BYTES]> {
+    let mut bytes = [0; files::RANDOM_BYTES];
+    let drawn = getrandom(&mut bytes[..], GetRandomFlags::empty())?;
+    // The kernel hands out requests up to 256 bytes whole (getrandom(2)).
+    if drawn == bytes.len() {
+        Ok(bytes)
+    } else {
+        Err(io::ErrorKind::UnexpectedEof.into())
     }
 }
 

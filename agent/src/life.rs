@@ -6,8 +6,10 @@
 //! An invocation that finds the runtime already blocked in `/next` skips `Assigned`. Every phase can turn into `Ended`.
 //!
 //! Always holds: nothing runs before the clone is unique. An `Invoke` is accepted only in the generation of the last
-//! `Thaw`, and never in generation 0. Between `Ready` in generation 0 and `Thaw` nothing is written to the channel
-//! (but the end of the runtime), because the snapshot is being taken there: see [`Life::is_frozen`].
+//! `Thaw`, and never in the generation in which the runtime was configured: 0, or that of a `Thaw` before `Configure`, for a
+//! guest that was itself restored, from a snapshot without a function. Between `Ready` in that generation and the next
+//! `Thaw` nothing is written to the channel (but the end of the runtime), because the snapshot is being taken there: see
+//! [`Life::is_frozen`].
 
 use bytes::Bytes;
 use thaw_agent_protocol::{
@@ -17,6 +19,10 @@ use thaw_agent_protocol::{
 use thiserror::Error;
 
 use crate::document;
+
+/// Request id under which a runtime that is still initialising may post an answer to nobody: a rehearsal of an invocation,
+/// so that the code and the connection of the real one are in the snapshot.
+pub const REHEARSAL: &str = "rehearsal";
 
 /// One invocation as the Runtime API hands it out; cheap to clone.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -141,6 +147,7 @@ enum Parked {
 #[derive(Debug)]
 pub struct Life {
     generation: Generation,
+    configured_in: Generation,
     phase: Phase,
     parked: Option<Parked>,
     answered: Option<String>,
@@ -158,11 +165,17 @@ impl Life {
     pub fn new() -> Self {
         Self {
             generation: Generation::default(),
+            configured_in: Generation::default(),
             phase: Phase::Booted,
             parked: None,
             answered: None,
             restore_error: None,
         }
+    }
+
+    /// The generation of the last thaw; 0 before any.
+    pub fn generation(&self) -> Generation {
+        self.generation
     }
 
     /// The runtime was started and has not asked for work yet; its init limit holds.
@@ -173,7 +186,12 @@ impl Life {
     /// The snapshot may be taken at any moment: write nothing to the channel, since a clone's host would get the
     /// second half of a frame whose first half went to the original's.
     pub fn is_frozen(&self) -> bool {
-        self.generation == Generation(0) && matches!(self.phase, Phase::Idle { announced: true })
+        !self.is_clone() && matches!(self.phase, Phase::Idle { announced: true })
+    }
+
+    /// This is a clone of a configured runtime: only clones run invocations.
+    fn is_clone(&self) -> bool {
+        self.generation != self.configured_in
     }
 
     /// The invocation that is assigned or running.
@@ -296,6 +314,7 @@ impl Life {
         if !matches!(self.phase, Phase::Booted) {
             return Err(self.out_of_order("configure"));
         }
+        self.configured_in = self.generation;
         self.phase = Phase::Initialising {
             limit_ms: configure.init_limit_ms,
         };
@@ -309,7 +328,10 @@ impl Life {
                 current: self.generation.0,
             });
         }
-        if !matches!(self.phase, Phase::Idle { .. } | Phase::Ended) {
+        if !matches!(
+            self.phase,
+            Phase::Booted | Phase::Idle { .. } | Phase::Ended
+        ) {
             return Err(self.out_of_order("thaw"));
         }
         self.generation = generation;
@@ -326,7 +348,7 @@ impl Life {
         generation: Generation,
         mut head: Invoke,
     ) -> Result<Vec<Effect>, LifeError> {
-        if generation != self.generation || generation == Generation(0) {
+        if generation != self.generation || !self.is_clone() {
             return Err(LifeError::StaleInvocation {
                 got: generation.0,
                 current: self.generation.0,
@@ -378,7 +400,7 @@ impl Life {
     fn restore_next(&mut self) -> Vec<Effect> {
         match self.phase {
             Phase::Initialising { .. } => self.park_and_announce(Parked::RestoreNext),
-            Phase::Idle { .. } if self.generation == Generation(0) => {
+            Phase::Idle { .. } if !self.is_clone() => {
                 self.parked = Some(Parked::RestoreNext);
                 vec![Effect::Park]
             }
@@ -396,6 +418,9 @@ impl Life {
 
     fn finish(&mut self, id: &str, to: &'static str, message: AgentMessage) -> Vec<Effect> {
         match &self.phase {
+            Phase::Initialising { .. } if id == REHEARSAL => {
+                vec![Effect::Answer(Answer::Accepted)]
+            }
             Phase::Running(invocation) if invocation.head.request_id == id => {
                 self.answered = Some(id.to_owned());
                 self.phase = Phase::Idle { announced: false };
@@ -410,13 +435,16 @@ impl Life {
     }
 
     fn restore_failed(&mut self, error: InitError) -> Vec<Effect> {
-        let thawed = self.generation != Generation(0);
+        let thawed = self.is_clone();
         match &self.phase {
             Phase::Idle { .. } if thawed && self.parked.is_none() => {
                 self.restore_error = Some(error);
                 vec![Effect::Answer(Answer::Accepted)]
             }
-            Phase::Assigned(invocation) => {
+            // A runtime that fetches its first invocation before it runs its hooks has not begun with it.
+            Phase::Assigned(invocation) | Phase::Running(invocation)
+                if thawed && self.answered.is_none() =>
+            {
                 let message = failed_restore(invocation.head.request_id.clone(), error);
                 self.phase = Phase::Ended;
                 vec![Effect::Send(message), Effect::Answer(Answer::Accepted)]

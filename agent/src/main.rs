@@ -37,7 +37,7 @@ fn main() -> ExitCode {
 
 fn live() -> anyhow::Result<()> {
     boot::boot()?;
-    let machine = Guest::open().context("opening /dev/urandom")?;
+    let machine = Guest::open()?;
     let listener = TcpListener::bind(api::ADDRESS)
         .and_then(|listener| listener.set_nonblocking(true).map(|()| listener))
         .with_context(|| format!("listening on {}", api::ADDRESS))?;

@@ -263,6 +263,7 @@ async fn open_pool(app: &App, name: &str, artifact: &Artifact) -> Result<Pool, S
         .open_pool(PoolSpec {
             name: name.to_owned(),
             snapshot: artifact.snapshot.clone(),
+            base: artifact.base.clone(),
             rootfs: artifact.rootfs.clone(),
             code: artifact.code.clone(),
             ready_count: app.ready_count,

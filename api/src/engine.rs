@@ -11,7 +11,7 @@ use std::time::Duration;
 use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 use thaw_runtime::{
-    FreezeError, Invocation, InvokeError, OpenPoolError, Outcome, PoolSpec, PoolStats,
+    FreezeError, Invocation, InvokeError, OpenPoolError, Outcome, PoolSpec, PoolStats, RuntimeStats,
 };
 use thiserror::Error;
 
@@ -37,6 +37,9 @@ pub trait Engine: Send + Sync + 'static {
     /// Verifies a snapshot and begins to keep sandboxes ready.
     fn open_pool(&self, spec: PoolSpec)
     -> BoxFuture<'_, Result<Arc<dyn Sandboxes>, OpenPoolError>>;
+
+    /// What all sandboxes use of the machine at this moment.
+    fn stats(&self) -> RuntimeStats;
 
     /// Closes all pools and waits until no monitor is left, at most `deadline`.
     fn shutdown(&self, deadline: Duration) -> BoxFuture<'_, ()>;
@@ -108,6 +111,9 @@ pub enum EngineStep {
 pub struct Artifact {
     /// The snapshot file.
     pub snapshot: PathBuf,
+    /// The runtime's own snapshot, over which it is a difference.
+    #[serde(default)]
+    pub base: Option<PathBuf>,
     /// Its identity.
     pub digest: String,
     /// Its length, bytes.

@@ -93,6 +93,10 @@ async fn answer(
                 }
                 FunctionResult::Error { error_type, .. } => failed(&error_type),
             };
+            if let Some(start) = answer.start {
+                let value = timing::start(start);
+                response.headers_mut().insert(timing::START_HEADER, value);
+            }
             if let Some(timings) = &answer.timings {
                 let value = timing::header(timings, arrived.elapsed());
                 response.headers_mut().insert("server-timing", value);
@@ -131,12 +135,21 @@ fn unknown(name: &str) -> Response<Body> {
 
 fn refused(refusal: &Refusal, name: &str) -> Response<Body> {
     match refusal {
-        Refusal::Throttled => {
-            let mut response = message(StatusCode::TOO_MANY_REQUESTS, "Rate Exceeded.");
+        Refusal::Throttled(why) => {
+            let text = format!("Rate Exceeded. {why}");
+            let mut response = message(StatusCode::TOO_MANY_REQUESTS, &text);
             response
                 .headers_mut()
                 .insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
             error_type(&mut response, "TooManyRequestsException");
+            response
+        }
+        Refusal::Full(why) => {
+            let mut response = message(StatusCode::SERVICE_UNAVAILABLE, why);
+            response
+                .headers_mut()
+                .insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+            error_type(&mut response, "ServiceUnavailableException");
             response
         }
         Refusal::TooLarge => too_large(),

@@ -13,6 +13,7 @@ use thaw_runtime::{Runtime, RuntimeConfig};
 use thiserror::Error;
 use tokio::net::TcpListener;
 
+use crate::budget::Budget;
 use crate::engine::{Engine, HostEngine};
 use crate::server;
 use crate::state::App;
@@ -31,8 +32,12 @@ pub struct GatewayConfig {
     pub vmm: PathBuf,
     /// The agent: a static executable, init of every guest.
     pub agent: PathBuf,
-    /// Sandboxes kept restored for each function.
+    /// Sandboxes kept restored for each function, at least.
     pub ready_count: usize,
+    /// How long sandboxes that recent demand explains are kept at least.
+    pub keep_alive: Duration,
+    /// What of the machine sandboxes may use.
+    pub budget: Budget,
     /// Region in ARNs and in functions' environments.
     pub region: String,
     /// Account in ARNs, 12 digits.
@@ -42,7 +47,8 @@ pub struct GatewayConfig {
 }
 
 impl GatewayConfig {
-    /// A configuration with the defaults: 2 sandboxes ready, `us-east-1`, account `000000000000`.
+    /// A configuration with the defaults: 2 sandboxes ready, kept for a minute after demand, [`Budget::of_this_machine`],
+    /// `us-east-1`, account `000000000000`.
     #[must_use]
     pub fn new(home: PathBuf, listener: TcpListener, vmm: PathBuf, agent: PathBuf) -> Self {
         Self {
@@ -52,6 +58,8 @@ impl GatewayConfig {
             vmm,
             agent,
             ready_count: 2,
+            keep_alive: Duration::from_secs(60),
+            budget: Budget::of_this_machine(),
             region: "us-east-1".to_owned(),
             account_id: "000000000000".to_owned(),
             limits: Limits::default(),
@@ -176,6 +184,9 @@ impl Gateway {
     pub async fn start(config: GatewayConfig) -> Result<Self, StartError> {
         let runtime = Runtime::new(RuntimeConfig {
             vmm: config.vmm.clone(),
+            memory_budget_mib: Some(config.budget.memory_mib),
+            vcpu_budget: Some(config.budget.vcpus),
+            keep_alive: config.keep_alive,
             restore_concurrency_max: config.limits.restore_concurrency_max,
             ..RuntimeConfig::default()
         })?;

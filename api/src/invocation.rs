@@ -4,7 +4,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use thaw_runtime::{End, ExitReason, Invocation, InvocationTimings, InvokeError, Measure, Outcome};
+use thaw_runtime::{
+    End, ExitReason, Invocation, InvocationTimings, InvokeError, Measure, Outcome, Start,
+    ThrottleReason,
+};
 
 use crate::clock;
 use crate::engine::{Sandboxes, chain};
@@ -54,6 +57,8 @@ pub struct Answer {
     pub log: Vec<u8>,
     /// With [`Measure::On`], when the guest answered.
     pub timings: Option<InvocationTimings>,
+    /// How its sandbox was had; `None` when the function's initialisation had failed, and nothing ran.
+    pub start: Option<Start>,
 }
 
 /// A function's answer or error.
@@ -75,8 +80,10 @@ pub enum FunctionResult {
 pub enum Refusal {
     /// The function is Pending or Failed.
     Inactive(State),
-    /// Too many at once.
-    Throttled,
+    /// Too many at once of this function; why, for people.
+    Throttled(String),
+    /// The machine has no room for it; why, for people.
+    Full(String),
     /// The payload does not fit.
     TooLarge,
     /// The function was deleted meanwhile.
@@ -162,7 +169,11 @@ async fn attempt(
         match pool.invoke(invocation).await {
             Ok(outcome) => return Ok(outcome),
             Err(InvokeError::Closed) => closed = Some(pool),
-            Err(InvokeError::Throttled { .. }) => return Err(Refusal::Throttled),
+            Err(InvokeError::Throttled {
+                reason,
+                running,
+                waiting,
+            }) => return Err(throttled(reason, running, waiting)),
             Err(InvokeError::TooLarge(_)) => return Err(Refusal::TooLarge),
             Err(error @ InvokeError::Host(_)) => return Err(Refusal::Host(chain(&error))),
         }
@@ -171,6 +182,15 @@ async fn attempt(
         "the pool of {} closed {POOLS_MAX} times",
         record.name
     )))
+}
+
+/// The function's own limits are its callers' to keep; that the machine is full is not.
+fn throttled(reason: ThrottleReason, running: usize, waiting: usize) -> Refusal {
+    let text = format!("{reason}; of this function {running} run and {waiting} wait");
+    match reason {
+        ThrottleReason::QueueFull | ThrottleReason::WaitedTooLong => Refusal::Throttled(text),
+        ThrottleReason::MachineFull | ThrottleReason::TooBig => Refusal::Full(text),
+    }
 }
 
 /// The function's open pool, other than `closed`; waits for one that is being opened.
@@ -198,7 +218,9 @@ async fn pool(
         tokio::select! {
             changed = slot.changed() => changed.map_err(|_| Refusal::Gone)?,
             () = app.stop.cancelled() => return Err(Refusal::Stopping),
-            () = tokio::time::sleep_until(deadline.into()) => return Err(Refusal::Throttled),
+            () = tokio::time::sleep_until(deadline.into()) => {
+                return Err(Refusal::Throttled("the function was not ready in time".to_owned()));
+            }
         }
     }
 }
@@ -272,6 +294,7 @@ fn sort(request: &Request, serving: &Serving, outcome: Outcome) -> Result<Answer
         result,
         log: report.text(),
         timings: outcome.timings,
+        start: Some(outcome.start),
     })
 }
 
@@ -325,5 +348,6 @@ fn init_failed(request: &Request, serving: &Serving, failure: &InitFailure) -> A
         },
         log: report.text(),
         timings: None,
+        start: None,
     }
 }

@@ -12,6 +12,7 @@
 #![forbid(unsafe_code)]
 
 pub mod body;
+pub mod budget;
 pub mod clock;
 pub mod code;
 pub mod deploy;
@@ -34,4 +35,5 @@ pub mod timing;
 #[cfg(test)]
 mod testing;
 
+pub use budget::Budget;
 pub use gateway::{Exposure, Gateway, GatewayConfig, Limits, ServeError, StartError};

@@ -10,7 +10,8 @@ use bytes::Bytes;
 use futures_util::stream::{self, Stream, StreamExt as _};
 use serde::Deserialize;
 use thaw_api_types::thaw::{
-    FunctionSummary, ListResponse, PoolSummary, ProgressEvent, SnapshotSummary, Step,
+    FunctionSummary, ListResponse, MachineSummary, PoolSummary, ProgressEvent, SnapshotSummary,
+    Step,
 };
 use tokio::sync::broadcast::error::RecvError;
 
@@ -39,7 +40,15 @@ pub async fn health(State(app): State<Arc<App>>) -> Response<Body> {
 /// `GET /thaw/v1/functions`.
 pub async fn list(State(app): State<Arc<App>>) -> Response<Body> {
     let functions = app.all().iter().map(|live| summary(&app, live)).collect();
-    json(&ListResponse { functions })
+    let now = app.engine.stats();
+    let machine = MachineSummary {
+        shells: u64::try_from(now.shells).unwrap_or(u64::MAX),
+        memory_mib: now.memory_mib,
+        memory_budget_mib: now.memory_budget_mib,
+        vcpus: now.vcpus,
+        vcpu_budget: now.vcpu_budget,
+    };
+    json(&ListResponse { functions, machine })
 }
 
 /// `GET /thaw/v1/functions/{name}`.
@@ -243,6 +252,10 @@ fn pool_summary(live: &Live) -> PoolSummary {
                 running: number(stats.running),
                 waiting: number(stats.waiting),
                 invocations: stats.invocations,
+                cold: stats.cold,
+                claimed: stats.claimed,
+                rewound: stats.rewound,
+                rewind_failures: stats.rewind_failures,
                 ..state("open")
             }
         }

@@ -1,15 +1,29 @@
-//! What both doors to a function share in headers: measuring, and trace ids.
+//! What both doors to a function share in headers: measuring, how a sandbox was had, and trace ids.
 
 use std::time::Duration;
 
 use axum::http::{HeaderMap, HeaderValue};
-use thaw_runtime::{InvocationTimings, Measure};
+use thaw_runtime::{InvocationTimings, Measure, Start};
 use uuid::Uuid;
 
 use crate::clock;
 
 /// Longest trace id that is taken from a client.
 const TRACE_ID_BYTES_MAX: usize = 256;
+
+/// The response header that says how the sandbox was had: `cold`, `claimed`, `rewound`; `warm` in measurements alone.
+pub const START_HEADER: &str = "x-thaw-start";
+
+/// Its value.
+#[must_use]
+pub fn start(start: Start) -> HeaderValue {
+    HeaderValue::from_static(match start {
+        Start::Cold => "cold",
+        Start::Claimed => "claimed",
+        Start::Rewound => "rewound",
+        Start::Warm => "warm",
+    })
+}
 
 /// Whether the client wants `Server-Timing`: `X-Thaw-Timing: 1`.
 #[must_use]

@@ -343,6 +343,15 @@ async fn every_end_of_an_invocation_has_its_document() {
         .await;
     refused(&throttled, 429, "TooManyRequestsException");
     assert_eq!(throttled.header("retry-after"), Some("1"));
+    let path = format!("{FUNCTIONS}/f/invocations");
+    let full = server.send("POST", &path, &[], b"\"full\"").await;
+    let why = refused(&full, 503, "ServiceUnavailableException");
+    assert!(why.contains("the machine had no room in time"), "{why}");
+    assert_eq!(full.header("retry-after"), Some("1"));
+    let full = server
+        .send("POST", "/fn/f/", &[("content-type", "text/plain")], b"full")
+        .await;
+    assert_eq!(full.status, 503);
     let raised = server
         .send(
             "POST",
@@ -360,6 +369,9 @@ async fn every_end_of_an_invocation_has_its_document() {
         .send("POST", &format!("{FUNCTIONS}/f/invocations"), &[], b"1")
         .await;
     assert_eq!(fine.text(), "1", "the next invocation is unharmed");
+    assert_eq!(fine.header("x-thaw-start"), Some("rewound"));
+    let fine = server.send("POST", "/fn/f/", &[], b"").await;
+    assert_eq!(fine.header("x-thaw-start"), Some("rewound"));
     let listed = server.get("/thaw/v1/functions").await.json();
     assert!(
         listed["functions"][0]["last_error"]

@@ -19,12 +19,17 @@ const LIMITS: Limits = Limits {
     entries_max: 100_000,
 };
 
+/// Length of every code image, bytes: the rest is a hole. The guest has read its disk's length when a base runtime is frozen, before
+/// it is known which function's code it will hold.
+pub const CODE_DISK_BYTES: u64 = 512 << 20;
+const _: () = assert!(CODE_DISK_BYTES > LIMITS.bytes_max + (128 << 20));
+
 /// A function's code on disk, as the guest's block device has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CodeImage {
     /// A read-only erofs image.
     pub path: PathBuf,
-    /// SHA-256 of the image, hexadecimal.
+    /// SHA-256 of the image without the hole behind it, hexadecimal.
     pub digest: String,
     /// SHA-256 of the zip, base64: the Lambda API's `CodeSha256`.
     pub code_sha256: String,
@@ -80,8 +85,10 @@ pub(crate) fn build(zip: &[u8], out: &Path, staging: &Staging) -> Result<CodeIma
     })
 }
 
-/// Renames; where `out` is on another file system, copies beside it first.
+/// Gives an image its full length and renames it; where `out` is on another file system, copies beside it first.
 fn install_across(image: &Path, out: &Path) -> Result<(), FileError> {
+    let packed = fs::metadata(image).map_err(FileError::on("examining", image))?;
+    set_length(image, CODE_DISK_BYTES)?;
     match install(image, out) {
         Err(FileError::Other { source, .. })
             if source.kind() == std::io::ErrorKind::CrossesDevices =>
@@ -89,9 +96,18 @@ fn install_across(image: &Path, out: &Path) -> Result<(), FileError> {
             let mut name = out.as_os_str().to_owned();
             name.push(".partial");
             let partial = PathBuf::from(name);
+            // A copy might write out the hole.
+            set_length(image, packed.len())?;
             fs::copy(image, &partial).map_err(FileError::on("writing", &partial))?;
+            set_length(&partial, CODE_DISK_BYTES)?;
             install(&partial, out)
         }
         other => other,
     }
+}
+
+fn set_length(image: &Path, bytes: u64) -> Result<(), FileError> {
+    let file = fs::OpenOptions::new().write(true).open(image);
+    file.and_then(|file| file.set_len(bytes))
+        .map_err(FileError::on("lengthening", image))
 }

@@ -34,7 +34,7 @@ mod tool;
 mod unzip;
 
 pub use apt::{Package, PackageError};
-pub use code::{CodeError, CodeImage};
+pub use code::{CODE_DISK_BYTES, CodeError, CodeImage};
 pub use erofs::ErofsError;
 pub use fault::{Fault, FileError};
 pub use initramfs::cpio::{Archive as CpioArchive, CpioError};

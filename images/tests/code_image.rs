@@ -33,6 +33,10 @@ fn a_zip_becomes_an_image_with_the_same_files() {
     let image = store.code_image(&code, &out).unwrap();
     assert_eq!(image.path, out);
     assert_eq!(image.code_size, u64::try_from(code.len()).unwrap());
+    let file = std::fs::metadata(&image.path).unwrap();
+    assert_eq!(file.len(), thaw_images::CODE_DISK_BYTES);
+    let blocks = std::os::unix::fs::MetadataExt::blocks(&file);
+    assert!(blocks * 512 < 1 << 20, "the rest is a hole");
     assert_eq!(image.unzipped_size, 20);
     assert_eq!(image.code_sha256.len(), 44);
 

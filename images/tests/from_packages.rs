@@ -122,7 +122,7 @@ fn the_python_image_holds_a_python_that_runs_the_lambda_client() {
         .arg(tree.join("usr/bin/python3.11"))
         .args([
             "-c",
-            "import awslambdaric.bootstrap as b, ssl, sqlite3; print(b.__cached__)",
+            "import random, sqlite3, ssl, thaw_runtime, uuid; thaw_runtime.reseed(); print(thaw_runtime.__cached__)",
         ])
         .env("PYTHONHOME", tree.join("usr"))
         .env("PYTHONPATH", tree.join("var/runtime"))

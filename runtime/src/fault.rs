@@ -67,6 +67,9 @@ pub enum HostError {
         /// What came.
         reply: &'static str,
     },
+    /// No new agent channel could be made.
+    #[error("cannot make an agent channel")]
+    Channel(#[source] io::Error),
     /// The kernel's random generator failed.
     #[error("cannot get random bytes")]
     Random(#[source] io::Error),

@@ -1,5 +1,6 @@
 //! Freezing: boot a function's VM, wait until it is ready for its first request, write it down.
 
+mod base;
 mod drive;
 
 use std::path::PathBuf;
@@ -12,6 +13,7 @@ use thiserror::Error;
 
 use crate::HostError;
 
+pub use self::base::BaseFileError;
 pub(crate) use self::drive::{freeze, open};
 
 /// Most bytes of output kept from a function's initialisation; of more, the newest are kept behind a note.
@@ -55,11 +57,23 @@ pub struct FreezeRequest {
     pub metadata: Metadata,
     /// Final name of the snapshot file. It is there in full or not at all.
     pub output: PathBuf,
+    /// Freeze over this base; `None`: the snapshot stands by itself.
+    pub base: Option<BaseRequest>,
     /// Longest time from the start of the VM to the agent's first message.
     pub boot_limit: Duration,
 }
 
-/// Where a freeze is, told in this order.
+/// The snapshot of a runtime that was booted and knows no function yet; functions' snapshots store what differs from it.
+#[derive(Clone, Debug)]
+pub struct BaseRequest {
+    /// Its file, made if it is not there. Its name tells runtime, kernel, agent, memory and processors apart: a base of others
+    /// is not recognised as such.
+    pub file: PathBuf,
+    /// A code disk without code, as long as every function's.
+    pub code: PathBuf,
+}
+
+/// Where a freeze is, told in this order. A base that has to be made first tells its own steps before, to its `Saving`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FreezeStep {
     /// The monitor runs; the kernel starts.
@@ -129,6 +143,15 @@ pub enum FreezeError {
     /// The function failed in its initialisation.
     #[error("function failed to initialise: {}", .0.error_type)]
     Init(InitFailure),
+    /// The base of the runtime cannot be used.
+    #[error("base {} cannot be used: remove it, and the next deployment makes it again", .path.display())]
+    Base {
+        /// Its file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: BaseFileError,
+    },
     /// The function's process ended in its initialisation.
     #[error("function's runtime ended before it was ready: {:?}", .exit.cause)]
     RuntimeExit {
@@ -183,7 +206,7 @@ impl FreezeError {
             | Self::TimedOut { .. }
             | Self::GuestDied { .. } => Fault::Guest,
             Self::TooLarge(_) => Fault::Caller,
-            Self::DiskFull { .. } | Self::Host(_) => Fault::Host,
+            Self::DiskFull { .. } | Self::Base { .. } | Self::Host(_) => Fault::Host,
         }
     }
 }

@@ -9,6 +9,7 @@ use thaw_vmm_control::{ExitReason, Fault};
 use thiserror::Error;
 
 use crate::HostError;
+use crate::schedule::Start;
 
 /// Most bytes of output kept for one invocation; of more, the newest are kept behind a note.
 pub const INVOCATION_LOG_BYTES_MAX: usize = 256 * 1024;
@@ -53,6 +54,8 @@ pub struct Outcome {
     pub log: Vec<u8>,
     /// From the resume of the guest to its answer or end.
     pub duration: Duration,
+    /// How its sandbox was had.
+    pub start: Start,
     /// With [`Measure::On`], when the guest answered.
     pub timings: Option<InvocationTimings>,
 }
@@ -92,7 +95,7 @@ pub enum End {
 /// Why an invocation did not run, or is not known to have run to its end.
 #[derive(Clone, Debug, Error)]
 pub enum InvokeError {
-    /// All VMs are busy and the queue has no place, or no VM came free in time.
+    /// No sandbox within the limits of the function and of the machine.
     #[error("throttled: {reason}, {running} running, {waiting} waiting")]
     Throttled {
         /// Which limit was met.
@@ -129,8 +132,12 @@ impl InvokeError {
 pub enum ThrottleReason {
     /// [`crate::PoolSpec::queue_max`] invocations wait already.
     QueueFull,
-    /// [`crate::PoolSpec::queue_wait_max`] went by.
+    /// [`crate::PoolSpec::queue_wait_max`] went by while the function ran as much as it may.
     WaitedTooLong,
+    /// [`crate::PoolSpec::queue_wait_max`] went by while the machine had no memory or processor left to run it.
+    MachineFull,
+    /// The function alone is larger than the machine's budget.
+    TooBig,
 }
 
 impl std::fmt::Display for ThrottleReason {
@@ -138,6 +145,8 @@ impl std::fmt::Display for ThrottleReason {
         f.write_str(match self {
             Self::QueueFull => "the queue is full",
             Self::WaitedTooLong => "no sandbox came free in time",
+            Self::MachineFull => "the machine had no room in time",
+            Self::TooBig => "the function is larger than the machine's budget",
         })
     }
 }

@@ -1,15 +1,15 @@
 //! Sandboxes as a service: freeze a function once, keep restored machines ready, give each invocation one of its own.
 //!
 //! Owns: monitor processes (`thaw-vmm`, one for each VM) from their start to their end, the conversation with the
-//! guest's agent, the pool of ready machines with its queue and its back-off. Must not know: HTTP, Lambda's error
-//! documents, KVM, guest memory (a monitor gets descriptors; the gateway's process never maps a guest).
+//! guest's agent, the scheduler of this machine: shells, claims, rewinds, queues, budgets, back-off. Must not know: HTTP,
+//! Lambda's error documents, KVM, guest memory (a monitor gets descriptors; the gateway's process never maps a guest).
 //!
 //! Start at [`Runtime`]: [`Runtime::freeze`] makes a snapshot of a booted function, [`Runtime::open_pool`] gives a
-//! [`Pool`], [`Pool::invoke`] runs one request. The decisions are plain state machines without I/O (`pool::schedule`,
-//! `sandbox::life`), their drivers are beside them.
+//! [`Pool`], [`Pool::invoke`] runs one request. The decisions are plain state machines without I/O (`schedule` for the
+//! machine, `sandbox::life` for one invocation); `node` drives the one, `sandbox` the other.
 //!
-//! Always holds: an invocation sees a VM that was restored from the snapshot and has run nothing else; a dropped
-//! future gives back its place and destroys the VM it had started; no monitor outlives the [`Runtime`].
+//! Always holds: an invocation sees a VM that equals its snapshot, restored or rewound; a dropped future gives back its
+//! place and destroys the VM it had started; no monitor outlives the [`Runtime`].
 #![forbid(unsafe_code)]
 
 mod service;
@@ -17,6 +17,9 @@ mod service;
 mod freeze;
 mod invocation;
 mod pool;
+
+mod node;
+mod schedule;
 
 mod channel;
 mod fault;
@@ -27,14 +30,15 @@ mod vm;
 
 pub use fault::HostError;
 pub use freeze::{
-    FreezeError, FreezeRequest, FreezeStep, FreezeTimings, Frozen, GUEST_COMMAND_LINE,
-    INIT_LOG_BYTES_MAX, InitFailure,
+    BaseFileError, BaseRequest, FreezeError, FreezeRequest, FreezeStep, FreezeTimings, Frozen,
+    GUEST_COMMAND_LINE, INIT_LOG_BYTES_MAX, InitFailure,
 };
 pub use invocation::{
     End, INVOCATION_LOG_BYTES_MAX, Invocation, InvocationTimings, InvokeError, Measure, Outcome,
     ThrottleReason,
 };
 pub use pool::{OpenPoolError, Pool, PoolSpec, PoolStats};
-pub use service::{Runtime, RuntimeConfig, StartError};
+pub use schedule::{Recycle, Start};
+pub use service::{Runtime, RuntimeConfig, RuntimeStats, StartError};
 pub use thaw_agent_protocol::{Configure, RuntimeExit, RuntimeExitCause};
 pub use thaw_vmm_control::{ExitReason, Fault};

@@ -10,7 +10,7 @@ use std::time::Duration;
 use command_fds::{CommandFdExt as _, FdMapping};
 use thaw_vmm_control::wire::{self, Read, Receiver, WireError};
 use thaw_vmm_control::{
-    AGENT_FD, CONTROL_FD, Event, Exit, FromMonitor, Reply, Request, Saved, Status,
+    AGENT_FD, CONTROL_FD, Event, Exit, FromMonitor, Reply, Request, Rewound, Saved, Status,
 };
 use tokio::io::{AsyncReadExt as _, Interest};
 use tokio::net::UnixStream;
@@ -269,11 +269,7 @@ impl Monitor {
         };
         match tokio::time::timeout(limit, exchange).await {
             Ok(result) => result,
-            Err(_) => Err(HostError::Silent {
-                request: name,
-                limit,
-                stderr: self.reason(),
-            }),
+            Err(_) => Err(self.silent(name, limit)),
         }
     }
 
@@ -319,6 +315,27 @@ impl Monitor {
         match self.request(request, &[file], limit).await? {
             Reply::Saved(saved) => Ok(saved),
             other => Err(unexpected(request, &other)),
+        }
+    }
+
+    /// [`Request::Rewind`] onto a new agent channel, whose other end is `channel`.
+    pub(crate) async fn rewind(
+        &mut self,
+        channel: BorrowedFd<'_>,
+        limit: Duration,
+    ) -> Result<Rewound, HostError> {
+        match self.request(&Request::Rewind, &[channel], limit).await? {
+            Reply::Rewound(rewound) => Ok(rewound),
+            other => Err(unexpected(&Request::Rewind, &other)),
+        }
+    }
+
+    /// That it did not answer `request` within `limit`.
+    pub(crate) fn silent(&self, request: &'static str, limit: Duration) -> HostError {
+        HostError::Silent {
+            request,
+            limit,
+            stderr: self.reason(),
         }
     }
 
@@ -374,8 +391,8 @@ impl Drop for Monitor {
     }
 }
 
-/// Our end for tokio, theirs to be inherited. Both are close-on-exec; the mapping lifts that for theirs.
-fn socket_pair() -> io::Result<(UnixStream, OwnedFd)> {
+/// Our end for tokio, theirs to be inherited or passed. Both are close-on-exec; the mapping lifts that for theirs.
+pub(crate) fn socket_pair() -> io::Result<(UnixStream, OwnedFd)> {
     let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
     ours.set_nonblocking(true)?;
     Ok((UnixStream::from_std(ours)?, theirs.into()))
@@ -393,7 +410,10 @@ async fn collect(mut pipe: ChildStderr, tail: Arc<Mutex<Tail>>) {
 fn name(request: &Request) -> &'static str {
     match request {
         Request::Boot(_) => "boot",
+        Request::Prepare(_) => "prepare",
         Request::Restore(_) => "restore",
+        Request::Rewind => "rewind",
+        Request::WorkingSet => "tell its working set",
         Request::Resume => "resume",
         Request::Pause => "pause",
         Request::Save(_) => "save",
@@ -406,6 +426,8 @@ fn unexpected(request: &Request, reply: &Reply) -> HostError {
     let reply = match reply {
         Reply::Done => "done",
         Reply::Saved(_) => "saved",
+        Reply::Rewound(_) => "rewound",
+        Reply::WorkingSet(_) => "a working set",
         Reply::Status(_) => "a status",
         Reply::Failed(_) => "a failure",
     };

@@ -1,28 +1,26 @@
-//! A pool: restored, paused VMs of one snapshot, and the queue of those who want one.
+//! A pool: the sandboxes of one snapshot, and the queue of those who want one, as the caller sees them. What becomes of
+//! them is the node's to decide.
 
-mod desk;
-mod schedule;
-
+use std::fs::File;
 use std::path::PathBuf;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::Duration;
 
 use thaw_agent_protocol::{FrameError, PAYLOAD_BYTES_MAX};
 use thaw_snapshot::Snapshot;
 use thiserror::Error;
-use tokio::sync::oneshot;
-use tokio::time::Instant;
+use tokio::sync::{oneshot, watch};
+use tokio_util::sync::CancellationToken;
 
-use self::desk::{Inner, Lease};
-use self::schedule::{Input, Ticket};
 use crate::freeze::open;
-use crate::sandbox::{Moment, Sandbox, SnapshotFiles};
-use crate::service::Shared;
-use crate::vm::after;
-use crate::{HostError, Invocation, InvokeError, Outcome, ThrottleReason};
+use crate::node::{Lease, Member, Node, RunError};
+use crate::sandbox::{Moment, SnapshotFiles};
+use crate::schedule::{Input, Shape, Ticket, Time, Turn};
+use crate::{HostError, Invocation, InvokeError, Outcome};
 
-/// Longest wait for the killed VMs of a closed pool.
-const DRAIN_LIMIT: Duration = Duration::from_secs(30);
+/// Sandboxes that one invocation tries: those found dead before use, and claims that failed before the guest ran. Claims
+/// that go on failing are refused by the schedule long before.
+const ATTEMPTS_MAX: u32 = 64;
 
 /// What a pool is made of, and its limits.
 #[derive(Clone, Debug)]
@@ -31,11 +29,13 @@ pub struct PoolSpec {
     pub name: String,
     /// The snapshot file.
     pub snapshot: PathBuf,
+    /// The snapshot that it is a difference over, if it is one.
+    pub base: Option<PathBuf>,
     /// The root file system it was frozen with.
     pub rootfs: PathBuf,
     /// The code it was frozen with.
     pub code: PathBuf,
-    /// VMs kept restored and paused. With 0 each invocation restores its own.
+    /// VMs kept restored and paused, at least. More are kept as recent demand explains; with 0 none without demand.
     pub ready_count: usize,
     /// Most invocations running at once; at least 1.
     pub concurrency_max: usize,
@@ -52,16 +52,26 @@ pub struct PoolStats {
     pub ready: usize,
     /// VMs being restored.
     pub starting: usize,
+    /// VMs being put back to the snapshot.
+    pub rewinding: usize,
     /// Invocations running.
     pub running: usize,
     /// Invocations waiting for a VM.
     pub waiting: usize,
     /// Invocations that ran, since the pool was opened.
     pub invocations: u64,
+    /// Of these, on a monitor that was started for them.
+    pub cold: u64,
+    /// Of these, on a VM that was claimed from a shell, or ahead of them.
+    pub claimed: u64,
+    /// Of these, on a VM that had been rewound.
+    pub rewound: u64,
     /// Invocations refused for want of a VM, since the pool was opened.
     pub throttled: u64,
     /// Restores that failed, since the pool was opened.
     pub restore_failures: u64,
+    /// Rewinds that failed, since the pool was opened; each VM was replaced.
+    pub rewind_failures: u64,
     /// Frames of another generation that were dropped, since the pool was opened.
     pub stale_frames: u64,
 }
@@ -92,23 +102,48 @@ pub struct Pool {
     inner: Arc<Inner>,
 }
 
-/// A pool that somebody else keeps open.
-#[derive(Clone, Debug)]
-pub(crate) struct WeakPool(Weak<Inner>);
+#[derive(Debug)]
+struct Inner {
+    node: Arc<Node>,
+    member: Arc<Member>,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.member.stop_claims.cancel();
+        self.node.apply(Input::Remove(self.member.id));
+    }
+}
 
 impl Pool {
-    pub(crate) async fn open(runtime: Arc<Shared>, spec: PoolSpec) -> Result<Self, OpenPoolError> {
+    pub(crate) async fn open(node: Arc<Node>, spec: PoolSpec) -> Result<Self, OpenPoolError> {
         if spec.concurrency_max == 0 {
             return Err(OpenPoolError::Limits("concurrency_max is 0"));
         }
+        let (snapshot, base, shape) = verified(spec.snapshot.clone(), spec.base.clone()).await?;
         let files = SnapshotFiles {
-            snapshot: verified(spec.snapshot.clone()).await?,
+            snapshot,
+            base,
             rootfs: open(&spec.rootfs).await?,
             code: open(&spec.code).await?,
         };
-        let inner = Arc::new(Inner::new(runtime, files, spec));
-        inner.fill();
-        Ok(Self { inner })
+        let member = Arc::new(Member {
+            id: node.fresh_function(),
+            spec,
+            shape,
+            files,
+            stop_claims: CancellationToken::new(),
+            stop_running: CancellationToken::new(),
+            gone: watch::Sender::new(false),
+        });
+        node.add(&member);
+        if node.stop.is_cancelled() {
+            node.apply(Input::Remove(member.id));
+            return Err(HostError::ShutDown.into());
+        }
+        Ok(Self {
+            inner: Arc::new(Inner { node, member }),
+        })
     }
 
     /// Runs one request in a VM of its own.
@@ -116,7 +151,8 @@ impl Pool {
     /// Dropping the future gives back its place in the queue, and destroys the VM if it ran already.
     ///
     /// # Errors
-    /// No VM within the pool's limits, the pool closed, or a failure of this machine. What the function did is an [`Outcome`].
+    /// No VM within the limits of pool and machine, the pool closed, or a failure of this machine. What the function did is
+    /// an [`Outcome`].
     pub async fn invoke(&self, invocation: Invocation) -> Result<Outcome, InvokeError> {
         let bytes = invocation.payload.len();
         if bytes > PAYLOAD_BYTES_MAX {
@@ -124,26 +160,53 @@ impl Pool {
                 FrameError::BodyTooLarge(bytes).into(),
             )));
         }
+        let Inner { node, member } = &*self.inner;
         let asked = Moment::now();
-        let patience = after(self.inner.spec.queue_wait_max);
-        let mut lease = self.acquire(patience).await?;
-        tokio::select! {
-            biased;
-            () = self.inner.stop_running.cancelled() => Err(InvokeError::Closed),
-            result = lease.run(invocation, asked) => result,
+        let deadline = node.now().saturating_add(member.spec.queue_wait_max);
+        let mut failure = None;
+        let mut turn = Turn::Last;
+        for _ in 0..ATTEMPTS_MAX {
+            let mut lease = self.acquire(deadline, turn).await?;
+            turn = Turn::Again;
+            if !lease.is_well() {
+                tracing::warn!(
+                    pool = member.spec.name,
+                    "an idle VM's monitor is gone; taking another"
+                );
+                continue;
+            }
+            let result = tokio::select! {
+                biased;
+                () = member.stop_running.cancelled() => return Err(InvokeError::Closed),
+                result = lease.run(&invocation, asked) => result,
+            };
+            match result {
+                Ok(outcome) => return Ok(outcome),
+                Err(RunError::Failed(error)) => return Err(error),
+                Err(RunError::NotRun(error)) => failure = Some(error),
+            }
         }
+        let died = || {
+            let stderr = String::new();
+            Arc::new(HostError::Died { stderr })
+        };
+        Err(InvokeError::Host(failure.unwrap_or_else(died)))
     }
 
     /// The pool at this moment.
     #[must_use]
     pub fn stats(&self) -> PoolStats {
-        let desk = self.inner.desk();
+        let Inner { node, member } = &*self.inner;
+        let desk = node.desk();
+        let now = desk.schedule.function(member.id);
+        let counts = desk.members.get(&member.id).map(|entry| entry.counts);
         PoolStats {
-            ready: desk.schedule.ready(),
-            starting: desk.schedule.starting(),
-            running: desk.schedule.running(),
-            waiting: desk.schedule.waiting(),
-            ..desk.counts
+            ready: now.ready,
+            starting: now.claiming,
+            rewinding: now.rewinding,
+            running: now.running,
+            waiting: now.waiting,
+            ..counts.unwrap_or_default()
         }
     }
 
@@ -151,119 +214,88 @@ impl Pool {
     #[doc(hidden)] // for tests that kill them
     #[must_use]
     pub fn ready_pids(&self) -> Vec<u32> {
-        let desk = self.inner.desk();
-        desk.shelf.values().filter_map(Sandbox::pid).collect()
+        self.inner.node.desk().ready_pids(self.inner.member.id)
     }
 
     /// Refuses new invocations, fails the waiting ones, gives the running ones
     /// [`crate::RuntimeConfig::close_limit`] to finish, and destroys every VM.
     pub async fn close(&self) {
-        self.close_within(self.inner.runtime.config.close_limit)
-            .await;
+        let Inner { node, member } = &*self.inner;
+        node.apply(Input::Remove(member.id));
+        member.drain(node.config.close_limit).await;
     }
 
-    pub(crate) async fn close_within(&self, limit: Duration) {
-        let inner = &self.inner;
-        inner.stop_starting.cancel();
-        inner.apply(Input::Close);
-        if tokio::time::timeout(limit, inner.drained()).await.is_err() {
-            inner.stop_running.cancel();
-            if tokio::time::timeout(DRAIN_LIMIT, inner.drained())
-                .await
-                .is_err()
-            {
-                tracing::error!(pool = inner.spec.name, "VMs are left in a closed pool");
-            }
-        }
-    }
-
-    pub(crate) fn downgrade(&self) -> WeakPool {
-        WeakPool(Arc::downgrade(&self.inner))
-    }
-
-    /// A VM for the caller, alive a moment ago.
-    async fn acquire(&self, patience: Instant) -> Result<Lease, InvokeError> {
-        // Each VM found dead was one of those on the shelf, or restored meanwhile by a machine in trouble.
-        for _ in 0..=self.inner.limits.alive_max() {
-            let mut lease = self.wait(patience).await?;
-            if lease.is_well() {
-                return Ok(lease);
-            }
-            tracing::warn!(
-                pool = self.inner.spec.name,
-                "a ready VM's monitor is gone; taking another"
-            );
-        }
-        Err(InvokeError::Host(Arc::new(HostError::Died {
-            stderr: String::new(),
-        })))
-    }
-
-    async fn wait(&self, patience: Instant) -> Result<Lease, InvokeError> {
+    async fn acquire(&self, deadline: Time, turn: Turn) -> Result<Lease, InvokeError> {
         let (grant, granted) = oneshot::channel();
-        let ticket = self.inner.enter(grant);
-        let place = Place {
-            inner: &self.inner,
-            ticket,
+        let node = &self.inner.node;
+        let ticket = node.ask(self.inner.member.id, deadline, turn, grant);
+        let mut place = Place {
+            node,
+            ticket: Some(ticket),
         };
-        let result = tokio::time::timeout_at(patience, granted).await;
-        match result {
-            Ok(Ok(result)) => result,
-            // The sender is dropped without a word only with the pool.
-            Ok(Err(_)) => Err(InvokeError::Closed),
-            Err(_) => {
-                drop(place);
-                let mut desk = self.inner.desk();
-                desk.counts.throttled += 1;
-                Err(InvokeError::Throttled {
-                    reason: ThrottleReason::WaitedTooLong,
-                    running: desk.schedule.running(),
-                    waiting: desk.schedule.waiting(),
-                })
-            }
-        }
-    }
-}
-
-impl WeakPool {
-    pub(crate) fn upgrade(&self) -> Option<Pool> {
-        self.0.upgrade().map(|inner| Pool { inner })
-    }
-
-    pub(crate) fn is_in_use(&self) -> bool {
-        self.0.strong_count() > 0
+        let result = granted.await;
+        // Answered: it stands in no queue any more.
+        place.ticket = None;
+        // The sender is dropped without a word only with the node.
+        result.unwrap_or(Err(InvokeError::Closed))
     }
 }
 
 /// A caller's place in the queue; given back when dropped.
 struct Place<'a> {
-    inner: &'a Arc<Inner>,
-    ticket: Ticket,
+    node: &'a Arc<Node>,
+    ticket: Option<Ticket>,
 }
 
 impl Drop for Place<'_> {
     fn drop(&mut self) {
-        self.inner.leave(self.ticket);
+        if let Some(ticket) = self.ticket {
+            self.node.leave(ticket);
+        }
     }
 }
 
-/// Opens a snapshot and checks every byte of it, before anything in it is used.
-async fn verified(path: PathBuf) -> Result<std::fs::File, OpenPoolError> {
+/// Opens a snapshot, and its base if it has one, and checks every byte of both, before anything in them is used. Tells the size of
+/// its VM.
+async fn verified(
+    path: PathBuf,
+    base: Option<PathBuf>,
+) -> Result<(File, Option<File>, Shape), OpenPoolError> {
     let check = move || {
         let unusable = |source: Box<dyn std::error::Error + Send + Sync>| OpenPoolError::Snapshot {
             path: path.clone(),
             source,
         };
-        let snapshot = Snapshot::open(&path).map_err(|error| unusable(error.into()))?;
+        let mut snapshot = Snapshot::open(&path).map_err(|error| unusable(error.into()))?;
+        let mut base_file = None;
+        if let Some(base) = base {
+            let base = Snapshot::open(&base).map_err(|error| unusable(error.into()))?;
+            let kept = base.file().try_clone();
+            base_file = Some(kept.map_err(|error| unusable(error.into()))?);
+            snapshot
+                .attach_base(base)
+                .map_err(|error| unusable(error.into()))?;
+        }
         snapshot.verify().map_err(|error| unusable(error.into()))?;
+        let metadata = snapshot
+            .metadata()
+            .map_err(|error| unusable(error.into()))?;
+        let shape = Shape {
+            vcpus: metadata.vcpu_count,
+            memory_mib: metadata.memory_mib,
+        };
+        if shape.vcpus == 0 || shape.memory_mib == 0 {
+            return Err(unusable("its metadata tells no size of the VM".into()));
+        }
         let file = snapshot.file().try_clone();
-        file.map_err(|source| {
+        let file = file.map_err(|source| {
             OpenPoolError::Host(HostError::File {
                 act: "cannot keep open",
                 path: path.clone(),
                 source,
             })
-        })
+        })?;
+        Ok((file, base_file, shape))
     };
     match tokio::task::spawn_blocking(check).await {
         Ok(result) => result,

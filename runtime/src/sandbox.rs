@@ -1,18 +1,23 @@
-//! One restored VM, from the monitor's start to the end of its only invocation.
+//! One monitor, from a shell to its end: claims, invocations and rewinds.
 
 pub(crate) mod life;
 
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::rand::{GetRandomFlags, getrandom};
 use rustix::time::{ClockId, clock_gettime};
 use thaw_agent_protocol::{Generation, HostMessage, Invoke, Thaw};
-use thaw_vmm_control::{Disk, DiskAccess, DiskSource, Request, RestoreRequest, Timings};
+use thaw_vmm_control::{
+    Disk, DiskAccess, DiskShape, DiskSource, Failure, Fault, Prefetch, PrepareRequest, Request,
+    RestoreRequest, Rewound, Timings,
+};
 use tokio::time::Instant;
 
-use self::life::{Input, Life, Step};
-use crate::monitor::Spawner;
+use self::life::{Begin, Input, Life, Step};
+use crate::channel::AgentChannel;
+use crate::monitor::{Spawner, socket_pair};
+use crate::schedule::{Shape, Start};
 use crate::vm::{Vm, after};
 use crate::{
     End, HostError, Invocation, InvocationTimings, InvokeError, Measure, Outcome, RuntimeConfig,
@@ -25,18 +30,92 @@ const ENTROPY_BYTES: usize = 64;
 /// Names of the disks, in the order of /dev/vda, /dev/vdb, /dev/vdc; the same for boot and restore.
 pub(crate) const DISK_IDS: [&str; 3] = ["rootfs", "code", "overlay"];
 
+/// What the guest may do with each disk, and where a restore takes its content from.
+const DISKS: [(DiskAccess, DiskSource); 3] = [
+    (DiskAccess::ReadOnly, DiskSource::Descriptor),
+    (DiskAccess::ReadOnly, DiskSource::Descriptor),
+    (DiskAccess::CopyOnWrite, DiskSource::Snapshot),
+];
+
+/// Whether a restored VM runs at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Run {
+    AtOnce,
+    Later,
+}
+
+fn restore(run: Run, files: &SnapshotFiles) -> Request {
+    let disks = DISK_IDS.iter().zip(DISKS);
+    let disks = disks.map(|(id, (access, source))| Disk {
+        id: (*id).into(),
+        access,
+        source,
+    });
+    Request::Restore(RestoreRequest {
+        disks: disks.collect(),
+        resume: run == Run::AtOnce,
+        has_base: files.base.is_some(),
+        prefetch: Prefetch::WorkingSet,
+    })
+}
+
 /// What every VM of a pool is restored from; opened once, handed to each monitor as descriptors.
 #[derive(Debug)]
 pub(crate) struct SnapshotFiles {
     pub(crate) snapshot: std::fs::File,
+    /// What the snapshot is a difference over.
+    pub(crate) base: Option<std::fs::File>,
     pub(crate) rootfs: std::fs::File,
     pub(crate) code: std::fs::File,
 }
 
-/// A restored, paused VM that nobody has run.
+impl SnapshotFiles {
+    /// In the order that [`Request::Restore`] names.
+    fn fds(&self) -> Vec<BorrowedFd<'_>> {
+        let Self {
+            snapshot,
+            base,
+            rootfs,
+            code,
+        } = self;
+        let files = [Some(snapshot), base.as_ref(), Some(rootfs), Some(code)];
+        files.into_iter().flatten().map(AsFd::as_fd).collect()
+    }
+}
+
+/// One monitor with its agent channel: first a shell, then a VM of one snapshot, in which one invocation runs after another,
+/// with a rewind between any two.
 #[derive(Debug)]
 pub(crate) struct Sandbox {
     vm: Vm,
+    stage: Stage,
+    /// The generation of its newest life.
+    generation: Generation,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// It has no snapshot yet.
+    Shell,
+    /// Restored or rewound, and paused.
+    Pristine,
+    /// Something was run in it.
+    Used,
+}
+
+/// Why a sandbox brought no outcome.
+#[derive(Debug)]
+pub(crate) enum NotRun {
+    /// The monitor refused: not one instruction of the guest was run.
+    Surely(HostError),
+    /// The guest may have run.
+    Perhaps(InvokeError),
+}
+
+impl From<HostError> for NotRun {
+    fn from(error: HostError) -> Self {
+        Self::Perhaps(InvokeError::Host(error.into()))
+    }
 }
 
 /// A moment on `CLOCK_MONOTONIC`, the clock of the monitor's timings.
@@ -58,6 +137,10 @@ impl Moment {
     fn since(self, earlier: Self) -> Duration {
         self.0.saturating_sub(earlier.0)
     }
+
+    pub(crate) fn elapsed(self) -> Duration {
+        Self::now().since(self)
+    }
 }
 
 /// An invocation's moments on the host's side.
@@ -69,36 +152,72 @@ pub(crate) struct Moments {
 }
 
 impl Sandbox {
-    pub(crate) async fn restore(
-        spawner: &Spawner,
-        files: &SnapshotFiles,
-        config: &RuntimeConfig,
-    ) -> Result<Self, HostError> {
-        let (mut monitor, channel) = spawner.spawn().await?;
-        let disk = |id: &str, access, source| Disk {
-            id: id.into(),
-            access,
-            source,
-        };
-        let [rootfs, code, overlay] = DISK_IDS;
-        let request = Request::Restore(RestoreRequest {
-            disks: vec![
-                disk(rootfs, DiskAccess::ReadOnly, DiskSource::Descriptor),
-                disk(code, DiskAccess::ReadOnly, DiskSource::Descriptor),
-                disk(overlay, DiskAccess::CopyOnWrite, DiskSource::Snapshot),
-            ],
-        });
-        let fds = [
-            files.snapshot.as_fd(),
-            files.rootfs.as_fd(),
-            files.code.as_fd(),
-        ];
-        monitor
-            .command(&request, &fds, config.restore_limit)
-            .await?;
+    /// A monitor without a VM.
+    pub(crate) async fn spawn(spawner: &Spawner) -> Result<Self, HostError> {
+        let (monitor, channel) = spawner.spawn().await?;
         Ok(Self {
             vm: Vm::new(monitor, channel),
+            stage: Stage::Shell,
+            generation: Generation(0),
         })
+    }
+
+    /// Makes it a shell with everything that needs no snapshot.
+    pub(crate) async fn prepare(
+        &mut self,
+        shape: Shape,
+        config: &RuntimeConfig,
+    ) -> Result<(), HostError> {
+        let request = Request::Prepare(PrepareRequest {
+            vcpu_count: shape.vcpus,
+            memory_mib: shape.memory_mib,
+            disks: DISKS.map(|(access, _)| DiskShape { access }).to_vec(),
+        });
+        let monitor = &mut self.vm.monitor;
+        monitor.command(&request, &[], config.restore_limit).await
+    }
+
+    /// Gives it a snapshot, and leaves it paused.
+    pub(crate) async fn claim(
+        &mut self,
+        files: &SnapshotFiles,
+        config: &RuntimeConfig,
+    ) -> Result<(), HostError> {
+        let monitor = &mut self.vm.monitor;
+        monitor
+            .command(
+                &restore(Run::Later, files),
+                &files.fds(),
+                config.restore_limit,
+            )
+            .await?;
+        self.stage = Stage::Pristine;
+        Ok(())
+    }
+
+    /// Puts it back to its snapshot, paused, with a new agent channel: nothing that its last life said can come any more.
+    pub(crate) async fn rewind(&mut self, config: &RuntimeConfig) -> Result<Rewound, HostError> {
+        let (ours, theirs) = socket_pair().map_err(HostError::Channel)?;
+        let monitor = &mut self.vm.monitor;
+        let rewound = monitor.rewind(theirs.as_fd(), config.reply_limit).await?;
+        if let Some(exit) = monitor.take_exit() {
+            // It ended by itself between its answer and the rewind. Whether that is undone, too, need not be found out.
+            return Err(HostError::Refused {
+                request: "rewind",
+                source: Failure {
+                    message: format!("the guest has ended: {:?} {}", exit.reason, exit.detail),
+                    fault: Fault::Guest,
+                },
+            });
+        }
+        self.vm.begin_anew(AgentChannel::new(ours));
+        self.stage = Stage::Pristine;
+        self.generation = Generation(0);
+        Ok(rewound)
+    }
+
+    pub(crate) fn is_shell(&self) -> bool {
+        self.stage == Stage::Shell
     }
 
     /// Process id of the monitor.
@@ -121,39 +240,49 @@ impl Sandbox {
         self.vm.monitor.end().await;
     }
 
-    /// Runs the one invocation. The VM is good for nothing afterwards; nor is it if the future is dropped.
+    /// Runs one invocation; a shell is claimed in the same breath. `begun` is called when the guest is known to run.
+    /// Afterwards the sandbox is good for a rewind alone; for nothing if this failed or its future was dropped.
     pub(crate) async fn run(
         &mut self,
-        invocation: Invocation,
-        asked: Moment,
+        invocation: &Invocation,
+        files: &SnapshotFiles,
+        (asked, claimed): (Moment, Moment),
         config: &RuntimeConfig,
-    ) -> Result<Outcome, InvokeError> {
-        let claimed = Moment::now();
-        let (timeout, measure) = (invocation.timeout, invocation.measure);
-        let request_id = invocation.request_id.clone();
-        self.hand_over(invocation)?;
-        let (started, deadline) = (Instant::now(), after(timeout));
-        self.vm
-            .monitor
-            .send(&Request::Resume, &[])
-            .await
-            .map_err(host)?;
-        let mut life = Life::new(request_id);
-        let end = self.live(&mut life, deadline).await.map_err(host)?;
+        begun: &mut (dyn FnMut() + Send),
+    ) -> Result<Outcome, NotRun> {
+        let begin = match self.stage {
+            Stage::Shell => Begin::Claim,
+            Stage::Pristine => Begin::Resume,
+            Stage::Used => Begin::Continue,
+        };
+        self.stage = Stage::Used;
+        self.hand_over(invocation).map_err(NotRun::Perhaps)?;
+        let monitor = &mut self.vm.monitor;
+        match begin {
+            Begin::Claim => {
+                let request = restore(Run::AtOnce, files);
+                monitor.send(&request, &files.fds()).await?;
+            }
+            Begin::Resume => monitor.send(&Request::Resume, &[]).await?,
+            Begin::Continue => {}
+        }
+        let mut life = Life::new(invocation.request_id.clone(), begin);
+        let limits = (config.restore_limit, invocation.timeout);
+        let lived = self.live(&mut life, begin, limits, begun).await;
+        let (end, duration) = lived.map_err(|error| match error {
+            error @ HostError::Refused { .. } if !life.has_begun() => NotRun::Surely(error),
+            error => error.into(),
+        })?;
         let answered = Moment::now();
-        let duration = started.elapsed();
         let end = self.with_console(end, config).await;
         let answer = matches!(end, End::Response { .. } | End::FunctionError { .. });
-        let timings = if measure == Measure::On && answer {
-            self.timings(
-                Moments {
-                    asked,
-                    claimed,
-                    answered,
-                },
-                config,
-            )
-            .await
+        let moments = Moments {
+            asked,
+            claimed,
+            answered,
+        };
+        let timings = if invocation.measure == Measure::On && answer {
+            self.timings(moments, config).await
         } else {
             None
         };
@@ -162,12 +291,18 @@ impl Sandbox {
             log: life.take_log(),
             duration,
             timings,
+            start: Start::Cold,
         })
     }
 
     /// Puts identity and request into the channel: they lie in the guest's receive queue before its first instruction.
-    fn hand_over(&mut self, invocation: Invocation) -> Result<(), InvokeError> {
-        let generation = fresh_generation().map_err(host)?;
+    fn hand_over(&mut self, invocation: &Invocation) -> Result<(), InvokeError> {
+        let generation = match self.generation {
+            Generation(0) => fresh_generation().map_err(host)?,
+            // The same life goes on; its agent takes none but a higher one.
+            Generation(used) => Generation(used.saturating_add(1)),
+        };
+        self.generation = generation;
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default();
@@ -178,13 +313,13 @@ impl Sandbox {
         };
         let deadline = now.saturating_add(invocation.timeout);
         let invoke = Invoke {
-            request_id: invocation.request_id,
+            request_id: invocation.request_id.clone(),
             deadline_unix_ms: u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX),
-            function_arn: invocation.function_arn,
-            trace_id: invocation.trace_id,
-            client_context: invocation.client_context,
-            cognito_identity: invocation.cognito_identity,
-            payload: invocation.payload.into(),
+            function_arn: invocation.function_arn.clone(),
+            trace_id: invocation.trace_id.clone(),
+            client_context: invocation.client_context.clone(),
+            cognito_identity: invocation.cognito_identity.clone(),
+            payload: invocation.payload.to_vec(),
         };
         let channel = &mut self.vm.channel;
         channel.enter(generation);
@@ -197,7 +332,18 @@ impl Sandbox {
         Ok(())
     }
 
-    async fn live(&mut self, life: &mut Life, deadline: Instant) -> Result<End, HostError> {
+    /// The guest's life until the invocation's end, and how long it ran.
+    async fn live(
+        &mut self,
+        life: &mut Life,
+        begin: Begin,
+        (claim_limit, timeout): (Duration, Duration),
+        begun: &mut (dyn FnMut() + Send),
+    ) -> Result<(End, Duration), HostError> {
+        let mut started = Instant::now();
+        // A claim has its own time; the function's begins with the guest.
+        let mut is_claiming = begin == Begin::Claim;
+        let mut deadline = after(if is_claiming { claim_limit } else { timeout });
         let mut grace: Option<Instant> = None;
         loop {
             let until = grace.map_or(deadline, |grace| grace.min(deadline));
@@ -209,10 +355,19 @@ impl Sandbox {
                 }
                 event = self.vm.next() => Input::Vm(event),
             };
-            match life.step(input) {
+            if is_claiming && matches!(input, Input::Deadline) {
+                return Err(self.vm.monitor.silent("restore", claim_limit));
+            }
+            let step = life.step(input);
+            if is_claiming && life.has_begun() {
+                is_claiming = false;
+                (started, deadline) = (Instant::now(), after(timeout));
+                begun();
+            }
+            match step {
                 Step::Continue => {}
                 Step::Orphaned => grace = Some(Instant::now() + ORPHAN_LIMIT),
-                Step::Ended(result) => return result,
+                Step::Ended(result) => return Ok((result?, started.elapsed())),
             }
         }
     }
@@ -282,7 +437,7 @@ fn hostname(generation: Generation) -> String {
 }
 
 /// Bytes of the kernel's generator, getrandom(2).
-fn random<const SIZE: usize>() -> Result<[u8; SIZE], HostError> {
+pub(crate) fn random<const SIZE: usize>() -> Result<[u8; SIZE], HostError> {
     let mut bytes = [0; SIZE];
     let mut filled = 0;
     while filled < SIZE {

@@ -1,17 +1,16 @@
 //! The runtime: what all pools and freezes share.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use thiserror::Error;
 use tokio::runtime::Handle;
-use tokio::sync::Semaphore;
-use tokio_util::sync::CancellationToken;
 
 use crate::freeze::freeze;
 use crate::monitor::Spawner;
-use crate::pool::WeakPool;
+use crate::node::Node;
+use crate::schedule::{Input, Recycle};
 use crate::{
     FreezeError, FreezeRequest, FreezeStep, Frozen, HostError, OpenPoolError, Pool, PoolSpec,
 };
@@ -24,9 +23,20 @@ const GONE_LIMIT: Duration = Duration::from_secs(30);
 pub struct RuntimeConfig {
     /// The `thaw-vmm` executable.
     pub vmm: PathBuf,
-    /// Most restores under way at once, over all pools; at least 1.
+    /// Memory that all monitors together may come to use, MiB; `None` for no limit. A VM that runs or has run counts with
+    /// its whole memory. What guests write to their copy-on-write disks is not counted: leave room for it.
+    pub memory_budget_mib: Option<u64>,
+    /// Virtual CPUs that run invocations at once, at least 1; `None` for no limit.
+    pub vcpu_budget: Option<u32>,
+    /// Sandboxes that recent demand explains are kept at least so long, and at most twice.
+    pub keep_alive: Duration,
+    /// Shells kept ahead for each size of VM that a pool has.
+    pub shells_per_class: usize,
+    /// What becomes of a sandbox after its invocation.
+    pub recycle: Recycle,
+    /// Most shells and restores ahead of demand under way at once, over all pools; at least 1.
     pub restore_concurrency_max: usize,
-    /// Longest time for a restore.
+    /// Longest time for making a shell, and for a restore.
     pub restore_limit: Duration,
     /// Longest time for a monitor's answer to anything but boot, restore and save.
     pub reply_limit: Duration,
@@ -40,6 +50,11 @@ impl Default for RuntimeConfig {
     fn default() -> Self {
         Self {
             vmm: PathBuf::from("thaw-vmm"),
+            memory_budget_mib: None,
+            vcpu_budget: None,
+            keep_alive: Duration::from_secs(60),
+            shells_per_class: 2,
+            recycle: Recycle::Rewind,
             restore_concurrency_max: 2,
             restore_limit: Duration::from_secs(30),
             reply_limit: Duration::from_secs(10),
@@ -63,21 +78,25 @@ pub enum StartError {
     Thread(#[source] std::io::Error),
 }
 
+/// The machine's sandboxes at one moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RuntimeStats {
+    /// Monitors made ahead, without a snapshot.
+    pub shells: usize,
+    /// Memory that all monitors may come to use, as the scheduler counts, MiB.
+    pub memory_mib: u64,
+    /// [`RuntimeConfig::memory_budget_mib`].
+    pub memory_budget_mib: Option<u64>,
+    /// Virtual CPUs that run invocations.
+    pub vcpus: u64,
+    /// [`RuntimeConfig::vcpu_budget`].
+    pub vcpu_budget: Option<u32>,
+}
+
 /// Makes snapshots and pools. Clones are the same runtime; with the last of them and of its pools every monitor ends.
 #[derive(Clone, Debug)]
 pub struct Runtime {
-    shared: Arc<Shared>,
-}
-
-/// What all pools and freezes share.
-#[derive(Debug)]
-pub(crate) struct Shared {
-    pub(crate) config: RuntimeConfig,
-    pub(crate) spawner: Spawner,
-    pub(crate) restores: Semaphore,
-    pub(crate) tokio: Handle,
-    stop: CancellationToken,
-    pools: Mutex<Vec<WeakPool>>,
+    node: Arc<Node>,
 }
 
 impl Runtime {
@@ -89,22 +108,14 @@ impl Runtime {
         if config.restore_concurrency_max == 0 {
             return Err(StartError::Limits("restore_concurrency_max is 0"));
         }
-        if config.restore_concurrency_max > Semaphore::MAX_PERMITS {
-            return Err(StartError::Limits("restore_concurrency_max is too large"));
+        if config.vcpu_budget == Some(0) {
+            return Err(StartError::Limits("vcpu_budget is 0"));
         }
         let tokio = Handle::try_current().map_err(|_| StartError::NoTokio)?;
         let spawner =
             Spawner::start(config.vmm.clone(), tokio.clone()).map_err(StartError::Thread)?;
-        let shared = Shared {
-            restores: Semaphore::new(config.restore_concurrency_max),
-            config,
-            spawner,
-            tokio,
-            stop: CancellationToken::new(),
-            pools: Mutex::new(Vec::new()),
-        };
         Ok(Self {
-            shared: Arc::new(shared),
+            node: Node::new(config, spawner, tokio),
         })
     }
 
@@ -118,11 +129,11 @@ impl Runtime {
         request: FreezeRequest,
         progress: &mut (dyn FnMut(FreezeStep) + Send),
     ) -> Result<Frozen, FreezeError> {
-        let shared = &self.shared;
+        let node = &self.node;
         tokio::select! {
             biased;
-            () = shared.stop.cancelled() => Err(HostError::ShutDown.into()),
-            result = freeze(&shared.spawner, &shared.config, request, progress) => result,
+            () = node.stop.cancelled() => Err(HostError::ShutDown.into()),
+            result = freeze(&node.spawner, &node.config, request, progress) => result,
         }
     }
 
@@ -131,43 +142,38 @@ impl Runtime {
     /// # Errors
     /// The snapshot is not whole, a file cannot be opened, or the limits are impossible.
     pub async fn open_pool(&self, spec: PoolSpec) -> Result<Pool, OpenPoolError> {
-        let pool = Pool::open(Arc::clone(&self.shared), spec).await?;
-        let stopped = {
-            let mut pools = self.pools();
-            pools.retain(WeakPool::is_in_use);
-            pools.push(pool.downgrade());
-            // Under the lock: a shutdown sees this pool, or we see the shutdown.
-            self.shared.stop.is_cancelled()
-        };
-        if stopped {
-            pool.close_within(Duration::ZERO).await;
-            return Err(HostError::ShutDown.into());
+        Pool::open(Arc::clone(&self.node), spec).await
+    }
+
+    /// The machine's sandboxes at this moment.
+    #[must_use]
+    pub fn stats(&self) -> RuntimeStats {
+        let (node, config) = (self.node.desk().schedule.node(), &self.node.config);
+        RuntimeStats {
+            shells: node.shells,
+            memory_mib: node.memory_mib,
+            memory_budget_mib: config.memory_budget_mib,
+            vcpus: node.vcpus,
+            vcpu_budget: config.vcpu_budget,
         }
-        Ok(pool)
     }
 
     /// Ends all freezes, closes all pools, and returns when no monitor is left. Invocations that run have until
     /// `deadline`, counted from now.
     pub async fn shutdown(&self, deadline: Duration) {
-        self.shared.stop.cancel();
-        let pools: Vec<WeakPool> = std::mem::take(&mut *self.pools());
+        self.node.stop.cancel();
+        let members = self.node.members();
+        self.node.apply(Input::Close);
         let mut closing = tokio::task::JoinSet::new();
-        for pool in pools.iter().filter_map(WeakPool::upgrade) {
-            closing.spawn(async move { pool.close_within(deadline).await });
+        for member in members {
+            closing.spawn(async move { member.drain(deadline).await });
         }
         while closing.join_next().await.is_some() {}
-        if tokio::time::timeout(GONE_LIMIT, self.shared.spawner.all_gone())
+        if tokio::time::timeout(GONE_LIMIT, self.node.spawner.all_gone())
             .await
             .is_err()
         {
             tracing::error!("a killed monitor does not end");
         }
-    }
-
-    fn pools(&self) -> std::sync::MutexGuard<'_, Vec<WeakPool>> {
-        self.shared
-            .pools
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -48,6 +48,13 @@ impl Vm {
         }
     }
 
+    /// The VM was rewound onto this channel: what it said before is of a life that is over.
+    pub(crate) fn begin_anew(&mut self, channel: AgentChannel) {
+        self.channel = channel;
+        self.agent_closed = false;
+        self.held_back = None;
+    }
+
     /// The next thing that the VM says. Cancelling loses nothing.
     pub(crate) async fn next(&mut self) -> VmEvent {
         loop {

@@ -2,169 +2,20 @@
 //! own invocation at most. The real monitor and real guests are in tests/sandbox.rs.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+#[path = "faults/lives.rs"]
+mod lives;
+#[path = "faults/stage.rs"]
+mod stage;
+
 use std::fs;
-use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
-use tempfile::TempDir;
 use thaw_runtime::{
-    Configure, End, ExitReason, Fault, FreezeError, FreezeRequest, FreezeStep, Frozen, HostError,
-    INVOCATION_LOG_BYTES_MAX, Invocation, InvokeError, Measure, OpenPoolError, Outcome, Pool,
-    PoolSpec, Runtime, RuntimeConfig, ThrottleReason,
+    End, ExitReason, FreezeError, FreezeStep, HostError, INVOCATION_LOG_BYTES_MAX, InvokeError,
+    OpenPoolError, PoolSpec, ThrottleReason,
 };
-use thaw_snapshot::{CpuRecord, Metadata, SectionKind, Writer};
 
-/// A limit that no test should come near.
-const AMPLE: Duration = Duration::from_secs(60);
-
-/// A runtime whose monitors play one script, and the files it works on.
-struct Stage {
-    folder: TempDir,
-    runtime: Runtime,
-}
-
-impl Stage {
-    fn new(script: &str) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let vmm = folder.path().join(script);
-        std::os::unix::fs::symlink(scripted_monitor(), &vmm).unwrap();
-        for name in ["rootfs", "code", "kernel", "initramfs", "overlay"] {
-            fs::write(folder.path().join(name), name).unwrap();
-        }
-        let file = fs::File::create(folder.path().join("snapshot.thaw")).unwrap();
-        let mut writer = Writer::new(file);
-        writer.metadata(&Metadata::default()).unwrap();
-        writer.cpu(&CpuRecord::default()).unwrap();
-        writer.section(SectionKind::Machine, b"machine").unwrap();
-        writer.finish().unwrap();
-        let runtime = Runtime::new(RuntimeConfig {
-            vmm,
-            restore_limit: Duration::from_secs(2),
-            reply_limit: Duration::from_secs(2),
-            ..RuntimeConfig::default()
-        });
-        Self {
-            folder,
-            runtime: runtime.unwrap(),
-        }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    fn spec(&self) -> PoolSpec {
-        PoolSpec {
-            name: "f".into(),
-            snapshot: self.path("snapshot.thaw"),
-            rootfs: self.path("rootfs"),
-            code: self.path("code"),
-            ready_count: 1,
-            concurrency_max: 2,
-            queue_max: 8,
-            queue_wait_max: AMPLE,
-        }
-    }
-
-    async fn pool(&self) -> Pool {
-        self.runtime.open_pool(self.spec()).await.unwrap()
-    }
-
-    /// A pool whose first VM is ready.
-    async fn ready_pool(&self) -> Pool {
-        let pool = self.pool().await;
-        while pool.stats().ready == 0 {
-            tokio::task::yield_now().await;
-        }
-        pool
-    }
-
-    async fn freeze(&self) -> (Result<Frozen, FreezeError>, Vec<FreezeStep>) {
-        let request = FreezeRequest {
-            kernel: self.path("kernel"),
-            initramfs: self.path("initramfs"),
-            rootfs: self.path("rootfs"),
-            code: self.path("code"),
-            overlay: self.path("overlay"),
-            vcpu_count: 1,
-            memory_mib: 128,
-            configure: Configure::default(),
-            metadata: Metadata::default(),
-            output: self.path("out.thaw"),
-            boot_limit: Duration::from_secs(2),
-        };
-        let mut steps = Vec::new();
-        let mut note = |step| steps.push(step);
-        let result = self.runtime.freeze(request, &mut note).await;
-        (result, steps)
-    }
-
-    /// Shuts down, which must leave no monitor and no temporary file.
-    async fn strike(self) {
-        self.runtime.shutdown(AMPLE).await;
-        let left: Vec<_> = fs::read_dir(self.folder.path())
-            .unwrap()
-            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .filter(|name| name.contains("tmp"))
-            .collect();
-        assert!(left.is_empty(), "{left:?}");
-        assert!(monitors(self.folder.path()).is_empty());
-    }
-}
-
-/// Process ids of live monitors started from `folder`.
-fn monitors(folder: &Path) -> Vec<u32> {
-    let processes = fs::read_dir("/proc").unwrap();
-    let pids = processes.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
-    pids.filter(|pid: &u32| {
-        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        line.starts_with(folder.as_os_str().as_encoded_bytes())
-    })
-    .collect()
-}
-
-fn scripted_monitor() -> PathBuf {
-    let test = std::env::current_exe().unwrap();
-    let profile = test.parent().and_then(Path::parent).unwrap();
-    let monitor = profile.join("examples/scripted-monitor");
-    assert!(monitor.exists(), "build it: cargo build --examples");
-    monitor
-}
-
-fn invocation(payload: &[u8]) -> Invocation {
-    Invocation {
-        request_id: "r-1".into(),
-        function_arn: "arn".into(),
-        payload: Bytes::copy_from_slice(payload),
-        timeout: AMPLE,
-        client_context: None,
-        cognito_identity: None,
-        trace_id: None,
-        measure: Measure::Off,
-    }
-}
-
-async fn invoke(pool: &Pool) -> Result<Outcome, InvokeError> {
-    pool.invoke(invocation(b"{}")).await
-}
-
-fn is_answer(result: &Result<Outcome, InvokeError>, expected: &[u8]) -> bool {
-    matches!(result, Ok(Outcome { end: End::Response { payload, .. }, .. }) if payload == expected)
-}
-
-fn host(result: Result<Outcome, InvokeError>) -> String {
-    let error = result.expect_err("no failure");
-    assert_eq!(error.fault(), Fault::Host);
-    let InvokeError::Host(cause) = &error else {
-        panic!("not the host's: {error:?}");
-    };
-    let source = std::error::Error::source(&**cause);
-    format!(
-        "{cause}; {}",
-        source.map(ToString::to_string).unwrap_or_default()
-    )
-}
+use stage::{AMPLE, Stage, host, invocation, invoke, is_answer, monitors};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn invocations_are_answered_each_by_a_monitor_of_its_own() {
@@ -339,7 +190,7 @@ async fn a_full_queue_refuses_and_an_impatient_caller_leaves_it() {
         ..stage.spec()
     };
     let pool = stage.runtime.open_pool(spec).await.unwrap();
-    let call = |pool: &Pool| {
+    let call = |pool: &thaw_runtime::Pool| {
         let pool = pool.clone();
         tokio::spawn(async move { invoke(&pool).await })
     };

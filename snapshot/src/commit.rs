@@ -55,14 +55,29 @@ impl PendingFile {
     /// The file system's; the target is as it was before.
     pub fn commit(mut self) -> io::Result<()> {
         self.file.sync_all()?;
-        fs::rename(&self.temporary, &self.target)?;
-        self.committed = true;
+        self.rename()?;
         let folder = self
             .target
             .parent()
             .filter(|folder| !folder.as_os_str().is_empty())
             .unwrap_or(Path::new("."));
         File::open(folder)?.sync_all()
+    }
+
+    /// Gives the file its name and leaves it to the caller to make it durable, with others (syncfs(2)). A process that dies
+    /// leaves a whole file or none; a machine that dies may leave the name with less than the content, which the
+    /// caller must be able to tell.
+    ///
+    /// # Errors
+    /// The file system's; the target is as it was before.
+    pub fn commit_without_sync(mut self) -> io::Result<()> {
+        self.rename()
+    }
+
+    fn rename(&mut self) -> io::Result<()> {
+        fs::rename(&self.temporary, &self.target)?;
+        self.committed = true;
+        Ok(())
     }
 }
 
@@ -109,6 +124,11 @@ mod tests {
         assert!(!target.exists());
         pending.commit().unwrap();
         assert_eq!(fs::read(&target).unwrap(), b"x");
+        let pending = PendingFile::create(&target).unwrap();
+        pending.file().write_all(b"yy").unwrap();
+        assert_eq!(fs::read(&target).unwrap(), b"x");
+        pending.commit_without_sync().unwrap();
+        assert_eq!(fs::read(&target).unwrap(), b"yy");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 

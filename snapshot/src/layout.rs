@@ -3,6 +3,8 @@
 use thiserror::Error;
 
 use crate::Digest;
+use crate::difference::BASE_BYTES;
+use crate::working_set::{TOUCHED_BYTES, WORKING_SET_RUNS_MAX};
 
 /// Version of the format that this crate writes, and the only one it reads.
 pub const FORMAT_VERSION: u32 = 1;
@@ -36,6 +38,10 @@ pub enum SectionKind {
     Cpu,
     /// vCPU, interrupt chip, clock and device state; encoded by the monitor.
     Machine,
+    /// Which pages a guest touches first; optional.
+    WorkingSet,
+    /// Which snapshot's memory lies below this one's.
+    Base,
     /// Guest memory; sparse.
     Memory,
     /// The page runs of [`SectionKind::Memory`] that are not zero.
@@ -57,6 +63,8 @@ impl SectionKind {
             Self::Metadata => 1,
             Self::Cpu => 2,
             Self::Machine => 3,
+            Self::WorkingSet => 4,
+            Self::Base => 5,
             Self::Memory => 0x10,
             Self::MemoryRuns => 0x11,
             Self::Disk(index) => DISK + u32::from(index),
@@ -70,6 +78,8 @@ impl SectionKind {
             1 => Self::Metadata,
             2 => Self::Cpu,
             3 => Self::Machine,
+            4 => Self::WorkingSet,
+            5 => Self::Base,
             0x10 => Self::Memory,
             0x11 => Self::MemoryRuns,
             _ => {
@@ -97,6 +107,8 @@ impl SectionKind {
         match self {
             Self::Metadata | Self::Cpu => 1 << 20,
             Self::Machine => 64 << 20,
+            Self::WorkingSet => (WORKING_SET_RUNS_MAX * TOUCHED_BYTES) as u64,
+            Self::Base => BASE_BYTES as u64,
             Self::MemoryRuns | Self::DiskRuns(_) => 64 << 20,
             Self::Memory | Self::Disk(_) | Self::Unknown(_) => FILE_BYTES_MAX,
         }
@@ -109,6 +121,8 @@ impl std::fmt::Display for SectionKind {
             Self::Metadata => f.write_str("metadata"),
             Self::Cpu => f.write_str("cpu"),
             Self::Machine => f.write_str("machine"),
+            Self::WorkingSet => f.write_str("working set"),
+            Self::Base => f.write_str("base"),
             Self::Memory => f.write_str("memory"),
             Self::MemoryRuns => f.write_str("memory runs"),
             Self::Disk(index) => write!(f, "disk {index}"),
@@ -133,12 +147,16 @@ impl Entry {
     }
 
     fn flags(&self) -> u32 {
-        let sparse = if self.kind.runs_kind().is_some() {
-            FLAG_SPARSE
-        } else {
-            0
-        };
-        FLAG_REQUIRED | sparse
+        match self.kind {
+            SectionKind::WorkingSet => 0,
+            kind if kind.runs_kind().is_some() => FLAG_REQUIRED | FLAG_SPARSE,
+            _ => FLAG_REQUIRED,
+        }
+    }
+
+    /// Whether a restore depends on it.
+    pub(crate) fn is_required(&self) -> bool {
+        self.flags() & FLAG_REQUIRED != 0 && !matches!(self.kind, SectionKind::Unknown(_))
     }
 }
 
@@ -230,6 +248,19 @@ pub(crate) fn encode(entries: &[Entry], file_bytes: u64) -> (Vec<u8>, Digest) {
     page.extend_from_slice(&digest);
     page.resize(HEADER_PAGE_BYTES, 0);
     (page, Digest(digest))
+}
+
+/// What a restore depends on, whatever else stands in the file and wherever it lies: kind, length and digest of each required
+/// section, in the order of the file.
+pub(crate) fn content_digest(entries: &[Entry]) -> Digest {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(b"thaw snapshot content 1\0");
+    for entry in entries.iter().filter(|entry| entry.is_required()) {
+        hasher.update(&entry.kind.number().to_le_bytes());
+        hasher.update(&entry.length.to_le_bytes());
+        hasher.update(&entry.digest);
+    }
+    Digest(*hasher.finalize().as_bytes())
 }
 
 /// Where the header ends; its page is zero from there on.

@@ -10,7 +10,7 @@ use thiserror::Error;
 
 use crate::layout::{self, Entry, HEADER_PAGE_BYTES, Header, HeaderError, SectionKind};
 use crate::sparse::{self, PageRun, RunsError, first_stray_byte, read_range};
-use crate::{CpuRecord, Digest, Metadata};
+use crate::{BaseRef, CpuRecord, Digest, Metadata, WorkingSet};
 
 /// Why a file cannot be opened as a snapshot.
 #[derive(Debug, Error)]
@@ -60,6 +60,17 @@ pub enum VerifyError {
     /// The run list contradicts its section.
     #[error("snapshot section {0} has a bad list of page runs")]
     Runs(SectionKind, #[source] RunsError),
+    /// A difference without what it differs from.
+    #[error(
+        "snapshot is a difference to base {}, which was not given: if its file is gone, deploy the function again", .0.digest
+    )]
+    BaseMissing(BaseRef),
+    /// A section of the base.
+    #[error("base of the snapshot cannot be used")]
+    Base(#[source] Box<VerifyError>),
+    /// Only layers can say where the memory of a difference lies.
+    #[error("snapshot is a difference: its memory lies in more than one file")]
+    Layered,
     /// The digest is right, the content is not what the kind demands.
     #[error("snapshot section {0} cannot be decoded: {1}")]
     Decode(SectionKind, String),
@@ -91,6 +102,7 @@ impl SparseSection {
 pub struct Snapshot {
     file: File,
     header: Header,
+    base: Option<Box<Snapshot>>,
 }
 
 impl Snapshot {
@@ -126,7 +138,11 @@ impl Snapshot {
             name: name.to_owned(),
             source,
         })?;
-        Ok(Self { file, header })
+        Ok(Self {
+            file,
+            header,
+            base: None,
+        })
     }
 
     /// The file, for mapping its memory.
@@ -137,6 +153,12 @@ impl Snapshot {
     /// Identity of the snapshot.
     pub fn digest(&self) -> Digest {
         self.header.digest
+    }
+
+    /// Digest of what a restore depends on: unlike [`Snapshot::digest`] it stays the same when the working set changes, and is
+    /// what a difference names its base by.
+    pub fn content_digest(&self) -> Digest {
+        layout::content_digest(&self.header.entries)
     }
 
     /// Length of the file, holes included, bytes.
@@ -152,11 +174,25 @@ impl Snapshot {
             .map(|entry| (entry.kind, entry.length))
     }
 
-    /// Checks every byte of the file: each section against its digest, and that there is nothing between them.
+    /// Checks every byte of the file and of its base: each section against its digest, and that there is nothing between them.
+    ///
+    /// # Errors
+    /// The first thing that is wrong; [`VerifyError::BaseMissing`] for a difference without its base.
+    pub fn verify(&self) -> Result<(), VerifyError> {
+        self.verify_own()?;
+        match self.attached()? {
+            Some(base) => base
+                .verify_own()
+                .map_err(|error| VerifyError::Base(Box::new(error))),
+            None => Ok(()),
+        }
+    }
+
+    /// The same for this file alone: enough where the base was verified before.
     ///
     /// # Errors
     /// The first thing that is wrong.
-    pub fn verify(&self) -> Result<(), VerifyError> {
+    pub fn verify_own(&self) -> Result<(), VerifyError> {
         let mut covered = Vec::from_iter(std::iter::once(0..self.header_end()));
         for entry in &self.header.entries {
             if entry.kind.runs_kind().is_some() {
@@ -201,13 +237,38 @@ impl Snapshot {
         Ok(bytes)
     }
 
-    /// Where guest memory lies. Its run list is checked, its pages are not: that is [`Snapshot::verify`]'s work, once, before
-    /// the first clone.
+    /// Where guest memory lies, of a snapshot that stands by itself. Its run list is checked, its pages are not: that is
+    /// [`Snapshot::verify`]'s work, once, before the first clone.
+    ///
+    /// # Errors
+    /// Missing, unreadable or damaged; [`VerifyError::Layered`] for a difference: see [`Snapshot::memory_layers`].
+    pub fn memory(&self) -> Result<SparseSection, VerifyError> {
+        if self.has(SectionKind::Base) {
+            return Err(VerifyError::Layered);
+        }
+        self.own_memory()
+    }
+
+    /// What this file holds of guest memory: all pages that are not zero, or those that differ from the base's.
     ///
     /// # Errors
     /// Missing, unreadable or damaged.
-    pub fn memory(&self) -> Result<SparseSection, VerifyError> {
+    pub fn own_memory(&self) -> Result<SparseSection, VerifyError> {
         self.sparse(SectionKind::Memory)
+    }
+
+    /// Which pages a guest touches first, if that was recorded.
+    ///
+    /// # Errors
+    /// Unreadable or damaged.
+    pub fn working_set(&self) -> Result<Option<WorkingSet>, VerifyError> {
+        let kind = SectionKind::WorkingSet;
+        if !self.has(kind) {
+            return Ok(None);
+        }
+        WorkingSet::decode(&self.section(kind)?, self.memory_bytes()?)
+            .map(Some)
+            .map_err(|error| VerifyError::Decode(kind, error.to_string()))
     }
 
     /// Where the `index`-th disk lies; as [`Snapshot::memory`].
@@ -238,11 +299,45 @@ impl Snapshot {
             .map_err(|error| VerifyError::Decode(kind, error.to_string()))
     }
 
+    /// Where the `index`-th disk lies, bytes in the file, without the list of its pages, which a restore does not need.
+    ///
+    /// # Errors
+    /// Missing.
+    pub fn disk_range(&self, index: u8) -> Result<Range<u64>, VerifyError> {
+        let entry = self.entry(SectionKind::Disk(index))?;
+        Ok(entry.offset..entry.end())
+    }
+
+    pub(crate) fn has(&self, kind: SectionKind) -> bool {
+        self.entry(kind).is_ok()
+    }
+
+    pub(crate) fn entries(&self) -> &[Entry] {
+        &self.header.entries
+    }
+
+    pub(crate) fn section_bytes(&self, kind: SectionKind) -> Result<u64, VerifyError> {
+        Ok(self.entry(kind)?.length)
+    }
+
+    pub(crate) fn set_attached(&mut self, base: Snapshot) {
+        self.base = Some(Box::new(base));
+    }
+
+    /// The base; `None` if there is none to have, an error if it was not attached.
+    pub(crate) fn attached(&self) -> Result<Option<&Snapshot>, VerifyError> {
+        match (self.base()?, self.base.as_deref()) {
+            (None, _) => Ok(None),
+            (Some(_), Some(base)) => Ok(Some(base)),
+            (Some(named), None) => Err(VerifyError::BaseMissing(named)),
+        }
+    }
+
     fn header_end(&self) -> u64 {
         layout::header_end(self.header.entries.len())
     }
 
-    fn entry(&self, kind: SectionKind) -> Result<&Entry, VerifyError> {
+    pub(crate) fn entry(&self, kind: SectionKind) -> Result<&Entry, VerifyError> {
         self.header
             .entries
             .iter()
@@ -250,7 +345,7 @@ impl Snapshot {
             .ok_or(VerifyError::Missing(kind))
     }
 
-    fn sparse(&self, kind: SectionKind) -> Result<SparseSection, VerifyError> {
+    pub(crate) fn sparse(&self, kind: SectionKind) -> Result<SparseSection, VerifyError> {
         let entry = *self.entry(kind)?;
         let runs_kind = kind.runs_kind().ok_or(VerifyError::Missing(kind))?;
         let runs = sparse::decode(&self.section(runs_kind)?, entry.length)

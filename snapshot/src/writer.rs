@@ -6,9 +6,10 @@ use std::os::unix::fs::FileExt as _;
 
 use thiserror::Error;
 
+use crate::difference::{CompareError, DIFFERENCE_RUNS_MAX, changed_runs, close_gaps};
 use crate::layout::{self, Entry, PAGE_BYTES, SECTION_COUNT_MAX, SectionKind};
-use crate::sparse::{self, CHUNK_BYTES, RunCollector, ZERO_PAGE, is_zero};
-use crate::{CpuRecord, Digest, Metadata};
+use crate::sparse::{self, CHUNK_BYTES, PageRun, RunCollector, ZERO_PAGE, is_zero};
+use crate::{BaseRef, CpuRecord, Digest, Metadata, Snapshot, WorkingSet, WorkingSetError};
 
 /// Where a sparse section's content comes from: guest memory, a disk.
 pub trait PageSource {
@@ -40,6 +41,12 @@ pub enum WriteError {
     /// Something that the format cannot hold.
     #[error("snapshot section {0} does not fit the format: {1}")]
     Unfit(SectionKind, &'static str),
+    /// The base of a difference cannot be read, or is a difference itself.
+    #[error("cannot read the base of the snapshot")]
+    Base(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// A working set of another memory.
+    #[error("working set does not fit the snapshot's memory")]
+    WorkingSet(#[source] WorkingSetError),
     /// Metadata or CPU record cannot be encoded.
     #[error("cannot encode snapshot section {0}: {1}")]
     Encode(SectionKind, String),
@@ -96,6 +103,22 @@ impl Writer {
         let bytes = postcard::to_stdvec(cpu)
             .map_err(|error| WriteError::Encode(kind, error.to_string()))?;
         self.section(kind, &bytes)
+    }
+
+    /// Writes the working set section; memory must have been written before.
+    ///
+    /// # Errors
+    /// See [`WriteError`].
+    pub fn working_set(&mut self, working_set: &WorkingSet) -> Result<(), WriteError> {
+        let kind = SectionKind::WorkingSet;
+        let memory = self
+            .entries
+            .iter()
+            .find(|entry| entry.kind == SectionKind::Memory);
+        let memory = memory.ok_or(WriteError::Unfit(kind, "there is no memory before it"))?;
+        WorkingSet::new(working_set.runs().to_vec(), memory.length)
+            .map_err(WriteError::WorkingSet)?;
+        self.section(kind, &working_set.encode())
     }
 
     /// Writes a section from memory.
@@ -160,11 +183,92 @@ impl Writer {
                 .map_err(|error| WriteError::Section(kind, error))?;
             at += chunk.len() as u64;
         }
-        let encoded = sparse::encode(&runs.into_runs());
+        self.end_sparse(kind, runs_kind, length, hasher, &runs.into_runs())
+    }
+
+    /// Writes guest memory as a difference to `base`, which must stand by itself and have as much memory as `source`: the pages
+    /// that differ, those that became zero included, joined to at most `runs_max` runs (1 to [`DIFFERENCE_RUNS_MAX`]; see
+    /// [`close_gaps`]). `source` is read twice and must not change meanwhile. Returns how many pages differ; more are
+    /// stored if gaps were closed.
+    ///
+    /// # Errors
+    /// File system, source or base failed, or the section does not fit the format.
+    pub fn memory_difference(
+        &mut self,
+        source: &mut dyn PageSource,
+        base: &Snapshot,
+        runs_max: usize,
+    ) -> Result<u64, WriteError> {
+        let kind = SectionKind::Memory;
+        if !(1..=DIFFERENCE_RUNS_MAX).contains(&runs_max) {
+            return Err(WriteError::Unfit(
+                kind,
+                "its number of runs is out of range",
+            ));
+        }
+        let below = base
+            .memory()
+            .map_err(|error| WriteError::Base(error.into()))?;
+        let length = below.length;
+        let changed = changed_runs(source, base.file(), &below).map_err(|error| match error {
+            CompareError::Source(error) => WriteError::Source(kind, error),
+            CompareError::Base(error) => WriteError::Base(error.into()),
+        })?;
+        let reference = BaseRef {
+            digest: base.content_digest(),
+            memory_bytes: length,
+        };
+        self.section(SectionKind::Base, &reference.encode())?;
+        let offset = self.admit(kind, length)?;
+        let runs = close_gaps(&changed, runs_max);
+        let hasher = self.copy_runs(offset, source, &runs)?;
+        self.end_sparse(kind, SectionKind::MemoryRuns, length, hasher, &runs)?;
+        Ok(changed.iter().map(|run| run.count).sum())
+    }
+
+    /// Writes these pages of `source`, zero or not, into the memory section at `offset`.
+    fn copy_runs(
+        &mut self,
+        offset: u64,
+        source: &mut dyn PageSource,
+        runs: &[PageRun],
+    ) -> Result<blake3::Hasher, WriteError> {
+        let kind = SectionKind::Memory;
+        let (mut hasher, mut buffer) = (blake3::Hasher::new(), vec![0; CHUNK_BYTES]);
+        for run in runs {
+            let bytes = run.bytes();
+            for at in bytes.clone().step_by(CHUNK_BYTES) {
+                let chunk = usize::try_from(bytes.end - at)
+                    .unwrap_or(CHUNK_BYTES)
+                    .min(CHUNK_BYTES);
+                let chunk = &mut buffer[..chunk];
+                source
+                    .read_at(at, chunk)
+                    .map_err(|error| WriteError::Source(kind, error))?;
+                hasher.update(chunk);
+                self.file
+                    .write_all_at(chunk, offset + at)
+                    .map_err(|error| WriteError::Section(kind, error))?;
+            }
+            self.stored_bytes += bytes.end - bytes.start;
+        }
+        Ok(hasher)
+    }
+
+    /// Enters a sparse section whose pages were written and hashed, and writes its run list.
+    fn end_sparse(
+        &mut self,
+        kind: SectionKind,
+        runs_kind: SectionKind,
+        length: u64,
+        mut hasher: blake3::Hasher,
+        runs: &[PageRun],
+    ) -> Result<(), WriteError> {
+        let encoded = sparse::encode(runs);
         hasher.update(&encoded);
         self.push(Entry {
             kind,
-            offset: base,
+            offset: self.next_offset,
             length,
             digest: *hasher.finalize().as_bytes(),
         });
@@ -214,6 +318,17 @@ impl Writer {
             stored_bytes: self.stored_bytes,
             digest,
         })
+    }
+
+    /// Goes on behind what is there already: for [`crate::set_working_set`].
+    pub(crate) fn resume(file: File, entries: Vec<Entry>) -> Self {
+        let last = entries.last().map_or(PAGE_BYTES, Entry::end);
+        Self {
+            file,
+            next_offset: last.next_multiple_of(PAGE_BYTES),
+            entries,
+            stored_bytes: PAGE_BYTES,
+        }
     }
 
     fn admit(&self, kind: SectionKind, length: u64) -> Result<u64, WriteError> {

@@ -16,7 +16,7 @@ use crate::frame::{Frame, FrameError, Generation};
 pub struct Configure {
     /// Program that speaks the Runtime API, tried in order; the first that exists and is executable runs.
     pub bootstrap: Vec<String>,
-    /// The runtime's whole environment, but for `AWS_LAMBDA_RUNTIME_API`, which the agent adds.
+    /// The runtime's whole environment, but for `AWS_LAMBDA_RUNTIME_API` and `THAW_GENERATION_FILE`, which the agent adds.
     pub environment: BTreeMap<String, String>,
     /// Longest time from start to the first `/invocation/next`, milliseconds.
     pub init_limit_ms: u64,
@@ -24,7 +24,9 @@ pub struct Configure {
     pub hostname: String,
 }
 
-/// Makes a clone unique. Always the first message after a restore; no request runs before it is carried out.
+/// Makes a clone unique. Always the first message after a restore; no request runs before it is carried out. A guest
+/// restored from a snapshot without a function gets one before its `Configure`, too, so that the function starts with a
+/// right clock and randomness of its own; invocations are refused in that generation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Thaw {
     /// Wall clock, nanoseconds since the Unix epoch.
@@ -149,11 +151,12 @@ pub enum AgentMessage {
         /// The agent's package version.
         agent_version: String,
     },
-    /// The runtime blocks in `/invocation/next` for the first time: freeze now.
+    /// The runtime blocks in `/invocation/next` or `/restore/next` for the first time: freeze now.
     Ready,
     /// The function failed before it was ready.
     InitError(InitError),
-    /// The clone is unique; the wall clock and the kernel's generator are set.
+    /// The clone is unique; clocks, the kernel's generator, names and ids are set. Comes before any other message of its
+    /// generation, not necessarily at once: a short invocation's answer travels in the same write.
     Thawed,
     /// Output of the runtime, at most 64 KiB a message; the bytes are the body of the frame.
     Log {

@@ -83,6 +83,14 @@ pub fn find(dev: &Path) -> Result<Disks, BootError> {
     })
 }
 
+/// The disk of the function's code, whatever is on it by now.
+///
+/// # Errors
+/// It is missing, or carries no known file system.
+pub fn code(dev: &Path) -> Result<Disk, BootError> {
+    disk(dev.join("vdb"))
+}
+
 fn disk(path: PathBuf) -> Result<Disk, BootError> {
     let file_system = step("examining disk", &path, superblock(&path))?;
     Ok(Disk { path, file_system })

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use rustix::mount::{MountFlags, UnmountFlags};
 
-use super::disks::{Disk, Disks};
+use super::disks::{self, Disk, Disks};
 use super::{BootError, step};
 
 /// Where the new root is put together in the initramfs.
@@ -74,6 +74,20 @@ pub fn root(disks: &Disks, new_root: &Path) -> Result<(), BootError> {
         )?;
     }
     kernel_file_systems(new_root)
+}
+
+/// Mounts the code disk anew, in the running guest. Nothing of the old content is left: the kernel drops what it has read of a
+/// disk when its last user is gone (block/bdev.c, `blkdev_flush_mapping`), and that is this mount.
+///
+/// # Errors
+/// There is no code disk, something uses the old content, or the new one is no file system.
+pub fn remount_code() -> Result<(), BootError> {
+    let target = Path::new("/").join(TASK_ROOT);
+    let result = rustix::mount::unmount(&target, UnmountFlags::empty());
+    step("unmounting", &target, result)?;
+    let disk = disks::code(Path::new("/dev"))?;
+    let flags = MountFlags::RDONLY | MountFlags::NODEV | MountFlags::NOATIME | MountFlags::NOSUID;
+    mount_disk(&disk, &target, flags, None)
 }
 
 fn kernel_file_systems(new_root: &Path) -> Result<(), BootError> {

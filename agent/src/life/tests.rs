@@ -93,6 +93,25 @@ fn a_thaw_during_init_is_refused() {
 }
 
 #[test]
+fn a_thaw_before_the_configuration_makes_no_clone_that_runs_invocations() {
+    let mut life = Life::new();
+    life.host(Generation(3), thaw()).unwrap();
+    life.host(Generation(3), HostMessage::Configure(configure()))
+        .unwrap();
+    assert!(life.host(Generation(4), thaw()).is_err());
+    life.call(Call::Next);
+    assert!(life.is_frozen());
+    assert_eq!(
+        life.host(Generation(3), invoke("a")),
+        Err(LifeError::StaleInvocation { got: 3, current: 3 })
+    );
+    assert!(life.host(Generation(3), thaw()).is_err());
+    life.host(Generation(4), thaw()).unwrap();
+    assert!(!life.is_frozen());
+    assert_eq!(life.host(Generation(4), invoke("a")).unwrap().len(), 1);
+}
+
+#[test]
 fn an_invocation_after_the_end_is_left_to_the_exit_report() {
     let mut life = thawed();
     let effects = life.runtime_ended(RuntimeExitCause::Code(1), false);
@@ -167,9 +186,13 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
     #[test]
-    fn any_order_of_events_keeps_the_promises(inputs in prop::collection::vec(input(), 0..40)) {
-        let mut life = configured();
-        let mut generation = 0;
+    fn any_order_of_events_keeps_the_promises(first in 0u64..2, inputs in prop::collection::vec(input(), 0..40)) {
+        let mut life = Life::new();
+        if first > 0 {
+            life.host(Generation(first), thaw()).unwrap();
+        }
+        life.host(Generation(first), HostMessage::Configure(configure())).unwrap();
+        let mut generation = first;
         let mut open: Option<String> = None;
         for input in inputs {
             let was_frozen = life.is_frozen();
@@ -185,7 +208,7 @@ proptest! {
                     // The driver ends the sandbox on an error; here later events show that nothing was changed by it.
                     let Ok(effects) = life.host(Generation(g), message) else { continue };
                     if let Some(id) = invoked {
-                        prop_assert!(g > 0 && g == generation, "ran in the wrong life");
+                        prop_assert!(g > first && g == generation, "ran in the wrong life");
                         prop_assert_eq!(&open, &None);
                         if !matches!(life.phase, Phase::Ended) {
                             open = Some(id);
@@ -217,10 +240,10 @@ proptest! {
                             answers += 1;
                         }
                         if let Answer::Invocation(invocation) = answer {
-                            prop_assert!(generation > 0);
+                            prop_assert!(generation > first);
                             prop_assert_eq!(Some(&invocation.head.request_id), open.as_ref());
                         }
-                        prop_assert!(*answer != Answer::Restored || generation > 0);
+                        prop_assert!(*answer != Answer::Restored || generation > first);
                     }
                     Effect::Send(message) => {
                         prop_assert!(!was_frozen || ended, "wrote while frozen: {message:?}");

@@ -5,7 +5,7 @@ use std::time::Duration;
 use thaw_agent::driver::DriverError;
 use thaw_agent_protocol::{AgentMessage, Generation};
 
-use crate::support::Sandbox;
+use crate::support::{Sandbox, UNFIT};
 
 fn frozen() -> (Sandbox, crate::support::Client) {
     let mut sandbox = Sandbox::idle();
@@ -47,6 +47,19 @@ fn an_invocation_of_another_clone_ends_the_sandbox() {
     assert_eq!(sandbox.message(), AgentMessage::Thawed);
     sandbox.invoke(1, "r1", b"{}");
     assert_fatal(sandbox, "generation 1 refused in generation 2");
+}
+
+#[test]
+fn a_clone_that_cannot_be_made_unique_ends_the_sandbox() {
+    let (mut sandbox, mut client) = frozen();
+    sandbox.thaw_named(2, UNFIT.into());
+    sandbox.invoke(2, "r1", b"{}");
+    let cause = std::io::Error::from(std::io::ErrorKind::StorageFull);
+    assert_fatal(
+        sandbox,
+        &format!("making the clone unique: setting the clone's machine-id: {cause}"),
+    );
+    assert!(client.is_closed_without_an_answer());
 }
 
 #[test]

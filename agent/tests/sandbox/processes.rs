@@ -31,6 +31,7 @@ fn the_runtime_gets_exactly_the_configured_environment() {
     let text = sandbox.log_until(LogStream::Stdout, "done\n");
     assert!(text.contains("_HANDLER=app.handler\n"));
     assert!(text.contains(&format!("AWS_LAMBDA_RUNTIME_API={}\n", sandbox.api)));
+    assert!(text.contains("THAW_GENERATION_FILE=/run/thaw/generation\n"));
     assert!(text.contains(&format!("{}\n", sandbox.path("").trim_end_matches('/'))));
     assert!(!text.contains("CARGO"), "{text}");
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::json;
 use thaw_agent_protocol::{AgentMessage, RESPONSE_BYTES_MAX};
 
-use crate::support::{Client, NEXT, Sandbox, response_path};
+use crate::support::{CODE_TAKEN, Client, NEXT, Sandbox, response_path};
 
 /// A sandbox in generation 1 whose runtime (this client) waits in `/next`.
 fn thawed() -> (Sandbox, Client) {
@@ -221,6 +221,37 @@ fn an_init_error_after_init_is_refused() {
 }
 
 #[test]
+fn a_restored_base_takes_its_code_and_a_booted_guest_has_it() {
+    let taken = |sandbox: &Sandbox| std::path::Path::new(&sandbox.path(CODE_TAKEN)).exists();
+    let mut booted = Sandbox::idle();
+    booted.client().start_next();
+    assert_eq!(booted.message(), AgentMessage::Ready);
+    assert!(!taken(&booted));
+    let mut restored = Sandbox::boot();
+    restored.write("bootstrap", "#!/bin/sh\nexec sleep 1000\n");
+    restored.thaw(1);
+    restored.configure(&["bootstrap"], &[]);
+    restored.client().start_next();
+    let mut messages = [restored.message(), restored.message()];
+    messages.sort_by_key(|message| *message == AgentMessage::Ready);
+    assert_eq!(messages, [AgentMessage::Thawed, AgentMessage::Ready]);
+    assert!(taken(&restored));
+}
+
+#[test]
+fn a_rehearsed_answer_is_accepted_while_initialising_and_goes_nowhere() {
+    let mut sandbox = Sandbox::idle();
+    let mut client = sandbox.client();
+    let path = response_path("rehearsal");
+    assert_eq!(client.post(&path, b"{}").status, 202);
+    client.start_next();
+    assert_eq!(sandbox.message(), AgentMessage::Ready);
+    sandbox.thaw(1);
+    assert_eq!(sandbox.message(), AgentMessage::Thawed);
+    assert_eq!(sandbox.client().post(&path, b"{}").status, 400);
+}
+
+#[test]
 fn a_snap_start_runtime_is_frozen_in_restore_next() {
     let mut sandbox = Sandbox::idle();
     let mut client = sandbox.client();
@@ -260,6 +291,45 @@ fn a_failing_restore_hook_fails_the_invocation() {
         error.error_type.as_deref(),
         Some("Runtime.AfterRestoreError")
     );
+}
+
+#[test]
+fn a_restore_hook_may_fail_in_the_first_invocation_of_a_clone_and_not_later() {
+    let failed = "/2018-06-01/runtime/restore/error";
+    let (mut sandbox, mut client) = invoked();
+    assert_eq!(client.post(failed, b"{}").status, 202);
+    assert!(matches!(
+        sandbox.message(),
+        AgentMessage::InvocationError(_)
+    ));
+    let (mut sandbox, mut client) = invoked();
+    assert_eq!(client.post(&response_path("r1"), b"1").status, 202);
+    assert!(matches!(sandbox.message(), AgentMessage::Response(_)));
+    client.start_next();
+    assert_eq!(sandbox.message(), AgentMessage::Ready);
+    sandbox.invoke(1, "r2", b"{}");
+    assert_eq!(client.finish().status, 200);
+    assert_eq!(client.post(failed, b"{}").status, 403);
+}
+
+#[test]
+fn nothing_is_sent_before_the_answer_of_a_short_invocation() {
+    // On a busy machine an invocation is not always short.
+    let silent = (0..5).any(|_| {
+        let mut sandbox = Sandbox::idle();
+        let mut client = sandbox.client();
+        client.start_next();
+        assert_eq!(sandbox.message(), AgentMessage::Ready);
+        sandbox.thaw(1);
+        sandbox.invoke(1, "r1", b"{}");
+        assert_eq!(client.finish().status, 200);
+        let silent = sandbox.is_silent(Duration::from_millis(20));
+        assert_eq!(client.post(&response_path("r1"), b"1").status, 202);
+        assert_eq!(sandbox.message(), AgentMessage::Thawed);
+        assert!(matches!(sandbox.message(), AgentMessage::Response(_)));
+        silent
+    });
+    assert!(silent);
 }
 
 #[test]

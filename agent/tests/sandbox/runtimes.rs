@@ -39,21 +39,42 @@ fn awslambdaric() -> &'static Path {
     })
 }
 
+/// What runs a function in the image, from the image's own source.
+fn image_runtime() -> String {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../images/src/runtime/recipe");
+    std::fs::read_to_string(folder.join("thaw_runtime.py")).unwrap()
+}
+
+/// A function as the image runs it.
 fn python(app: &str, handler: &str) -> Sandbox {
+    start_python("thaw_runtime", app, &[("_HANDLER", handler)])
+}
+
+/// A function that the client alone runs, by its own SnapStart protocol.
+fn snap_start(app: &str) -> Sandbox {
+    let variables = [
+        ("_HANDLER", "app.handler"),
+        ("AWS_LAMBDA_INITIALIZATION_TYPE", "snap-start"),
+    ];
+    start_python("awslambdaric", app, &variables)
+}
+
+fn start_python(module: &str, app: &str, variables: &[(&str, &str)]) -> Sandbox {
     let mut sandbox = Sandbox::boot();
     sandbox.write("app.py", app);
+    sandbox.write("thaw_runtime.py", &image_runtime());
     sandbox.write(
         "bootstrap",
-        "#!/bin/sh\nexec python3 -m awslambdaric \"$_HANDLER\"\n",
+        &format!("#!/bin/sh\nexec python3 -m {module} \"$_HANDLER\"\n"),
     );
     let task_root = sandbox.folder.path().to_str().unwrap().to_owned();
     let path = format!("{}:{task_root}", awslambdaric().display());
-    let environment = [
-        ("_HANDLER", handler),
-        ("PYTHONPATH", &path),
+    let mut environment = vec![
+        ("PYTHONPATH", path.as_str()),
         ("LAMBDA_TASK_ROOT", &task_root),
         ("HOME", &task_root),
     ];
+    environment.extend(variables);
     sandbox.configure(&["bootstrap"], &environment);
     sandbox
 }
@@ -185,4 +206,150 @@ fn shell_example_answers() {
         assert_eq!(answer["request_id"], id);
         assert_eq!(sandbox.message(), AgentMessage::Ready);
     }
+}
+
+const HOOKS: &str = "
+import random, sys
+from snapshot_restore_py import register_before_snapshot, register_after_restore
+seen = ['init']
+random.seed(7)
+state = random.getstate()
+register_before_snapshot(lambda: seen.append('before'))
+@register_after_restore
+def after():
+    seen.append('after, reseeded' if random.getstate() != state else 'after, the same')
+def handler(event, context):
+    seen.append(event)
+    return seen
+";
+
+#[test]
+fn python_hooks_run_around_the_freeze_and_generators_are_reseeded_before_the_functions_own() {
+    let mut sandbox = python(HOOKS, "app.handler");
+    thaw(&mut sandbox);
+    assert_eq!(sandbox.log_text(), "", "the rehearsal is heard");
+    for (id, seen) in [
+        ("r1", json!(["init", "before", "after, reseeded", "r1"])),
+        (
+            "r2",
+            json!(["init", "before", "after, reseeded", "r1", "r2"]),
+        ),
+    ] {
+        sandbox.invoke(1, id, json!(id).to_string().as_bytes());
+        assert_eq!(response(&mut sandbox), seen);
+        assert_eq!(sandbox.message(), AgentMessage::Ready);
+    }
+}
+
+#[test]
+fn python_client_speaks_snap_start_by_itself() {
+    let mut sandbox = snap_start(HOOKS);
+    thaw(&mut sandbox);
+    sandbox.invoke(1, "r1", b"1");
+    assert_eq!(
+        response(&mut sandbox),
+        json!(["init", "before", "after, the same", 1])
+    );
+}
+
+#[test]
+fn python_hook_that_fails_after_the_restore_fails_the_invocation_and_the_handler_never_runs() {
+    let app = "
+from snapshot_restore_py import register_after_restore
+@register_after_restore
+def after():
+    raise ValueError('no new connection')
+def handler(event, context):
+    print('handled')
+";
+    for mut sandbox in [python(app, "app.handler"), snap_start(app)] {
+        thaw(&mut sandbox);
+        sandbox.invoke(1, "r1", b"{}");
+        let AgentMessage::InvocationError(error) = sandbox.message() else {
+            panic!("no error: {}", sandbox.log_text());
+        };
+        assert_eq!(error.request_id, "r1");
+        let error_type = error.error_type.as_deref();
+        assert_eq!(error_type, Some("Runtime.AfterRestoreError"));
+        let document: Value = serde_json::from_slice(&error.payload).unwrap();
+        assert_eq!(document["errorType"], "ValueError");
+        assert_eq!(document["errorMessage"], "no new connection");
+        assert!(!sandbox.log_text().contains("handled"));
+        sandbox.shutdown().unwrap();
+    }
+}
+
+#[test]
+fn python_reseeding_that_fails_fails_the_invocation() {
+    let app = "
+import random
+class Broken:
+    def seed(self):
+        if frozen: raise OSError('no entropy')
+frozen = False
+random._inst = Broken()
+from snapshot_restore_py import register_before_snapshot
+@register_before_snapshot
+def before():
+    global frozen
+    frozen = True
+def handler(event, context):
+    print('handled')
+";
+    // Fails in the rehearsal already: the function is never frozen.
+    let mut sandbox = python(app, "app.handler");
+    let AgentMessage::InitError(error) = sandbox.message() else {
+        panic!("no init error: {}", sandbox.log_text());
+    };
+    assert_eq!(error.error_type, "Runtime.BeforeSnapshotError");
+    // And after the thaw.
+    let late = app.replace(
+        "if frozen",
+        "import os\n        if os.path.exists('/proc/self/cwd/thawed')",
+    );
+    let mut sandbox = python(&late, "app.handler");
+    thaw(&mut sandbox);
+    sandbox.write("thawed", "");
+    sandbox.invoke(1, "r1", b"{}");
+    let AgentMessage::InvocationError(error) = sandbox.message() else {
+        panic!("no error: {}", sandbox.log_text());
+    };
+    let error_type = error.error_type.as_deref();
+    assert_eq!(error_type, Some("Runtime.AfterRestoreError"));
+    assert!(!sandbox.log_text().contains("handled"));
+}
+
+#[test]
+fn python_hook_that_fails_before_the_snapshot_is_an_init_error() {
+    let app = "
+from snapshot_restore_py import register_before_snapshot
+@register_before_snapshot
+def before():
+    raise ValueError('cannot freeze')
+def handler(event, context):
+    return 1
+";
+    let mut sandbox = python(app, "app.handler");
+    let AgentMessage::InitError(error) = sandbox.message() else {
+        panic!("no init error: {}", sandbox.log_text());
+    };
+    assert_eq!(error.error_type, "Runtime.BeforeSnapshotError");
+    let document: Value = serde_json::from_slice(&error.payload).unwrap();
+    assert_eq!(document["errorMessage"], "cannot freeze");
+}
+
+#[test]
+fn python_generators_are_reseeded_even_where_the_function_switches_the_hooks_off() {
+    let app = "
+import os, random
+os.environ.pop('AWS_LAMBDA_INITIALIZATION_TYPE')
+random.seed(7)
+state = random.getstate()
+def handler(event, context):
+    return random.getstate() != state
+";
+    let mut sandbox = python(app, "app.handler");
+    thaw(&mut sandbox);
+    sandbox.invoke(1, "r1", b"{}");
+    assert_eq!(response(&mut sandbox), json!(true));
 }

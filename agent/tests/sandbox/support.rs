@@ -4,12 +4,14 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use tempfile::TempDir;
+use thaw_agent::boot::BootError;
 use thaw_agent::driver::{Driver, DriverError, Settings};
 use thaw_agent::identity::{AdoptError, Machine};
 use thaw_agent::process::{Host, Reap};
@@ -20,17 +22,37 @@ use thaw_agent_protocol::{
 /// Every wait of a test ends after this.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// A clone of this name cannot be made unique.
+pub const UNFIT: &str = "unfit";
+
+/// Appears in the task root when code was mounted anew.
+pub const CODE_TAKEN: &str = "code-taken";
+
 /// Records thaws instead of setting this machine's clock.
-struct Recorder(mpsc::Sender<Thaw>);
+struct Recorder {
+    thaws: mpsc::Sender<Thaw>,
+    task_root: PathBuf,
+}
 
 impl Machine for Recorder {
     fn adopt(&mut self, thaw: &Thaw) -> Result<(), AdoptError> {
-        self.0.send(thaw.clone()).unwrap();
+        self.thaws.send(thaw.clone()).unwrap();
+        if thaw.hostname == UNFIT {
+            return Err(AdoptError::System {
+                what: "machine-id",
+                source: std::io::ErrorKind::StorageFull.into(),
+            });
+        }
         Ok(())
     }
 
     fn set_hostname(&mut self, hostname: &str) -> Result<(), AdoptError> {
         assert_eq!(hostname, "snapshot");
+        Ok(())
+    }
+
+    fn take_code(&mut self) -> Result<(), BootError> {
+        std::fs::create_dir(self.task_root.join(CODE_TAKEN)).unwrap(); // once, or it fails
         Ok(())
     }
 }
@@ -69,10 +91,13 @@ impl Sandbox {
                         listener,
                         host: Host {
                             user: None,
-                            task_root,
+                            task_root: task_root.clone(),
                             reap: Reap::Runtime,
                         },
-                        machine: Recorder(thaws_to),
+                        machine: Recorder {
+                            thaws: thaws_to,
+                            task_root,
+                        },
                     };
                     Driver::new(reader, writer, settings).unwrap().run().await
                 })
@@ -166,11 +191,15 @@ impl Sandbox {
     }
 
     pub fn thaw(&mut self, generation: u64) {
+        self.thaw_named(generation, format!("clone-{generation}"));
+    }
+
+    pub fn thaw_named(&mut self, generation: u64, hostname: String) {
         self.send(
             generation,
             HostMessage::Thaw(Thaw {
                 unix_time_ns: 1_800_000_000_000_000_000,
-                hostname: format!("clone-{generation}"),
+                hostname,
                 entropy: vec![7; 64],
             }),
         );
@@ -246,12 +275,21 @@ impl Sandbox {
 
     /// Nothing arrives for a moment.
     pub fn assert_silent(&mut self, moment: Duration) {
+        assert!(self.is_silent(moment));
+    }
+
+    /// Whether nothing arrives for a moment. What arrives is kept.
+    pub fn is_silent(&mut self, moment: Duration) -> bool {
         assert_eq!(self.decoder.next_frame().unwrap(), None);
         self.channel.set_read_timeout(Some(moment)).unwrap();
         let mut byte = [0];
-        let error = self.read(&mut byte).unwrap_err();
-        assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
+        let read = self.read(&mut byte);
         self.channel.set_read_timeout(Some(PATIENCE)).unwrap();
+        match read {
+            Ok(length) => self.decoder.feed(&byte[..length]),
+            Err(ref error) => assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock),
+        }
+        read.is_err()
     }
 
     /// Ends the sandbox as the host does and hands back how the driver ended.
@@ -354,6 +392,14 @@ impl Client {
             status,
             headers,
             body,
+        }
+    }
+
+    /// The server closes the connection and has sent nothing.
+    pub fn is_closed_without_an_answer(&mut self) -> bool {
+        match self.stream.read(&mut [0]) {
+            Ok(length) => length == 0,
+            Err(error) => error.kind() == std::io::ErrorKind::ConnectionReset,
         }
     }
 

@@ -59,6 +59,8 @@ pub struct Answer {
     pub log: String,
     /// `Server-Timing`, when it was asked for.
     pub timing: Option<String>,
+    /// `X-Thaw-Start`: how the sandbox was had.
+    pub start: Option<String>,
     /// The body.
     pub payload: Vec<u8>,
 }
@@ -177,6 +179,7 @@ impl Client {
             .and_then(|text| STANDARD.decode(text).ok())
             .unwrap_or_default();
         let (function_error, timing) = (header("x-amz-function-error"), header("server-timing"));
+        let start = header("x-thaw-start");
         let payload = answer
             .bytes()
             .await
@@ -185,6 +188,7 @@ impl Client {
         Ok(Answer {
             function_error,
             timing,
+            start,
             log: String::from_utf8_lossy(&log).into_owned(),
             payload,
         })

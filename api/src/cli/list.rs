@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Args;
-use thaw_api_types::thaw::FunctionSummary;
+use thaw_api_types::thaw::{FunctionSummary, MachineSummary};
 
 use super::Global;
 use super::output::{self, Format};
@@ -27,8 +27,10 @@ pub async fn ls(global: &Global) -> anyhow::Result<ExitCode> {
     }
     let head = [
         "name", "runtime", "handler", "state", "memory", "snapshot", "ready", "running", "calls",
+        "cold", "claimed", "rewound",
     ];
     output::table(&head, list.functions.iter().map(row));
+    println!("{}", machine(&list.machine));
     for function in &list.functions {
         let problem = function
             .state_reason
@@ -47,6 +49,23 @@ pub async fn ls(global: &Global) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// What all sandboxes use of the machine, and may use.
+fn machine(now: &MachineSummary) -> String {
+    let of = |limit: Option<u64>| {
+        limit
+            .map(|limit| format!(" of {limit}"))
+            .unwrap_or_default()
+    };
+    format!(
+        "sandboxes may use {}{} MiB; {}{} virtual CPUs run; {} shells",
+        now.memory_mib,
+        of(now.memory_budget_mib),
+        now.vcpus,
+        of(now.vcpu_budget.map(u64::from)),
+        now.shells
+    )
+}
+
 fn row(function: &FunctionSummary) -> Vec<String> {
     let state = if function.init_error.is_some() {
         "init error".into()
@@ -63,7 +82,15 @@ fn row(function: &FunctionSummary) -> Vec<String> {
         function.handler.clone(),
     );
     let pool = &function.pool;
-    let counts = [pool.ready, pool.running, pool.invocations].map(|count| count.to_string());
+    let counts = [
+        pool.ready,
+        pool.running,
+        pool.invocations,
+        pool.cold,
+        pool.claimed,
+        pool.rewound,
+    ]
+    .map(|count| count.to_string());
     [
         vec![
             name,

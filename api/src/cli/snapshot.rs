@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use thaw_api::engine::{Engine as _, EngineStep, FreezeJob, HostEngine};
 use thaw_api::environment;
 use thaw_runtime::{Runtime, RuntimeConfig};
-use thaw_snapshot::Snapshot;
+use thaw_snapshot::{Snapshot, WorkingSet};
 
 use super::deploy::Settings;
 use super::installation::Installation;
@@ -29,7 +29,7 @@ pub enum SnapshotCommand {
     Ls,
     /// Show what is in a snapshot.
     Inspect(Which),
-    /// Check every byte of a snapshot against its digests.
+    /// Check every byte of a snapshot, and of the base below it, against its digests.
     Verify(Which),
     /// Remove a snapshot built by hand.
     Rm(Which),
@@ -76,7 +76,9 @@ pub fn run(global: &Global, command: &SnapshotCommand) -> anyhow::Result<ExitCod
         SnapshotCommand::Build(args) => return build(global, &home, args),
         SnapshotCommand::Ls => ls(&home, format)?,
         SnapshotCommand::Inspect(which) => inspect(&find(&home, &which.snapshot)?, format)?,
-        SnapshotCommand::Verify(which) => verify(&find(&home, &which.snapshot)?, format)?,
+        SnapshotCommand::Verify(which) => {
+            verify(&home, &find(&home, &which.snapshot)?, format)?;
+        }
         SnapshotCommand::Rm(which) => rm(&home, &which.snapshot)?,
     }
     Ok(ExitCode::SUCCESS)
@@ -274,7 +276,14 @@ fn damaged(found: &Found, error: &anyhow::Error) -> Value {
 
 fn describe(found: &Found) -> anyhow::Result<Value> {
     let snapshot = Snapshot::open(&found.path)?;
-    let (metadata, cpu, memory) = (snapshot.metadata()?, snapshot.cpu()?, snapshot.memory()?);
+    let (metadata, cpu, memory) = (
+        snapshot.metadata()?,
+        snapshot.cpu()?,
+        snapshot.own_memory()?,
+    );
+    let working_set = snapshot
+        .working_set()?
+        .map(|set| describe_working_set(&set, memory.length));
     let sections: Vec<_> = snapshot
         .sections()
         .map(|(kind, length)| json!({ "section": kind.to_string(), "bytes": length }))
@@ -290,7 +299,65 @@ fn describe(found: &Found) -> anyhow::Result<Value> {
         "kernelVersion": metadata.kernel_version, "vcpus": metadata.vcpu_count, "memoryMiB": memory.length >> 20,
         "fileBytes": snapshot.file_bytes(), "storedBytes": memory.stored_bytes() + disks, "memoryStoredBytes": memory.stored_bytes(),
         "memoryRuns": memory.runs.len(), "diskStoredBytes": disks, "cpuVendor": cpu.vendor, "tscKHz": cpu.tsc_khz, "sections": sections,
+        "contentDigest": snapshot.content_digest().to_string(), "baseDigest": snapshot.base()?.map(|base| base.digest.to_string()),
+        "workingSet": working_set,
     }))
+}
+
+fn describe_working_set(set: &WorkingSet, memory_bytes: u64) -> Value {
+    let percent = |part: u64| (1000.0 * part as f64 / memory_bytes.max(1) as f64).round() / 10.0;
+    json!({
+        "pages": set.pages(), "mib": (set.bytes() as f64 / 104_857.6).round() / 10.0, "runs": set.runs().len(),
+        "writtenPages": set.written_pages(), "percentOfMemory": percent(set.bytes()),
+    })
+}
+
+/// The working set in words.
+fn working_set_line(set: &Value) -> String {
+    if set.is_null() {
+        return "not recorded".into();
+    }
+    format!(
+        "{} pages ({} written), {} MiB, {} runs, {} % of memory",
+        set["pages"], set["writtenPages"], set["mib"], set["runs"], set["percentOfMemory"]
+    )
+}
+
+/// Opens a snapshot and, if it is a difference, attaches the base that `home` has for it.
+fn open_with_base(home: &Path, path: &Path) -> anyhow::Result<Snapshot> {
+    let mut snapshot = Snapshot::open(path)?;
+    let Some(named) = snapshot.base()? else {
+        return Ok(snapshot);
+    };
+    let is_base = |base: &Snapshot| base.content_digest() == named.digest;
+    let mut candidates = files_below(&home.join("bases"), 2).into_iter();
+    let base = candidates
+        .find_map(|path| Snapshot::open(&path).ok().filter(is_base))
+        .with_context(|| {
+            format!(
+                "{} is a difference to base {}, which {} does not have: deploy its function again",
+                path.display(),
+                named.digest,
+                home.join("bases").display()
+            )
+        })?;
+    snapshot.attach_base(base)?;
+    Ok(snapshot)
+}
+
+/// Files of `folder` and of its folders, `depth` levels of them.
+fn files_below(folder: &Path, depth: usize) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if path.is_file() {
+            files.push(path);
+        } else if depth > 0 {
+            files.extend(files_below(&path, depth - 1));
+        }
+    }
+    files.sort();
+    files
 }
 
 fn inspect(found: &Found, format: Format) -> anyhow::Result<()> {
@@ -302,8 +369,12 @@ fn inspect(found: &Found, format: Format) -> anyhow::Result<()> {
         .as_object()
         .into_iter()
         .flatten()
-        .filter(|(key, _)| *key != "sections")
+        .filter(|(key, value)| *key != "sections" && !(*key == "baseDigest" && value.is_null()))
     {
+        if key == "workingSet" {
+            println!("{key:<18} {}", working_set_line(value));
+            continue;
+        }
         println!(
             "{key:<18} {}",
             value
@@ -325,16 +396,16 @@ fn inspect(found: &Found, format: Format) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn verify(found: &Found, format: Format) -> anyhow::Result<()> {
+fn verify(home: &Path, found: &Found, format: Format) -> anyhow::Result<()> {
     let began = Instant::now();
-    let snapshot = Snapshot::open(&found.path)?;
+    let snapshot = open_with_base(home, &found.path)?;
     snapshot
         .verify()
         .with_context(|| format!("{} is damaged", found.path.display()))?;
     let seconds = began.elapsed().as_secs_f64();
     match format {
         Format::Json => output::json(
-            &json!({ "name": found.name, "digest": snapshot.digest().to_string(), "ok": true, "seconds": seconds }),
+            &json!({ "name": found.name, "digest": snapshot.digest().to_string(), "ok": true, "baseDigest": snapshot.base()?.map(|base| base.digest.to_string()), "seconds": seconds }),
         ),
         Format::Text => {
             println!(
@@ -357,4 +428,93 @@ fn rm(home: &Path, name: &str) -> anyhow::Result<()> {
     fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {}", folder.display()))?;
     println!("removed {name}");
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use thaw_snapshot::{
+        Access, CpuRecord, Metadata, PageSource, SectionKind, Touch, Writer, set_working_set,
+    };
+
+    const MEMORY: u64 = 4 << 20;
+
+    /// Memory whose first page is not zero.
+    struct First(u8);
+
+    impl PageSource for First {
+        fn read_at(&mut self, offset: u64, buffer: &mut [u8]) -> std::io::Result<()> {
+            buffer.fill(0);
+            if offset == 0 {
+                buffer[0] = self.0;
+            }
+            Ok(())
+        }
+
+        fn next_data(&mut self, offset: u64) -> std::io::Result<Option<u64>> {
+            Ok((offset == 0).then_some(0))
+        }
+    }
+
+    fn write(path: &Path, first: u8, base: Option<&Path>) -> Found {
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        let mut writer = Writer::new(fs::File::create_new(path).unwrap());
+        writer.metadata(&Metadata::default()).unwrap();
+        writer.cpu(&CpuRecord::default()).unwrap();
+        match base {
+            Some(base) => {
+                let base = Snapshot::open(base).unwrap();
+                writer
+                    .memory_difference(&mut First(first), &base, 8)
+                    .map(drop)
+            }
+            None => writer.sparse_section(SectionKind::Memory, MEMORY, &mut First(first)),
+        }
+        .unwrap();
+        writer.finish().unwrap();
+        Found {
+            name: "f".into(),
+            origin: "file",
+            path: path.to_owned(),
+        }
+    }
+
+    #[test]
+    fn inspect_tells_pages_mib_runs_and_share_of_the_working_set() {
+        let home = tempfile::tempdir().unwrap();
+        let found = write(&home.path().join("s.thaw"), 1, None);
+        let before = describe(&found).unwrap();
+        assert_eq!(working_set_line(&before["workingSet"]), "not recorded");
+        let touch = |page, access| Touch { page, access };
+        let mut touches: Vec<_> = (100..355).map(|page| touch(page, Access::Read)).collect();
+        touches.push(touch(0, Access::Write));
+        let set = WorkingSet::from_touches(&touches, MEMORY);
+        set_working_set(&found.path, &set).unwrap();
+        let after = describe(&found).unwrap();
+        let expected = json!({ "pages": 256, "mib": 1.0, "runs": 2, "writtenPages": 1, "percentOfMemory": 25.0 });
+        assert_eq!(after["workingSet"], expected);
+        assert_eq!(
+            working_set_line(&after["workingSet"]),
+            "256 pages (1 written), 1.0 MiB, 2 runs, 25.0 % of memory"
+        );
+        assert_eq!(after["contentDigest"], before["contentDigest"]);
+    }
+
+    #[test]
+    fn a_difference_is_verified_with_the_base_that_home_has() {
+        let home = tempfile::tempdir().unwrap();
+        let base = home.path().join("bases/python/base.thaw");
+        write(&base, 1, None);
+        let found = write(&home.path().join("s.thaw"), 2, Some(&base));
+        verify(home.path(), &found, Format::Json).unwrap();
+        assert!(describe(&found).unwrap()["baseDigest"].is_string());
+        fs::remove_file(&base).unwrap();
+        let error = verify(home.path(), &found, Format::Json).unwrap_err();
+        assert!(
+            error.to_string().contains("deploy its function again"),
+            "{error:#}"
+        );
+        write(&base, 3, None);
+        assert!(verify(home.path(), &found, Format::Json).is_err());
+    }
 }

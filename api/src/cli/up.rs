@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
 use clap::Args;
+use thaw_api::Budget;
 use thaw_api::gateway::{Exposure, Gateway, GatewayConfig};
 use thaw_images::{ImageStore, Progress, RuntimeName};
 use tokio::net::TcpListener;
@@ -31,9 +32,18 @@ pub struct UpArgs {
     /// Where to serve; loopback only, as long as no keys are configured.
     #[arg(long, default_value = "127.0.0.1:8080", value_name = "ADDRESS")]
     listen: SocketAddr,
-    /// Sandboxes kept restored and ready for each function.
+    /// Sandboxes kept restored and ready for each function, at least; with 0 a function scales to zero.
     #[arg(long, default_value_t = 2)]
     ready: usize,
+    /// How long sandboxes are kept at least after the demand that they were made for.
+    #[arg(long, default_value_t = 60, value_name = "SECONDS")]
+    keep_alive: u64,
+    /// Memory that sandboxes may come to use; three quarters of the machine's unless given.
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..))]
+    memory: Option<u64>,
+    /// Virtual CPUs that run at once; four for each of the machine's unless given.
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
+    cpus: Option<u32>,
     /// Deploy this folder as the function `hello`, if there is none yet.
     #[arg(long, value_name = "DIR")]
     example: Option<std::path::PathBuf>,
@@ -43,6 +53,9 @@ pub struct UpArgs {
     /// Set when this process was started inside the lab by another `thaw up`: serve the lab's own network.
     #[arg(long, hide = true)]
     in_lab: bool,
+    /// Another monitor than the installation's, for measurements of the gateway itself.
+    #[arg(long, hide = true, value_name = "PROGRAM")]
+    vmm: Option<std::path::PathBuf>,
 }
 
 pub fn run(global: &Global, args: &UpArgs) -> anyhow::Result<ExitCode> {
@@ -93,6 +106,16 @@ fn in_lab_command(installation: &Installation, args: &UpArgs) -> Vec<OsString> {
         args.listen.to_string().into(),
     ]);
     command.extend(["--ready".into(), args.ready.to_string().into()]);
+    command.extend(["--keep-alive".into(), args.keep_alive.to_string().into()]);
+    if let Some(memory) = args.memory {
+        command.extend(["--memory".into(), memory.to_string().into()]);
+    }
+    if let Some(cpus) = args.cpus {
+        command.extend(["--cpus".into(), cpus.to_string().into()]);
+    }
+    if let Some(vmm) = &args.vmm {
+        command.extend(["--vmm".into(), vmm.into()]);
+    }
     if let Some(example) = &args.example {
         command.extend(["--example".into(), example.into()]);
     }
@@ -195,11 +218,16 @@ fn serve(home: &Path, installation: &Installation, args: &UpArgs) -> anyhow::Res
         let mut config = GatewayConfig::new(
             home.to_owned(),
             listener,
-            installation.vmm.clone(),
+            args.vmm.clone().unwrap_or(installation.vmm.clone()),
             installation.agent.clone(),
         );
         config.exposure = exposure;
         config.ready_count = args.ready;
+        config.keep_alive = Duration::from_secs(args.keep_alive);
+        config.budget = Budget {
+            memory_mib: args.memory.unwrap_or(config.budget.memory_mib),
+            vcpus: args.cpus.unwrap_or(config.budget.vcpus),
+        };
         let gateway = Gateway::start(config)
             .await
             .context("the gateway cannot start")?;

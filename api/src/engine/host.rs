@@ -7,10 +7,12 @@ use std::time::Duration;
 
 use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
+use sha2::{Digest as _, Sha256};
 use thaw_images::{Fault, ImageStore, Quiet, RuntimeImage, RuntimeName};
+
 use thaw_runtime::{
-    Configure, FreezeRequest, FreezeStep, Frozen, Invocation, InvokeError, OpenPoolError, Outcome,
-    Pool, PoolSpec, PoolStats, Runtime,
+    BaseRequest, Configure, FreezeRequest, FreezeStep, Frozen, Invocation, InvokeError,
+    OpenPoolError, Outcome, Pool, PoolSpec, PoolStats, Runtime, RuntimeStats,
 };
 use thaw_snapshot::Metadata;
 
@@ -30,11 +32,17 @@ const HOSTNAME: &str = "thaw";
 const SNAPSHOT_FILE: &str = "snapshot.thaw";
 const CODE_FILE: &str = "code.erofs";
 
+/// Names in the folder of runtimes' own snapshots.
+const BASES_FOLDER: &str = "bases";
+const NO_CODE_FILE: &str = "no-code.erofs";
+const BASE_FILE: &str = "base.thaw";
+
 /// This machine.
 pub struct HostEngine {
     runtime: Runtime,
     images: ImageStore,
     agent: PathBuf,
+    bases: PathBuf,
 }
 
 /// What every guest boots from.
@@ -51,9 +59,58 @@ impl HostEngine {
     pub fn new(runtime: Runtime, home: PathBuf, agent: PathBuf) -> Self {
         Self {
             runtime,
+            bases: home.join(BASES_FOLDER),
             images: ImageStore::new(home),
             agent,
         }
+    }
+
+    /// The snapshot of the runtime alone, over which a function's is a difference. Its folder is named by all that it is made of.
+    async fn base_request(&self, request: &FreezeRequest) -> Result<BaseRequest, EngineError> {
+        let FreezeRequest {
+            kernel,
+            initramfs,
+            overlay,
+            vcpu_count,
+            memory_mib,
+            metadata,
+            ..
+        } = request;
+        let mut digest = Sha256::new();
+        for part in [
+            kernel.as_os_str().as_encoded_bytes(),
+            initramfs.as_os_str().as_encoded_bytes(),
+            overlay.as_os_str().as_encoded_bytes(),
+            metadata.kernel_version.as_bytes(),
+            metadata.image_digest.as_bytes(),
+            metadata.thaw_version.as_bytes(),
+        ] {
+            digest.update(part);
+            digest.update([0]);
+        }
+        let digest: String = digest.finalize()[..8]
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        let name = format!("{}-{memory_mib}M-{vcpu_count}-{digest}", metadata.runtime);
+        let folder = self.bases.join(name);
+        let code = folder.join(NO_CODE_FILE);
+        let base = BaseRequest {
+            file: folder.join(BASE_FILE),
+            code: code.clone(),
+        };
+        self.blocking(move |images, _| {
+            if !code.is_file() {
+                std::fs::create_dir_all(&folder).map_err(image("the runtime's snapshot"))?;
+                let zip = no_code().map_err(image("the runtime's snapshot"))?;
+                images
+                    .code_image(&zip, &code)
+                    .map_err(image("the runtime's snapshot"))?;
+            }
+            Ok(())
+        })
+        .await?;
+        Ok(base)
     }
 
     /// Runs blocking work on the images.
@@ -96,14 +153,17 @@ impl Engine for HostEngine {
             let code = self
                 .blocking(move |images, _| code_image(images, &zip, &out))
                 .await?;
-            let request = request(job, base, &rootfs, code);
+            let mut request = request(job, base, &rootfs, code);
+            let base = self.base_request(&request).await?;
+            let base_file = base.file.clone();
+            request.base = Some(base);
             let code = request.code.clone();
             let frozen = self
                 .runtime
                 .freeze(request, &mut |beginning| step(translate(&beginning)))
                 .await
                 .map_err(EngineError::Freeze)?;
-            Ok(artifact(frozen, rootfs, code))
+            Ok(artifact(frozen, rootfs, code, base_file))
         }
         .boxed()
     }
@@ -119,6 +179,7 @@ impl Engine for HostEngine {
                 Ok(rootfs.digest == artifact.rootfs_digest
                     && rootfs.rootfs == artifact.rootfs
                     && artifact.snapshot.is_file()
+                    && artifact.base.as_deref().is_none_or(Path::is_file)
                     && artifact.code.is_file())
             })
             .await
@@ -136,6 +197,10 @@ impl Engine for HostEngine {
             Ok(pool)
         }
         .boxed()
+    }
+
+    fn stats(&self) -> RuntimeStats {
+        self.runtime.stats()
     }
 
     fn shutdown(&self, deadline: Duration) -> BoxFuture<'_, ()> {
@@ -202,6 +267,13 @@ fn code_image(images: &ImageStore, zip: &Path, out: &Path) -> Result<PathBuf, En
     }
 }
 
+/// A zip with one empty file: an empty zip is no code.
+fn no_code() -> zip::result::ZipResult<Vec<u8>> {
+    let mut zip = zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
+    zip.start_file("no-code", zip::write::SimpleFileOptions::default())?;
+    Ok(zip.finish()?.into_inner())
+}
+
 fn request(job: FreezeJob, base: Base, rootfs: &RuntimeImage, code: PathBuf) -> FreezeRequest {
     let handler = job.environment.get("_HANDLER").cloned();
     FreezeRequest {
@@ -230,6 +302,7 @@ fn request(job: FreezeJob, base: Base, rootfs: &RuntimeImage, code: PathBuf) -> 
             ..Metadata::default()
         },
         output: job.folder.join(SNAPSHOT_FILE),
+        base: None,
         boot_limit: BOOT_LIMIT,
     }
 }
@@ -251,9 +324,10 @@ fn translate(step: &FreezeStep) -> EngineStep {
     }
 }
 
-fn artifact(frozen: Frozen, rootfs: RuntimeImage, code: PathBuf) -> Artifact {
+fn artifact(frozen: Frozen, rootfs: RuntimeImage, code: PathBuf, base: PathBuf) -> Artifact {
     Artifact {
         snapshot: frozen.snapshot,
+        base: Some(base),
         digest: frozen.digest,
         file_bytes: frozen.file_bytes,
         stored_bytes: frozen.stored_bytes,

@@ -96,14 +96,14 @@ impl ApiError {
         )
     }
 
-    /// 429.
-    pub fn throttled() -> Self {
+    /// 429; `why` follows Lambda's own words.
+    pub fn throttled(why: &str) -> Self {
         Self {
             reason: Some("ReservedFunctionConcurrentInvocationLimitExceeded"),
             ..Self::new(
                 StatusCode::TOO_MANY_REQUESTS,
                 "TooManyRequestsException",
-                "Rate Exceeded.",
+                format!("Rate Exceeded. {why}"),
             )
         }
     }
@@ -172,7 +172,10 @@ impl ApiError {
         if let Ok(id) = HeaderValue::from_str(request_id) {
             headers.insert("x-amzn-requestid", id);
         }
-        if self.status == StatusCode::TOO_MANY_REQUESTS {
+        if matches!(
+            self.status,
+            StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE
+        ) {
             headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
         }
         response
@@ -213,7 +216,7 @@ mod tests {
 
     #[test]
     fn throttling_says_when_to_come_back() {
-        let response = ApiError::throttled().into_response("r");
+        let response = ApiError::throttled("").into_response("r");
         assert_eq!(response.headers()["retry-after"], "1");
         assert_eq!(
             response.headers()["x-amzn-errortype"],

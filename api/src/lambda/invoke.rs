@@ -77,6 +77,9 @@ pub(super) async fn invoke(app: &Arc<App>, call: Call, name: &str) -> Answer {
     if tail && let Ok(value) = HeaderValue::from_str(&report::tail(&answer.log)) {
         headers.insert("x-amz-log-result", value);
     }
+    if let Some(start) = answer.start {
+        headers.insert(timing::START_HEADER, timing::start(start));
+    }
     if let Some(timings) = &answer.timings {
         headers.insert("server-timing", timing::header(timings, arrived.elapsed()));
     }
@@ -157,7 +160,8 @@ fn refused(refusal: &Refusal, app: &App, name: &str) -> ApiError {
                 state.word()
             ))
         }
-        Refusal::Throttled => ApiError::throttled(),
+        Refusal::Throttled(why) => ApiError::throttled(why),
+        Refusal::Full(why) => ApiError::unavailable(why.clone()),
         Refusal::TooLarge => ApiError::request_too_large(PAYLOAD_BYTES_MAX),
         Refusal::Gone => ApiError::not_found(&app.arn(name)),
         Refusal::Host(reason) => ApiError::service(reason.clone()),

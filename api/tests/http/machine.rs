@@ -10,7 +10,8 @@ use futures_util::future::BoxFuture;
 use thaw_api::engine::{Artifact, Engine, EngineError, EngineStep, FreezeJob, Sandboxes};
 use thaw_runtime::{
     End, ExitReason, FreezeError, InitFailure, Invocation, InvocationTimings, InvokeError, Measure,
-    OpenPoolError, Outcome, PoolSpec, PoolStats, RuntimeExit, RuntimeExitCause, ThrottleReason,
+    OpenPoolError, Outcome, PoolSpec, PoolStats, RuntimeExit, RuntimeExitCause, RuntimeStats,
+    Start, ThrottleReason,
 };
 use tokio::sync::watch;
 
@@ -67,6 +68,7 @@ impl Engine for Machine {
                 code: job.zip,
                 rootfs: snapshot.clone(),
                 snapshot,
+                base: None,
                 digest: String::new(),
                 file_bytes: 6,
                 stored_bytes: 6,
@@ -93,6 +95,15 @@ impl Engine for Machine {
         .boxed()
     }
 
+    fn stats(&self) -> RuntimeStats {
+        RuntimeStats {
+            shells: 1,
+            memory_mib: 144,
+            memory_budget_mib: Some(1024),
+            ..RuntimeStats::default()
+        }
+    }
+
     fn shutdown(&self, _deadline: Duration) -> BoxFuture<'_, ()> {
         async {}.boxed()
     }
@@ -110,6 +121,7 @@ impl Sandboxes for Echo {
                 log: b"said\n".to_vec(),
                 duration: Duration::from_micros(1500),
                 timings: measured.then(InvocationTimings::default),
+                start: Start::Rewound,
             })
         }
         .boxed()
@@ -158,6 +170,13 @@ fn end(payload: Bytes) -> Result<End, InvokeError> {
         "throttle" => {
             return Err(InvokeError::Throttled {
                 reason: ThrottleReason::QueueFull,
+                running: 1,
+                waiting: 1,
+            });
+        }
+        "full" => {
+            return Err(InvokeError::Throttled {
+                reason: ThrottleReason::MachineFull,
                 running: 1,
                 waiting: 1,
             });

@@ -79,6 +79,26 @@ pub struct SnapshotSummary {
 pub struct ListResponse {
     /// Ordered by name.
     pub functions: Vec<FunctionSummary>,
+    /// What all of them use of the machine.
+    #[serde(default)]
+    pub machine: MachineSummary,
+}
+
+/// What sandboxes use of the machine, now.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineSummary {
+    /// Monitors made ahead of demand, for any function of their size.
+    pub shells: u64,
+    /// Memory that all sandboxes may come to use, as the scheduler counts, MiB.
+    pub memory_mib: u64,
+    /// Its limit; absent for none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_budget_mib: Option<u64>,
+    /// Virtual CPUs that run invocations.
+    pub vcpus: u64,
+    /// Their limit; absent for none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vcpu_budget: Option<u32>,
 }
 
 /// One function, as `thaw ls` shows it.
@@ -144,4 +164,16 @@ pub struct PoolSummary {
     pub waiting: u64,
     /// Invocations since the gateway started.
     pub invocations: u64,
+    /// Of these, on a monitor that was started for them.
+    #[serde(default)]
+    pub cold: u64,
+    /// Of these, on a sandbox claimed from a shell, or ahead of them.
+    #[serde(default)]
+    pub claimed: u64,
+    /// Of these, on a sandbox that was rewound.
+    #[serde(default)]
+    pub rewound: u64,
+    /// Sandboxes that could not be rewound, and were replaced.
+    #[serde(default)]
+    pub rewind_failures: u64,
 }

@@ -144,7 +144,7 @@ const FILES: [(&str, u32, &str); 8] = [
     ("etc/group", 0o644, GROUP),
     ("etc/hostname", 0o644, "localhost\n"),
     ("etc/hosts", 0o644, HOSTS),
-    // Empty means "not set up yet" (machine-id(5)): each sandbox gets its own after restore.
+    // Empty means "not set up yet" (machine-id(5)): the agent mounts each clone's own here.
     ("etc/machine-id", 0o444, ""),
     ("etc/nsswitch.conf", 0o644, NSSWITCH),
     ("etc/passwd", 0o644, PASSWD),
@@ -182,8 +182,11 @@ const PYTHON_REMOVE: [&str; 7] = [
 const PYTHON_BOOTSTRAP: &str = "#!/bin/sh
 PYTHONPATH=\"${PYTHONPATH:+$PYTHONPATH:}/opt/python/lib/python3.11/site-packages:/opt/python:/var/runtime\"
 export PYTHONPATH
-exec /usr/bin/python3.11 -m awslambdaric \"$_HANDLER\"
+exec /usr/bin/python3.11 -m thaw_runtime \"$_HANDLER\"
 ";
+
+/// Starts the Lambda client with hooks that make a clone unique.
+const PYTHON_RUNTIME: &str = include_str!("recipe/thaw_runtime.py");
 
 impl Recipe {
     /// The recipe of a runtime's image.
@@ -205,6 +208,9 @@ impl Recipe {
             recipe
                 .files
                 .push(("var/runtime/bootstrap", 0o755, PYTHON_BOOTSTRAP));
+            recipe
+                .files
+                .push(("var/runtime/thaw_runtime.py", 0o644, PYTHON_RUNTIME));
             recipe.links.push(("usr/bin/python3", "python3.11"));
             recipe.wheels.extend(AWSLAMBDARIC);
             recipe.compile.extend(["usr/lib/python3.11", "var/runtime"]);

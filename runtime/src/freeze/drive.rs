@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use super::{
     FreezeError, FreezeRequest, FreezeStep, FreezeTimings, Frozen, GUEST_COMMAND_LINE,
-    INIT_LOG_BYTES_MAX, InitFailure,
+    INIT_LOG_BYTES_MAX, InitFailure, base,
 };
 use crate::monitor::Spawner;
 use crate::sandbox::DISK_IDS;
@@ -32,7 +32,7 @@ const BOOT_ATTEMPTS_MAX: u32 = 3;
 const NO_SPACE: [&str; 2] = ["(os error 28)", "(os error 122)"];
 
 /// Progress, as the caller of a freeze wants it told.
-type Progress<'a> = &'a mut (dyn FnMut(FreezeStep) + Send);
+pub(super) type Progress<'a> = &'a mut (dyn FnMut(FreezeStep) + Send);
 
 /// See [`crate::Runtime::freeze`].
 pub(crate) async fn freeze(
@@ -41,9 +41,43 @@ pub(crate) async fn freeze(
     request: FreezeRequest,
     progress: Progress<'_>,
 ) -> Result<Frozen, FreezeError> {
+    if let Some(base) = &request.base {
+        base::make(spawner, config, &request, base, progress).await?;
+    }
+    let run = attempts(spawner, config, &request, Goal::Function, progress).await?;
+    Ok(run.expect("a function's freeze makes a snapshot of it"))
+}
+
+/// Boots, and freezes as soon as the agent is up: a base.
+pub(super) async fn boot_and_freeze(
+    spawner: &Spawner,
+    config: &RuntimeConfig,
+    request: &FreezeRequest,
+    progress: Progress<'_>,
+) -> Result<(), FreezeError> {
+    let run = attempts(spawner, config, request, Goal::Base, progress);
+    run.await.map(drop)
+}
+
+/// Where a freeze ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Goal {
+    /// At the agent's hello.
+    Base,
+    /// When the function waits for its first request.
+    Function,
+}
+
+/// Tries again when the guest dies before anything of the function has run.
+async fn attempts(
+    spawner: &Spawner,
+    config: &RuntimeConfig,
+    request: &FreezeRequest,
+    goal: Goal,
+    progress: Progress<'_>,
+) -> Result<Option<Frozen>, FreezeError> {
     let mut attempt = 1;
     loop {
-        let files = BootFiles::open(&request).await?;
         let (monitor, channel) = spawner.spawn().await?;
         let mut freeze = Freeze {
             vm: Vm::new(monitor, channel),
@@ -51,7 +85,7 @@ pub(crate) async fn freeze(
             agent_is_up: false,
             config,
         };
-        let result = freeze.run(request.clone(), &files, progress).await;
+        let result = freeze.run(request.clone(), goal, progress).await;
         freeze.vm.monitor.end().await;
         let (reason, detail, console) = match result {
             Err(FreezeError::GuestDied {
@@ -124,31 +158,37 @@ pub(crate) async fn open(path: &Path) -> Result<File, HostError> {
     }
 }
 
-struct Freeze<'a> {
-    vm: Vm,
+pub(super) struct Freeze<'a> {
+    pub(super) vm: Vm,
     log: Tail,
     agent_is_up: bool,
-    config: &'a RuntimeConfig,
+    pub(super) config: &'a RuntimeConfig,
 }
 
 impl Freeze<'_> {
     async fn run(
         &mut self,
         mut request: FreezeRequest,
-        files: &BootFiles,
+        goal: Goal,
         progress: Progress<'_>,
-    ) -> Result<Frozen, FreezeError> {
+    ) -> Result<Option<Frozen>, FreezeError> {
         let started = Instant::now();
-        progress(FreezeStep::Booting);
-        self.boot(&request, files).await?;
-        let agent_version = self
-            .hello(request.boot_limit, after(request.boot_limit))
-            .await?;
+        let agent_version = match &request.base {
+            Some(base) => self.start_from_base(&request, &base.file, progress).await?,
+            None => self.start_from_kernel(&request, progress).await?,
+        };
         self.agent_is_up = true;
         let up = Instant::now();
         progress(FreezeStep::AgentUp {
             agent_version: agent_version.clone(),
         });
+        request.metadata.agent_version.clone_from(&agent_version);
+        request.metadata.vcpu_count = request.vcpu_count;
+        request.metadata.memory_mib = request.memory_mib;
+        if goal == Goal::Base {
+            self.save(&request, progress).await?;
+            return Ok(None);
+        }
         let init_limit =
             Duration::from_millis(request.configure.init_limit_ms).saturating_add(INIT_MARGIN);
         let configure = std::mem::take(&mut request.configure);
@@ -162,9 +202,6 @@ impl Freeze<'_> {
         let ready = Instant::now();
         progress(FreezeStep::Ready);
 
-        request.metadata.agent_version = agent_version;
-        request.metadata.vcpu_count = request.vcpu_count;
-        request.metadata.memory_mib = request.memory_mib;
         let saved = self.save(&request, progress).await?;
         let timings = FreezeTimings {
             boot: up - started,
@@ -175,14 +212,27 @@ impl Freeze<'_> {
             file_bytes: saved.file_bytes,
             stored_bytes: saved.stored_bytes,
         });
-        Ok(Frozen {
+        Ok(Some(Frozen {
             snapshot: request.output,
             digest: saved.digest,
             file_bytes: saved.file_bytes,
             stored_bytes: saved.stored_bytes,
             init_log: self.log.take(),
             timings,
-        })
+        }))
+    }
+
+    /// Boots; returns the agent's version.
+    async fn start_from_kernel(
+        &mut self,
+        request: &FreezeRequest,
+        progress: Progress<'_>,
+    ) -> Result<String, FreezeError> {
+        progress(FreezeStep::Booting);
+        let files = BootFiles::open(request).await?;
+        self.boot(request, &files).await?;
+        self.hello(request.boot_limit, after(request.boot_limit))
+            .await
     }
 
     async fn boot(&mut self, request: &FreezeRequest, files: &BootFiles) -> Result<(), HostError> {
@@ -234,6 +284,8 @@ impl Freeze<'_> {
             .await?
         {
             AgentMessage::Ready => Ok(()),
+            // A restored base has become a clone of its own, as it was told to.
+            AgentMessage::Thawed => Box::pin(self.ready(limit, deadline)).await,
             AgentMessage::InitError(error) => Err(FreezeError::Init(InitFailure {
                 error_type: error.error_type,
                 document: error.payload,
@@ -307,6 +359,7 @@ impl Freeze<'_> {
             metadata: serde_json::to_value(&request.metadata).map_err(|source| {
                 HostError::Protocol(thaw_vmm_control::wire::WireError::Malformed(source))
             })?,
+            form: Self::form(request),
         });
         let saved = monitor
             .save(&save, pending.file().as_fd(), self.config.save_limit)

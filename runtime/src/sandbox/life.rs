@@ -8,18 +8,41 @@ use crate::tail::Tail;
 use crate::vm::VmEvent;
 use crate::{End, HostError, INVOCATION_LOG_BYTES_MAX};
 
-/// A sandbox whose guest has been told its request and is being resumed.
+/// A sandbox whose guest has been told its request and is being run.
 #[derive(Debug)]
 pub(crate) struct Life {
     request_id: String,
+    begin: Begin,
+    has_begun: bool,
     log: Tail,
     state: State,
 }
 
+/// How a guest comes to run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Begin {
+    /// It is claimed and run in one request: `Restore`.
+    Claim,
+    /// It is paused: `Resume`.
+    Resume,
+    /// It runs already, and waits for its next invocation (measurements only).
+    Continue,
+}
+
+impl Begin {
+    /// The request that the monitor was sent.
+    fn request(self) -> &'static str {
+        match self {
+            Self::Claim => "restore",
+            Self::Resume | Self::Continue => "resume",
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    /// `Resume` is sent.
-    Resuming,
+    /// The monitor is told to run the guest, and has not said that it does.
+    Beginning,
     /// The guest runs; the agent has not yet said that the clone is unique.
     Running,
     /// The clone is unique; its answer is waited for.
@@ -32,6 +55,10 @@ enum State {
 
 /// What moves a life on.
 #[derive(Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "one at a time, on the stack, for the moment of a step"
+)]
 pub(crate) enum Input {
     /// The VM said something.
     Vm(VmEvent),
@@ -53,12 +80,22 @@ pub(crate) enum Step {
 }
 
 impl Life {
-    pub(crate) fn new(request_id: String) -> Self {
+    pub(crate) fn new(request_id: String, begin: Begin) -> Self {
         Self {
             request_id,
+            begin,
+            has_begun: begin == Begin::Continue,
             log: Tail::new(INVOCATION_LOG_BYTES_MAX),
-            state: State::Resuming,
+            state: match begin {
+                Begin::Claim | Begin::Resume => State::Beginning,
+                Begin::Continue => State::Running,
+            },
         }
+    }
+
+    /// Whether the guest is known to run or to have run.
+    pub(crate) fn has_begun(&self) -> bool {
+        self.has_begun
     }
 
     /// The output so far.
@@ -69,6 +106,11 @@ impl Life {
     pub(crate) fn step(&mut self, input: Input) -> Step {
         if self.state == State::Ended {
             return Step::Continue;
+        }
+        if let Input::Vm(VmEvent::Agent(_) | VmEvent::Exited(_) | VmEvent::Reply(Reply::Done)) =
+            input
+        {
+            self.has_begun = true;
         }
         let step = match input {
             Input::Deadline => Step::Ended(Ok(End::TimedOut)),
@@ -95,19 +137,21 @@ impl Life {
     fn replied(&mut self, reply: Reply) -> Step {
         match reply {
             Reply::Done => {
-                if self.state == State::Resuming {
+                if self.state == State::Beginning {
                     self.state = State::Running;
                 }
                 Step::Continue
             }
             Reply::Failed(source) => Step::Ended(Err(HostError::Refused {
-                request: "resume",
+                request: self.begin.request(),
                 source,
             })),
-            Reply::Saved(_) | Reply::Status(_) => Step::Ended(Err(HostError::UnexpectedReply {
-                request: "resume",
-                reply: "an answer to another request",
-            })),
+            Reply::Saved(_) | Reply::Rewound(_) | Reply::WorkingSet(_) | Reply::Status(_) => {
+                Step::Ended(Err(HostError::UnexpectedReply {
+                    request: self.begin.request(),
+                    reply: "an answer to another request",
+                }))
+            }
         }
     }
 
@@ -228,7 +272,7 @@ mod tests {
     }
 
     fn thawed() -> Life {
-        let mut life = Life::new("r".into());
+        let mut life = Life::new("r".into(), Begin::Resume);
         life.step(Input::Vm(VmEvent::Reply(Reply::Done)));
         life.step(agent(AgentMessage::Thawed));
         life
@@ -276,7 +320,7 @@ mod tests {
 
     #[test]
     fn an_answer_may_overtake_the_reply_to_resume() {
-        let mut life = Life::new("r".into());
+        let mut life = Life::new("r".into(), Begin::Resume);
         life.step(agent(AgentMessage::Thawed));
         life.step(Input::Vm(VmEvent::Reply(Reply::Done)));
         assert!(matches!(
@@ -287,7 +331,7 @@ mod tests {
 
     #[test]
     fn an_answer_before_the_thaw_is_a_guest_fault() {
-        let mut life = Life::new("r".into());
+        let mut life = Life::new("r".into(), Begin::Resume);
         life.step(Input::Vm(VmEvent::Reply(Reply::Done)));
         assert!(is_guest_fault(life.step(agent(answer("r", 1)))));
     }
@@ -383,7 +427,7 @@ mod tests {
     proptest! {
         #[test]
         fn every_life_ends_once_and_never_answers_unthawed(inputs in prop::collection::vec(input(), 0..30)) {
-            let mut life = Life::new("r".into());
+            let mut life = Life::new("r".into(), Begin::Resume);
             let (mut ends, mut thawed) = (0, false);
             for kind in inputs {
                 thawed |= kind == 0;

@@ -14,7 +14,8 @@ use thaw_agent_protocol::{
 };
 use thaw_vmm_control::wire::{Read, Receiver, send};
 use thaw_vmm_control::{
-    AGENT_FD, CONTROL_FD, Event, Exit, ExitReason, Failure, Fault, Reply, Request, Saved, Status,
+    AGENT_FD, CONTROL_FD, Event, Exit, ExitReason, Failure, Fault, Reply, Request, Rewound, Saved,
+    Status,
 };
 
 fn main() {
@@ -31,6 +32,8 @@ fn main() {
         receiver: Receiver::new(),
         agent: inherited(AGENT_FD),
         decoder: Decoder::new(),
+        generation: 0,
+        old: Vec::new(),
         script,
     }
     .play();
@@ -50,6 +53,10 @@ struct Monitor {
     receiver: Receiver,
     agent: UnixStream,
     decoder: Decoder,
+    /// Of the newest thaw.
+    generation: u64,
+    /// Agent streams of lives that are over.
+    old: Vec<UnixStream>,
     script: String,
 }
 
@@ -75,9 +82,18 @@ impl Monitor {
                         Fault::Host,
                     );
                 }
+                ("refuses-prepare", Request::Prepare(_)) => self.fail("no /dev/kvm", Fault::Host),
+                ("refuses-rewind", Request::Rewind) => self.fail("no dirty log", Fault::Host),
+                ("dies-in-rewind", Request::Rewind) => exit(1),
+                ("hangs-in-rewind", Request::Rewind) => {}
                 (_, Request::Boot(_)) => self.boot(),
-                (_, Request::Restore(_) | Request::Pause) => self.reply(Reply::Done),
+                (_, Request::Restore(restore)) if restore.resume => self.resume(),
+                (_, Request::Prepare(_) | Request::Restore(_) | Request::Pause) => {
+                    self.reply(Reply::Done);
+                }
                 (_, Request::Resume) => self.resume(),
+                (_, Request::Rewind) => self.rewind(fds),
+                (_, Request::WorkingSet) => self.fail("nothing is known of it", Fault::Caller),
                 (_, Request::Save(_)) => {
                     let [file] = <[OwnedFd; 1]>::try_from(fds).expect("one file");
                     File::from(file).write_all(b"frozen").expect("save");
@@ -126,9 +142,21 @@ impl Monitor {
         }
     }
 
+    /// The old stream stays open, and goes on talking, so that nobody can take it for the new one unnoticed.
+    fn rewind(&mut self, fds: Vec<OwnedFd>) {
+        let [agent] = <[OwnedFd; 1]>::try_from(fds).expect("one agent channel");
+        let mut old = std::mem::replace(&mut self.agent, agent.into());
+        self.decoder = Decoder::new();
+        let _ = old.write_all(&frame(&AgentMessage::Thawed, self.generation));
+        self.old.push(old);
+        self.reply(Reply::Rewound(Rewound::default()));
+    }
+
     fn resume(&mut self) {
         let (generation, thaw) = self.hear();
         assert!(matches!(thaw, HostMessage::Thaw(_)), "first comes Thaw");
+        assert_ne!(generation, self.generation, "a generation comes once");
+        self.generation = generation;
         let HostMessage::Invoke(invoke) = self.hear().1 else {
             panic!("then comes Invoke");
         };
@@ -168,6 +196,18 @@ impl Monitor {
                 };
                 self.answer(old, 0);
                 self.answer(invoke, generation);
+            }
+            // Invocations follow one another without a word of the runtime's to the monitor.
+            "stays-warm" => {
+                self.answer(invoke, generation);
+                let (next, HostMessage::Thaw(_)) = self.hear() else {
+                    panic!("first comes Thaw");
+                };
+                assert!(next > generation, "generations of one life grow");
+                let (_, HostMessage::Invoke(invoke)) = self.hear() else {
+                    panic!("then comes Invoke");
+                };
+                self.answer(invoke, next);
             }
             _ => self.answer(invoke, generation),
         }

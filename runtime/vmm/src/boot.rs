@@ -258,8 +258,6 @@ pub fn boot(
         devices,
         windows,
         disk_bases,
-        memory_runs: None,
-        frozen: None,
         timings,
     };
     Machine::assemble(parts).map_err(BootError::Assemble)

@@ -15,7 +15,9 @@ use crate::fault::{Blame, failure};
 use crate::lifecycle::{Act, Life};
 use crate::machine::Machine;
 use crate::restore::restore;
+use crate::rewind::rewind;
 use crate::save::save;
+use crate::shell::{PrepareError, Shape, Shell, prepare};
 use crate::vcpu::monotonic_ns;
 
 /// Why the monitor cannot go on.
@@ -40,12 +42,24 @@ impl Blame for AgentUsed {
     }
 }
 
+/// The working set cannot be told.
+#[derive(Debug, Error)]
+#[error("pages of this process could not be listed")]
+struct Pagemap(#[source] io::Error);
+
+impl Blame for Pagemap {
+    fn fault(&self) -> Fault {
+        Fault::Host
+    }
+}
+
 /// The monitor of one machine.
 #[derive(Debug)]
 pub struct Monitor {
     control: UnixStream,
     agent: Option<UnixStream>,
     life: Life,
+    shell: Option<Shell>,
     machine: Option<Machine>,
 }
 
@@ -63,6 +77,7 @@ impl Monitor {
             control,
             agent: Some(agent),
             life: Life::Empty,
+            shell: None,
             machine: None,
         }
     }
@@ -73,7 +88,8 @@ impl Monitor {
     /// The control socket is broken.
     pub fn serve(mut self) -> Result<(), ControlError> {
         let result = self.serve_requests();
-        if let Some(machine) = self.machine.take() {
+        let shell = self.shell.take().map(|shell| shell.machine);
+        if let Some(machine) = self.machine.take().or(shell) {
             machine.close();
         }
         result
@@ -164,37 +180,69 @@ impl Monitor {
                 let machine = boot(&request, files, agent, now).map_err(|error| failure(&error))?;
                 self.machine.insert(machine).start();
             }
+            Request::Prepare(request) => {
+                let shell = Shape::try_from(&request).and_then(|shape| prepare(shape, now));
+                self.shell = Some(shell.map_err(|error: PrepareError| failure(&error))?);
+            }
             Request::Restore(request) => {
                 let agent = self.agent.take().ok_or_else(|| failure(&AgentUsed))?;
-                self.machine =
-                    Some(restore(&request, files, agent, now).map_err(|error| failure(&error))?);
+                let machine = restore(self.shell.take(), &request, files, agent, now)
+                    .map_err(|error| failure(&error))?;
+                let machine = self.machine.insert(machine);
+                if request.resume {
+                    let resumed = machine.resume(monotonic_ns());
+                    resumed.map_err(|error| failure(&error))?;
+                }
             }
             Request::Status => return Ok(Reply::Status(self.status())),
             Request::Quit => {}
-            Request::Resume | Request::Pause | Request::Save(_) => {
-                return self.act_on_machine(request, files);
+            Request::Resume
+            | Request::Pause
+            | Request::Save(_)
+            | Request::WorkingSet
+            | Request::Rewind => {
+                return self.act_on_machine(request, files, now);
             }
         }
         Ok(Reply::Done)
     }
 
-    fn act_on_machine(&mut self, request: Request, files: Vec<File>) -> Result<Reply, Failure> {
+    fn act_on_machine(
+        &mut self,
+        request: Request,
+        files: Vec<File>,
+        now: u64,
+    ) -> Result<Reply, Failure> {
         let machine = self.machine.as_mut().expect("admitted only with a machine");
         match request {
-            Request::Resume => machine.resume().map_err(|error| failure(&error))?,
+            Request::Resume => machine.resume(now).map_err(|error| failure(&error))?,
             Request::Pause => machine.pause().map_err(|error| failure(&error))?,
+            Request::WorkingSet => {
+                let set = machine.working_set().map_err(Pagemap);
+                return set.map(Reply::WorkingSet).map_err(|error| failure(&error));
+            }
             Request::Save(request) => {
                 return save(machine, request, files)
                     .map(Reply::Saved)
                     .map_err(|error| failure(&error));
             }
-            Request::Boot(_) | Request::Restore(_) | Request::Status | Request::Quit => {}
+            Request::Rewind => {
+                return rewind(machine, files, now)
+                    .map(Reply::Rewound)
+                    .map_err(|error| failure(&error));
+            }
+            Request::Boot(_)
+            | Request::Prepare(_)
+            | Request::Restore(_)
+            | Request::Status
+            | Request::Quit => {}
         }
         Ok(Reply::Done)
     }
 
     fn status(&self) -> Status {
-        let Some(machine) = &self.machine else {
+        let shell = self.shell.as_ref().map(|shell| &shell.machine);
+        let Some(machine) = self.machine.as_ref().or(shell) else {
             return Status::default();
         };
         let console = String::from_utf8_lossy(&machine.console()).into_owned();
@@ -209,7 +257,7 @@ impl Monitor {
 mod tests {
     use super::*;
     use std::thread;
-    use thaw_vmm_control::{RestoreRequest, SaveRequest};
+    use thaw_vmm_control::{RestoreRequest, SaveForm, SaveRequest};
 
     fn ask(socket: &UnixStream, receiver: &mut Receiver, request: &Request) -> Reply {
         wire::send(socket, request, &[]).unwrap();
@@ -229,6 +277,7 @@ mod tests {
         let mut receiver = Receiver::new();
         let save = Request::Save(SaveRequest {
             metadata: serde_json::Value::Null,
+            form: SaveForm::Whole,
         });
         for request in [Request::Resume, Request::Pause, save] {
             let Reply::Failed(failed) = ask(&ours, &mut receiver, &request) else {
@@ -240,7 +289,7 @@ mod tests {
             ask(&ours, &mut receiver, &Request::Status),
             Reply::Status(Status::default())
         );
-        let restore = Request::Restore(RestoreRequest { disks: Vec::new() });
+        let restore = Request::Restore(RestoreRequest::default());
         assert!(matches!(
             ask(&ours, &mut receiver, &restore),
             Reply::Failed(_)

@@ -23,27 +23,29 @@ mod vsock;
 #[cfg(test)]
 mod tests;
 
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::memory::GuestMemoryMmap;
 use block::Block;
 use fault::Faults;
 use rng::Rng;
 use serial::Console;
-use slot::{Backend, RestoredTransport, Slot};
-use state::{DeviceStateV1, DevicesStateV1, SlotStateV1};
-use thread::Control;
+use slot::{Backend, Slot};
+use state::DevicesStateV1;
+use thread::{Control, Watch};
 use vsock::Vsock;
 
 pub use block::DiskReadError;
 pub use config::{
     DISKS_MAX, DeviceBuildError, DeviceRestoreError, DevicesConfig, DiskAccess, DiskConfig,
-    SlotError,
+    DiskFiles, SlotError,
 };
 pub use fault::{DeviceFault, DeviceName, GuestFault};
 pub use registers::RegistersError;
@@ -102,6 +104,14 @@ pub struct Devices {
     faults: Arc<Faults>,
     clock: Arc<AgentClock>,
     control: Control,
+    watch: Watch,
+}
+
+/// How devices begin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Start {
+    Running,
+    Paused,
 }
 
 /// Takes a lock that a panicking thread may have left: the state behind it is checked on every use anyway.
@@ -124,112 +134,185 @@ impl Devices {
             guest_cid,
             agent_stream,
         } = config;
-        let disk_count = disks.len();
-        let faults = Arc::new(Faults::default());
-        let clock = Arc::new(AgentClock::default());
-        let mut backends = Vec::with_capacity(disk_count + 2);
-        for (index, disk) in disks.into_iter().enumerate() {
-            let block = Block::new(index, disk)?;
-            backends.push((DeviceName::Disk(index), Backend::Block(Box::new(block))));
-        }
-        let vsock = Vsock::new(guest_cid, agent_stream, faults.clone(), clock.clone())?;
-        backends.push((DeviceName::Vsock, Backend::Vsock(Box::new(vsock))));
-        backends.push((DeviceName::Rng, Backend::Rng(Rng::new(Instant::now()))));
-        let slots = backends
+        let disks = disks
             .into_iter()
-            .map(|(name, backend)| Slot::new(name, backend, memory.clone(), faults.clone()))
-            .collect::<Result<_, _>>()
-            .map_err(DeviceBuildError::EventFd)?;
-        let console = Mutex::new(Console::new().map_err(DeviceBuildError::EventFd)?);
-        let control = Control::new(false).map_err(DeviceBuildError::EventFd)?;
-        Ok(Arc::new(Self {
-            slots,
-            disk_count,
-            console,
-            faults,
-            clock,
-            control,
-        }))
+            .enumerate()
+            .map(|(index, disk)| Block::new(index, disk))
+            .collect::<Result<_, _>>()?;
+        let devices = Self::build(disks, guest_cid, memory, Start::Running)?;
+        devices.set_stream(agent_stream)?;
+        Ok(Arc::new(devices))
     }
 
-    /// Builds the devices that `state` describes, **paused**: call [`Devices::start`], [`Devices::prime`] and
-    /// [`Devices::resume`] in this order before the vCPUs run. `memory` must already hold the guest's RAM. A
-    /// copy-on-write disk begins with an empty delta: its file must hold the merged content.
+    /// Builds devices for a guest that is not known yet, **paused**, with one disk for each of `disks`. Their
+    /// eventfds are final: windows and interrupts may be told to KVM and the thread started ([`Devices::start`])
+    /// before [`Devices::reset_to`] gives them a guest. `memory` must be the guest's whole RAM, filled or not.
+    ///
+    /// # Errors
+    /// The shape is out of limits or the host refused a descriptor.
+    pub fn prepare(
+        disks: &[DiskAccess],
+        guest_cid: u64,
+        memory: GuestMemoryMmap,
+    ) -> Result<Arc<Self>, DeviceBuildError> {
+        config::check_shape(disks.len(), guest_cid)?;
+        let disks = disks
+            .iter()
+            .enumerate()
+            .map(|(index, &access)| Block::prepare(index, access))
+            .collect::<Result<_, _>>()?;
+        Ok(Arc::new(Self::build(
+            disks,
+            guest_cid,
+            memory,
+            Start::Paused,
+        )?))
+    }
+
+    /// Builds the devices that `state` describes, **paused**: [`Devices::prepare`] and [`Devices::reset_to`] in one.
+    /// Call [`Devices::start`], [`Devices::prime`] and [`Devices::resume`] in this order before the vCPUs run.
     ///
     /// # Errors
     /// The state does not fit the configuration, or no device could have produced it.
     pub fn restore(
         config: DevicesConfig,
         memory: GuestMemoryMmap,
-        state: DevicesStateV1,
+        state: &DevicesStateV1,
     ) -> Result<Arc<Self>, DeviceRestoreError> {
-        config.check()?;
         let DevicesConfig {
             disks,
             guest_cid,
             agent_stream,
         } = config;
-        let DevicesStateV1 {
-            serial,
-            slots: saved,
-        } = state;
+        let shape: Vec<DiskAccess> = disks.iter().map(|disk| disk.access).collect();
+        let devices = Self::prepare(&shape, guest_cid, memory)?;
+        devices.reset_to(state, DiskFiles::Replaced(disks), agent_stream)?;
+        Ok(devices)
+    }
+
+    fn build(
+        disks: Vec<Block>,
+        guest_cid: u64,
+        memory: GuestMemoryMmap,
+        start: Start,
+    ) -> Result<Self, DeviceBuildError> {
         let disk_count = disks.len();
-        if saved.len() != disk_count + 2 {
-            let expected = disk_count + 2;
-            return Err(DeviceRestoreError::SlotCount {
-                found: saved.len(),
-                expected,
-            });
-        }
         let faults = Arc::new(Faults::default());
         let clock = Arc::new(AgentClock::default());
-        let mut disks = disks.into_iter();
-        let mut agent_stream = Some(agent_stream);
-        let mut slots = Vec::with_capacity(saved.len());
-        for (index, slot) in saved.into_iter().enumerate() {
-            let SlotStateV1 {
-                registers,
-                interrupt_status,
-                queues,
-                device,
-            } = slot;
-            let disk = disks.next();
-            let (name, backend) = match (index, disk, device) {
-                (_, Some(disk), DeviceStateV1::Block(state)) => {
-                    let block = Block::restore(index, disk, state)?;
-                    (DeviceName::Disk(index), Backend::Block(Box::new(block)))
-                }
-                (_, None, DeviceStateV1::Vsock(state)) if index == disk_count => {
-                    let stream = agent_stream
-                        .take()
-                        .expect("one index equals the disk count");
-                    let shared = (faults.clone(), clock.clone());
-                    let vsock = Vsock::restore(guest_cid, stream, shared, state)?;
-                    (DeviceName::Vsock, Backend::Vsock(Box::new(vsock)))
-                }
-                (_, None, DeviceStateV1::Rng(state::RngStateV1 {})) if index == disk_count + 1 => {
-                    (DeviceName::Rng, Backend::Rng(Rng::new(Instant::now())))
-                }
-                _ => return Err(DeviceRestoreError::SlotKind { slot: index }),
-            };
-            let transport = RestoredTransport {
-                registers,
-                interrupt_status,
-                queues,
-            };
-            let restored = (transport, memory.clone());
-            slots.push(Slot::restore(name, backend, restored, faults.clone())?);
+        let mut backends = Vec::with_capacity(disk_count + 2);
+        for (index, disk) in disks.into_iter().enumerate() {
+            backends.push((DeviceName::Disk(index), Backend::Block(Box::new(disk))));
         }
-        let console = Mutex::new(Console::try_from(serial)?);
-        let control = Control::new(true).map_err(DeviceBuildError::EventFd)?;
-        Ok(Arc::new(Self {
+        let vsock = Vsock::new(guest_cid, faults.clone(), clock.clone());
+        backends.push((DeviceName::Vsock, Backend::Vsock(Box::new(vsock))));
+        backends.push((DeviceName::Rng, Backend::Rng(Rng::new(Instant::now()))));
+        let slots: Vec<Slot> = backends
+            .into_iter()
+            .map(|(name, backend)| Slot::new(name, backend, memory.clone(), faults.clone()))
+            .collect::<Result<_, _>>()
+            .map_err(DeviceBuildError::EventFd)?;
+        let console = Mutex::new(Console::new().map_err(DeviceBuildError::EventFd)?);
+        let control = Control::new(start == Start::Paused).map_err(DeviceBuildError::EventFd)?;
+        let watch = Watch::new(&control, &slots).map_err(DeviceBuildError::Watch)?;
+        Ok(Self {
             slots,
             disk_count,
             console,
             faults,
             clock,
             control,
-        }))
+            watch,
+        })
+    }
+
+    /// Takes on a saved state in place; eventfds, windows and threads stay. Afterwards the devices are as
+    /// [`Devices::restore`] would have built them: nothing is left of what a guest or the host has done to them, not
+    /// a byte in a disk's delta, a buffer, the console, a notification or an interrupt that was signalled and not
+    /// taken. Paused only, with every vCPU stopped; call [`Devices::prime`] and [`Devices::resume`] next.
+    ///
+    /// `disks` must be of the access that the devices were built with. The old agent stream is closed.
+    ///
+    /// # Errors
+    /// The state does not fit the devices or no device could have produced it: nothing has changed then. The devices
+    /// have reported what ends the machine, or the host failed: they are of no use then.
+    pub fn reset_to(
+        &self,
+        state: &DevicesStateV1,
+        disks: DiskFiles,
+        agent_stream: UnixStream,
+    ) -> Result<(), DeviceRestoreError> {
+        let Self {
+            slots,
+            disk_count,
+            console,
+            faults,
+            clock,
+            control,
+            watch: _,
+        } = self;
+        assert!(control.is_paused(), "devices are reset while paused");
+        if faults.has_ended() {
+            return Err(DeviceRestoreError::Ended);
+        }
+        let DevicesStateV1 {
+            serial,
+            slots: saved,
+        } = state;
+        let expected = slots.len();
+        let same_count = |found| match found {
+            found if found == expected => Ok(()),
+            found => Err(DeviceRestoreError::SlotCount { found, expected }),
+        };
+        same_count(saved.len())?;
+        let mut disks = match disks {
+            DiskFiles::Kept => Vec::new(),
+            DiskFiles::Replaced(disks) => {
+                same_count(disks.len() + expected - disk_count)?;
+                config::check_disks(&disks)?;
+                disks
+            }
+        }
+        .into_iter();
+        let plans = (slots.iter().zip(saved).enumerate())
+            .map(|(index, (slot, state))| slot.plan(index, state, disks.next()))
+            .collect::<Result<Vec<_>, _>>()?;
+        let mut console = lock(console);
+        let successor = console.successor(serial)?;
+
+        self.drop_stream()?;
+        for (slot, plan) in slots.iter().zip(plans) {
+            slot.reset_to(plan)?;
+        }
+        *console = successor;
+        console.drain();
+        faults.forget();
+        clock.first_byte_ns.store(0, Ordering::Release);
+        Ok(self.set_stream(agent_stream)?)
+    }
+
+    fn with_vsock<T>(&self, look: impl FnOnce(&mut Vsock) -> T) -> T {
+        self.slots[self.disk_count].with_backend(|backend| match backend {
+            Backend::Vsock(vsock) => look(vsock),
+            other => unreachable!("the window after the disks holds {other:?}"),
+        })
+    }
+
+    /// Gives the socket device its host socket.
+    fn set_stream(&self, stream: UnixStream) -> Result<(), DeviceBuildError> {
+        let fd = stream.as_raw_fd();
+        self.with_vsock(|vsock| vsock.set_stream(stream))?;
+        self.watch.add_stream(fd).map_err(DeviceBuildError::Watch)
+    }
+
+    /// Stops to watch the host socket, which closes with the next state.
+    fn drop_stream(&self) -> Result<(), DeviceBuildError> {
+        match self.with_vsock(|vsock| vsock.stream_fd()) {
+            Some(fd) => self
+                .watch
+                .remove_stream(fd)
+                .map_err(DeviceBuildError::Watch),
+            None => Ok(()),
+        }
     }
 
     /// The windows in order: disks, vsock, rng.
@@ -358,6 +441,14 @@ impl Devices {
         self.control.resume();
     }
 
+    /// Stops serving, as [`Devices::pause`] does, but leaves what is queued: for devices whose state is given up.
+    ///
+    /// # Errors
+    /// As [`Devices::pause`].
+    pub fn park(&self) -> Result<(), DevicePauseError> {
+        self.control.pause()
+    }
+
     /// The state of all devices. Quiesced and paused only.
     pub fn save(&self) -> DevicesStateV1 {
         let Self {
@@ -367,6 +458,7 @@ impl Devices {
             faults: _,
             clock: _,
             control,
+            watch: _,
         } = self;
         assert!(control.is_paused(), "devices are saved while paused");
         DevicesStateV1 {
@@ -397,6 +489,13 @@ impl Devices {
     /// Length of a disk in bytes and how the guest may use it; `None` if there is no such disk.
     pub fn disk(&self, disk: usize) -> Option<(u64, DiskAccess)> {
         self.with_disk(disk, |block| (block.length(), block.access()))
+    }
+
+    /// Bytes of all copy-on-write disks that the guest has written since they were built or reset, in whole blocks of
+    /// 4 KiB. Quiesced only.
+    pub fn disk_written_bytes(&self) -> u64 {
+        let written = |disk| self.with_disk(disk, |block| block.written_bytes());
+        (0..self.disk_count).filter_map(written).sum()
     }
 
     /// Byte ranges of a copy-on-write disk that the guest has written since it was built or rewound,

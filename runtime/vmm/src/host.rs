@@ -1,5 +1,7 @@
 //! This host's KVM, and a virtual machine on it before it has a guest.
 
+use std::sync::OnceLock;
+
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use thiserror::Error;
@@ -59,6 +61,19 @@ impl Blame for HostError {
 
 fn call(call: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> HostError {
     move |source| HostError::Call { call, source }
+}
+
+/// Whether this host's KVM shadows guests' page tables, the processor not walking them itself: parameter `npt` of kvm_amd, `ept`
+/// of kvm_intel. Shadows follow what the guest writes to its tables, but not what the monitor writes there. Where neither is told,
+/// they may be there.
+pub fn shadows_page_tables() -> bool {
+    static SHADOWS: OnceLock<bool> = OnceLock::new();
+    *SHADOWS.get_or_init(|| {
+        let parameters = ["kvm_amd/parameters/npt", "kvm_intel/parameters/ept"];
+        let told = parameters.map(|name| std::fs::read_to_string(format!("/sys/module/{name}")));
+        let walks = |text: &String| matches!(text.trim(), "Y" | "1");
+        !told.iter().flatten().any(walks)
+    })
 }
 
 /// This host's KVM.

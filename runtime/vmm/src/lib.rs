@@ -9,6 +9,7 @@
 
 pub mod arch;
 pub mod boot;
+mod bytes;
 pub mod control_loop;
 pub mod devices;
 pub mod end;
@@ -17,7 +18,11 @@ pub mod host;
 pub mod lifecycle;
 pub mod machine;
 pub mod memory;
+pub mod prefetch;
+pub mod rehearsal;
 pub mod restore;
+pub mod rewind;
 pub mod save;
+pub mod shell;
 pub mod state;
 pub mod vcpu;

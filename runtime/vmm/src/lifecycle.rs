@@ -2,8 +2,9 @@
 //!
 //! ```text
 //! Empty --Boot--> Running --Pause--> Paused --Save--> Paused
-//!   '---Restore--------------------->  ^ |
-//!                    Running <--Resume---' ;  any state of a machine --exit by itself--> Ended
+//!   |                                  ^ |
+//!   '--Prepare--> Shell --Restore------' '--Resume--> Running;  Running or Paused --Rewind--> Paused
+//!   '-------------------- Restore and run ----------^           any state of a machine --exit by itself--> Ended
 //! ```
 
 use thaw_vmm_control::{Fault, Request};
@@ -16,6 +17,8 @@ use crate::fault::Blame;
 pub enum Life {
     /// No machine yet.
     Empty,
+    /// Everything but a guest.
+    Shell,
     /// vCPUs run.
     Running,
     /// vCPUs and devices are stopped.
@@ -31,8 +34,14 @@ pub enum Life {
 pub enum Act {
     /// Make a machine from a kernel and run it.
     Boot,
-    /// Make a machine from a snapshot.
+    /// Make a machine without a guest.
+    Prepare,
+    /// Give it the guest of a snapshot.
     Restore,
+    /// The same, and run it.
+    RestoreAndRun,
+    /// Put it back to its snapshot.
+    Rewind,
     /// Run it.
     Resume,
     /// Stop it.
@@ -41,6 +50,8 @@ pub enum Act {
     Save,
     /// Look.
     Status,
+    /// Look at its memory.
+    WorkingSet,
     /// End.
     Quit,
 }
@@ -49,7 +60,11 @@ impl From<&Request> for Act {
     fn from(request: &Request) -> Self {
         match request {
             Request::Boot(_) => Self::Boot,
+            Request::Prepare(_) => Self::Prepare,
+            Request::Restore(restore) if restore.resume => Self::RestoreAndRun,
             Request::Restore(_) => Self::Restore,
+            Request::Rewind => Self::Rewind,
+            Request::WorkingSet => Self::WorkingSet,
             Request::Resume => Self::Resume,
             Request::Pause => Self::Pause,
             Request::Save(_) => Self::Save,
@@ -88,7 +103,9 @@ impl Life {
     pub fn admit(self, act: Act) -> Result<(), Refused> {
         let admitted = matches!(
             (act, self),
-            (Act::Boot | Act::Restore, Self::Empty)
+            (Act::Boot | Act::Prepare, Self::Empty)
+                | (Act::Restore | Act::RestoreAndRun, Self::Empty | Self::Shell)
+                | (Act::Rewind | Act::WorkingSet, Self::Running | Self::Paused)
                 | (Act::Resume | Act::Save, Self::Paused)
                 | (Act::Pause, Self::Running)
                 | (Act::Status | Act::Quit, _)
@@ -103,24 +120,31 @@ impl Life {
     /// The state after an admitted `act` was done.
     pub fn done(self, act: Act) -> Self {
         match act {
-            Act::Boot | Act::Resume => Self::Running,
-            Act::Restore | Act::Pause => Self::Paused,
-            Act::Save | Act::Status | Act::Quit => self,
+            Act::Prepare => Self::Shell,
+            Act::Boot | Act::Resume | Act::RestoreAndRun => Self::Running,
+            Act::Restore | Act::Pause | Act::Rewind => Self::Paused,
+            Act::Save | Act::Status | Act::WorkingSet | Act::Quit => self,
         }
     }
 
     /// The state after an admitted `act` failed. A save that failed leaves the machine as it was.
     pub fn failed(self, act: Act) -> Self {
         match act {
-            Act::Save | Act::Status | Act::Quit => self,
-            Act::Boot | Act::Restore | Act::Resume | Act::Pause => Self::Broken,
+            Act::Save | Act::Status | Act::WorkingSet | Act::Quit => self,
+            Act::Boot
+            | Act::Prepare
+            | Act::Restore
+            | Act::RestoreAndRun
+            | Act::Rewind
+            | Act::Resume
+            | Act::Pause => Self::Broken,
         }
     }
 
     /// The state after the machine ended by itself.
     pub fn ended(self) -> Self {
         match self {
-            Self::Empty | Self::Broken => self,
+            Self::Empty | Self::Shell | Self::Broken => self,
             Self::Running | Self::Paused | Self::Ended => Self::Ended,
         }
     }
@@ -130,17 +154,22 @@ impl Life {
 mod tests {
     use super::*;
 
-    const ACTS: [Act; 7] = [
+    const ACTS: [Act; 11] = [
         Act::Boot,
+        Act::Prepare,
         Act::Restore,
+        Act::RestoreAndRun,
+        Act::Rewind,
+        Act::WorkingSet,
         Act::Resume,
         Act::Pause,
         Act::Save,
         Act::Status,
         Act::Quit,
     ];
-    const LIVES: [Life; 5] = [
+    const LIVES: [Life; 6] = [
         Life::Empty,
+        Life::Shell,
         Life::Running,
         Life::Paused,
         Life::Ended,
@@ -178,10 +207,37 @@ mod tests {
     #[test]
     fn a_machine_is_made_once() {
         let running = Life::Empty.done(Act::Boot);
-        assert!(running.admit(Act::Boot).is_err() && running.admit(Act::Restore).is_err());
+        for act in [Act::Boot, Act::Prepare, Act::Restore, Act::RestoreAndRun] {
+            assert!(running.admit(act).is_err(), "{act:?}");
+        }
         assert_eq!(
             running.done(Act::Pause).done(Act::Save).done(Act::Resume),
             Life::Running
         );
+    }
+
+    #[test]
+    fn a_shell_can_only_be_claimed_once() {
+        let shell = Life::Empty.done(Act::Prepare);
+        let admitted: Vec<_> = ACTS
+            .into_iter()
+            .filter(|act| shell.admit(*act).is_ok())
+            .collect();
+        let looks_and_ends = [Act::Status, Act::Quit];
+        assert_eq!(
+            admitted,
+            [&[Act::Restore, Act::RestoreAndRun], &looks_and_ends[..]].concat()
+        );
+        assert_eq!(shell.done(Act::Restore), Life::Paused);
+        assert_eq!(shell.done(Act::RestoreAndRun), Life::Running);
+    }
+
+    #[test]
+    fn a_rewound_machine_is_paused_and_one_that_failed_to_is_broken() {
+        for life in [Life::Running, Life::Paused] {
+            assert_eq!(life.admit(Act::Rewind), Ok(()));
+            assert_eq!(life.done(Act::Rewind), Life::Paused);
+            assert_eq!(life.failed(Act::Rewind), Life::Broken);
+        }
     }
 }

@@ -10,23 +10,25 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvm_ioctls::{IoEventAddress, VmFd};
-use thaw_snapshot::PageRun;
-use thaw_vmm_control::{Exit, Timings};
+use thaw_snapshot::Snapshot;
+use thaw_vmm_control::{Exit, Prefetch, Timings, WorkingSet};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::x86_64::acpi::VirtioWindow;
 use crate::arch::x86_64::interrupts::{self, InterruptError};
-use crate::arch::x86_64::vcpu_state::{self, HostVcpuLimits, VcpuStateError, VcpuStateV1};
+use crate::arch::x86_64::vcpu_state::{self, HostVcpuLimits, VcpuStateError};
 use crate::devices::{
     DeviceBuildError, DevicePauseError, DeviceStartError, DeviceThread, Devices, MmioWindow,
     SERIAL_GSI,
 };
 use crate::end::{self, EndReceiver};
-use crate::fault::{Blame, Fault};
+use crate::fault::{self, Blame, Fault};
 use crate::host::Bare;
 use crate::memory::GuestMemory;
-use crate::state::FrozenTimeV1;
+use crate::prefetch::{Prefetcher, Recorder};
+use crate::rewind::Pristine;
+use crate::state::MachineStateV1;
 use crate::vcpu::{Vcpu, VcpuContext, VcpuError, monotonic_ns};
 
 /// The guest's vsock address.
@@ -107,13 +109,26 @@ impl Blame for SwitchError {
     }
 }
 
-/// What a restored machine still has to be given when it resumes.
+/// What a machine was restored from: all that is needed to put it back there.
 #[derive(Debug)]
-pub struct Frozen {
-    /// Its clocks.
-    pub time: FrozenTimeV1,
-    /// Its vCPUs; their timers are set on resume.
-    pub vcpus: Vec<VcpuStateV1>,
+pub struct Origin {
+    /// The machine as it was saved.
+    pub state: MachineStateV1,
+    /// Frequency of its TSC, kHz.
+    pub tsc_khz: u32,
+    /// The open snapshot, its base attached: guest memory is a private mapping of its layers.
+    pub snapshot: Snapshot,
+    /// What a rewind copies from; made by the first.
+    pub pristine: Option<Pristine>,
+}
+
+/// How a machine's clocks are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Clocks {
+    /// They go with the host's.
+    Set,
+    /// They stand where the origin's stood: the next resume sets them.
+    Frozen,
 }
 
 /// Where a disk's content lies, for saving it.
@@ -130,16 +145,20 @@ pub struct DiskBase {
 pub struct Machine {
     pub(crate) vm: VmFd,
     pub(crate) memory: GuestMemory,
-    /// Pages of the snapshot it was restored from, if any.
-    pub(crate) memory_runs: Option<Vec<PageRun>>,
     pub(crate) limits: HostVcpuLimits,
     pub(crate) devices: Arc<Devices>,
     pub(crate) disk_bases: Vec<DiskBase>,
     pub(crate) vcpus: Vec<Vcpu>,
+    /// `None` in a shell and in a machine that was booted.
+    pub(crate) origin: Option<Origin>,
+    pub(crate) clocks: Clocks,
+    pub(crate) timings: Timings,
+    /// What the first resume after a claim fetches beside the guest.
+    pub(crate) prefetch: Prefetch,
+    prefetcher: Option<Prefetcher>,
+    recorder: Recorder,
     device_thread: Option<DeviceThread>,
-    frozen: Option<Frozen>,
     first_instruction_ns: Arc<AtomicU64>,
-    timings: Timings,
     ends: EndReceiver,
 }
 
@@ -185,18 +204,14 @@ fn connect(vm: &VmFd, windows: &[MmioWindow], serial: &EventFd) -> Result<(), As
 /// What a machine is put together from.
 #[derive(Debug)]
 pub struct Parts {
-    /// The machine without a guest; its vCPUs have their state.
+    /// The machine without a guest.
     pub bare: Bare,
-    /// Devices; paused in a restored machine.
+    /// Devices; paused in a shell.
     pub devices: Arc<Devices>,
     /// Their windows.
     pub windows: Vec<MmioWindow>,
-    /// Their disks' files.
+    /// Their disks' files, none in a shell.
     pub disk_bases: Vec<DiskBase>,
-    /// Pages of the snapshot that guest memory is a private mapping of.
-    pub memory_runs: Option<Vec<PageRun>>,
-    /// What resuming must still set.
-    pub frozen: Option<Frozen>,
     /// What happened so far.
     pub timings: Timings,
 }
@@ -212,8 +227,6 @@ impl Machine {
             devices,
             windows,
             disk_bases,
-            memory_runs,
-            frozen,
             timings,
         } = parts;
         let Bare {
@@ -251,15 +264,18 @@ impl Machine {
         Ok(Self {
             vm,
             memory,
-            memory_runs,
             limits,
             devices,
             disk_bases,
             vcpus,
-            device_thread,
-            frozen,
-            first_instruction_ns,
+            origin: None,
+            clocks: Clocks::Set,
             timings,
+            prefetch: Prefetch::Off,
+            prefetcher: None,
+            recorder: Recorder::default(),
+            device_thread,
+            first_instruction_ns,
             ends,
         })
     }
@@ -270,38 +286,70 @@ impl Machine {
         self.vcpus.iter().for_each(Vcpu::run);
     }
 
-    /// Runs a paused machine.
+    /// Runs a paused machine; the request came at `asked_ns`.
     ///
     /// # Errors
     /// Time could not be set; the machine is of no use then.
-    pub fn resume(&mut self) -> Result<(), SwitchError> {
-        self.timings.resume_ns = Some(monotonic_ns());
+    pub fn resume(&mut self, asked_ns: u64) -> Result<(), SwitchError> {
+        self.timings.resume_ns = Some(asked_ns);
         self.first_instruction_ns.store(0, Ordering::SeqCst);
         self.devices.prime();
+        self.timings.primed_ns = Some(monotonic_ns());
         self.devices.resume();
-        if let Some(frozen) = self.frozen.take() {
-            self.set_time(&frozen)?;
+        if self.clocks == Clocks::Frozen {
+            self.set_time()?;
+            self.clocks = Clocks::Set;
         }
         for (vcpu, running) in self.vcpus.iter().enumerate() {
             vcpu_state::tell_paused(&running.fd())
                 .map_err(|source| SwitchError::Time { vcpu, source })?;
         }
+        self.timings.time_set_ns = Some(monotonic_ns());
         self.vcpus.iter().for_each(Vcpu::run);
+        if std::mem::take(&mut self.prefetch) == Prefetch::WorkingSet {
+            self.start_prefetch();
+        }
         Ok(())
     }
 
+    /// The guest runs without it too, only slower.
+    fn start_prefetch(&mut self) {
+        let Some(origin) = &self.origin else {
+            return;
+        };
+        match Prefetcher::start(&origin.snapshot, &self.memory) {
+            Ok(prefetcher) => self.prefetcher = Some(prefetcher),
+            Err(error) => {
+                tracing::warn!(error = fault::chain(&error), "working set is not fetched")
+            }
+        }
+    }
+
+    /// Pages that were touched since the machine was restored, those of earlier calls first.
+    ///
+    /// # Errors
+    /// The host does not let this process see its own pages.
+    pub fn working_set(&mut self) -> io::Result<WorkingSet> {
+        self.recorder.look(&self.memory)
+    }
+
     /// Steps 10 to 12 of [`vcpu_state`]'s order.
-    fn set_time(&self, frozen: &Frozen) -> Result<(), SwitchError> {
+    fn set_time(&self) -> Result<(), SwitchError> {
         let time = |vcpu| move |source| SwitchError::Time { vcpu, source };
-        let Some(first) = self.vcpus.first() else {
+        let (Some(first), Some(origin)) = (self.vcpus.first(), &self.origin) else {
             return Ok(());
         };
-        let offset = vcpu_state::offset_for(&first.fd(), frozen.time.tsc).map_err(time(0))?;
-        for (number, (vcpu, state)) in self.vcpus.iter().zip(&frozen.vcpus).enumerate() {
+        let MachineStateV1 {
+            time: frozen,
+            vcpus: states,
+            ..
+        } = &origin.state;
+        let offset = vcpu_state::offset_for(&first.fd(), frozen.tsc).map_err(time(0))?;
+        for (number, (vcpu, state)) in self.vcpus.iter().zip(states).enumerate() {
             vcpu_state::set_time(&vcpu.fd(), state, offset).map_err(time(number))?;
         }
-        interrupts::set_clock_ns(&self.vm, frozen.time.clock_ns).map_err(SwitchError::Clock)?;
-        for (number, (vcpu, state)) in self.vcpus.iter().zip(&frozen.vcpus).enumerate() {
+        interrupts::set_clock_ns(&self.vm, frozen.clock_ns).map_err(SwitchError::Clock)?;
+        for (number, (vcpu, state)) in self.vcpus.iter().zip(states).enumerate() {
             vcpu_state::set_deadline(&vcpu.fd(), state).map_err(time(number))?;
         }
         Ok(())
@@ -312,16 +360,44 @@ impl Machine {
     /// # Errors
     /// Something did not stop in time or has ended.
     pub fn pause(&mut self) -> Result<(), SwitchError> {
-        self.vcpus.iter().for_each(Vcpu::request_pause);
-        for vcpu in &self.vcpus {
-            vcpu.wait_paused().map_err(SwitchError::Vcpu)?;
-        }
+        self.stop_vcpus()?;
         self.devices.pause().map_err(SwitchError::Devices)
     }
 
-    /// Clocks that a resume has not set yet: a machine saved before its first resume has them still.
-    pub(crate) fn frozen(&self) -> Option<&Frozen> {
-        self.frozen.as_ref()
+    fn stop_vcpus(&mut self) -> Result<(), SwitchError> {
+        if let Some(prefetcher) = self.prefetcher.take() {
+            prefetcher.stop();
+        }
+        self.vcpus.iter().for_each(Vcpu::request_pause);
+        (self.vcpus.iter()).try_for_each(|vcpu| vcpu.wait_paused().map_err(SwitchError::Vcpu))
+    }
+
+    /// As [`Machine::pause`], but what devices have not served stays so: the machine's state is given up. A machine that is
+    /// paused stays so.
+    ///
+    /// # Errors
+    /// As [`Machine::pause`].
+    pub(crate) fn park(&mut self) -> Result<(), SwitchError> {
+        self.stop_vcpus()?;
+        self.devices.park().map_err(SwitchError::Devices)
+    }
+
+    /// All parts were put back to `origin`: the clocks stand, and nothing has happened since.
+    pub(crate) fn begin_anew(&mut self, origin: Origin, timings: Timings) {
+        self.first_instruction_ns.store(0, Ordering::SeqCst);
+        self.origin = Some(origin);
+        self.clocks = Clocks::Frozen;
+        self.timings = timings;
+        self.recorder = Recorder::default();
+    }
+
+    /// The origin of a machine whose clocks no resume has set yet: they still stand where they stood there.
+    pub(crate) fn frozen(&self) -> Option<&MachineStateV1> {
+        let origin = self
+            .origin
+            .as_ref()
+            .filter(|_| self.clocks == Clocks::Frozen);
+        origin.map(|origin| &origin.state)
     }
 
     /// When things happened.

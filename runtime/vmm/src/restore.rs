@@ -1,22 +1,26 @@
-//! A machine from a snapshot file, paused and ready: everything is done that can be done before it resumes.
+//! The guest of a snapshot file into a shell, paused and ready. This is the path that a request waits for: it reads and decodes
+//! the snapshot once, maps memory over the range that KVM knows already, and sets state; what needs no snapshot is done in
+//! [`crate::shell`], and nothing is allocated, opened or told to KVM here that could have been there.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixStream;
 
-use thaw_snapshot::{MissingFeature, OpenError, PAGE_BYTES, SectionKind, Snapshot, VerifyError};
+use thaw_snapshot::{
+    BaseError, CpuRecord, MissingFeature, OpenError, PAGE_BYTES, SectionKind, Snapshot, VerifyError,
+};
 use thaw_vmm_control::{Disk, DiskAccess as Access, DiskSource, RestoreRequest, Timings};
 use thiserror::Error;
 
 use crate::arch::x86_64::interrupts::{self, InterruptError};
 use crate::arch::x86_64::vcpu_state::{self, VcpuStateError};
 use crate::boot::{access, whole_file};
-use crate::devices::{DeviceBuildError, DeviceRestoreError, Devices, DevicesConfig, DiskConfig};
+use crate::devices::{DeviceRestoreError, DiskAccess, DiskConfig, DiskFiles};
 use crate::fault::{Blame, Fault};
-use crate::host::{Host, HostError};
-use crate::machine::{AssembleError, DiskBase, Frozen, GUEST_CID, Machine, Parts};
-use crate::memory::{GuestMemory, MemoryError};
-use crate::state::{self, DiskV1, StateError};
+use crate::machine::{Clocks, DiskBase, Machine, Origin};
+use crate::memory::MemoryError;
+use crate::shell::{self, PrepareError, Shape, Shell};
+use crate::state::{self, DiskV1, MachineStateV1, StateError};
 use crate::vcpu::monotonic_ns;
 
 /// Why a machine could not be restored.
@@ -25,6 +29,9 @@ pub enum RestoreError {
     /// The file is no snapshot.
     #[error("snapshot could not be opened")]
     Open(#[source] OpenError),
+    /// The snapshot is a difference, and what it came with is not its base; or it is none.
+    #[error("base of the snapshot could not be used")]
+    Base(#[source] BaseError),
     /// A section is missing or damaged.
     #[error("snapshot could not be read")]
     Read(#[source] VerifyError),
@@ -70,9 +77,17 @@ pub enum RestoreError {
         /// With the message.
         found: usize,
     },
-    /// This host's KVM.
-    #[error("virtual machine could not be made")]
-    Host(#[source] HostError),
+    /// There was no shell, and none could be made.
+    #[error("shell could not be made")]
+    Prepare(#[source] PrepareError),
+    /// The shell is another one's.
+    #[error("shell of {} cannot hold a snapshot of {}", shape(.shell), shape(.snapshot))]
+    Shape {
+        /// What was prepared.
+        shell: Box<Shape>,
+        /// What is needed.
+        snapshot: Box<Shape>,
+    },
     /// Guest memory.
     #[error("guest memory could not be mapped")]
     Memory(#[source] MemoryError),
@@ -91,12 +106,18 @@ pub enum RestoreError {
     /// Devices.
     #[error("devices could not be restored")]
     Devices(#[source] DeviceRestoreError),
-    /// The devices' windows.
-    #[error("devices could not be described")]
-    Windows(#[source] DeviceBuildError),
-    /// Putting it together.
-    #[error("machine could not be assembled")]
-    Assemble(#[source] AssembleError),
+}
+
+fn shape(shape: &Shape) -> String {
+    let Shape {
+        vcpu_count,
+        memory_bytes,
+        disks,
+    } = shape;
+    format!(
+        "{vcpu_count} vcpus, {} mib, disks {disks:?}",
+        memory_bytes >> 20
+    )
 }
 
 fn list(missing: &[MissingFeature]) -> String {
@@ -112,13 +133,12 @@ impl Blame for RestoreError {
         match self {
             Self::Open(OpenError::Read { .. }) | Self::Read(VerifyError::Read(..)) => Fault::Host,
             Self::DiskFile { .. } | Self::Interrupts(InterruptError::Call { .. }) => Fault::Host,
-            Self::Host(error) => error.fault(),
+            Self::Prepare(error) => error.fault(),
             Self::Memory(error) => error.fault(),
             Self::Vcpu {
                 source: VcpuStateError::Call { .. } | VcpuStateError::Msr(_),
                 ..
             } => Fault::Host,
-            Self::Assemble(_) | Self::Windows(_) => Fault::Host,
             _ => Fault::Caller,
         }
     }
@@ -170,14 +190,14 @@ fn disks(
             }
             DiskSource::Snapshot => {
                 let number = u8::try_from(index).map_err(|_| wrong("too many"))?;
-                let section = snapshot.disk(number).map_err(RestoreError::Read)?;
-                if section.length != saved.bytes.next_multiple_of(PAGE_BYTES) {
+                let section = snapshot.disk_range(number).map_err(RestoreError::Read)?;
+                if section.end - section.start != saved.bytes.next_multiple_of(PAGE_BYTES) {
                     return Err(RestoreError::Contradiction("a disk section's length"));
                 }
                 let file = snapshot.file().try_clone().map_err(used)?;
                 let base = DiskBase {
                     file: file.try_clone().map_err(used)?,
-                    offset: section.offset,
+                    offset: section.start,
                 };
                 let id = disk.id.clone();
                 (
@@ -185,7 +205,7 @@ fn disks(
                         file,
                         access: access(disk.access),
                         id,
-                        offset: section.offset,
+                        offset: section.start,
                         length: saved.bytes,
                     },
                     base,
@@ -201,80 +221,140 @@ fn disks(
     Ok(pairs)
 }
 
-/// Makes the machine of a snapshot. The file's own digests of memory and disks are not checked here: its owner has done that
-/// once ([`Snapshot::verify`]), as a restore must not read what the guest will not.
+/// What a claim reads of a snapshot before it touches the shell.
+struct Saved {
+    snapshot: Snapshot,
+    state: MachineStateV1,
+    cpu: CpuRecord,
+}
+
+fn read(file: File, base: Option<File>) -> Result<Saved, RestoreError> {
+    let mut snapshot = Snapshot::from_file(file, "given").map_err(RestoreError::Open)?;
+    if let Some(base) = base {
+        let base = Snapshot::from_file(base, "given base").map_err(RestoreError::Open)?;
+        snapshot.attach_base(base).map_err(RestoreError::Base)?;
+    }
+    let cpu = snapshot.cpu().map_err(RestoreError::Read)?;
+    let section = snapshot
+        .section(SectionKind::Machine)
+        .map_err(RestoreError::Read)?;
+    let state = state::decode(&section).map_err(RestoreError::State)?;
+    if snapshot.memory_bytes().map_err(RestoreError::Read)? != state.memory_bytes {
+        return Err(RestoreError::Contradiction("the memory section's length"));
+    }
+    Ok(Saved {
+        snapshot,
+        state,
+        cpu,
+    })
+}
+
+/// The shape of a saved machine.
+fn shape_of(state: &MachineStateV1) -> Result<Shape, RestoreError> {
+    let vcpu_count = u8::try_from(state.vcpus.len())
+        .map_err(|_| RestoreError::Contradiction("the vcpu count"))?;
+    let access = |disk: &DiskV1| match disk.is_stored {
+        true => DiskAccess::CopyOnWrite,
+        false => DiskAccess::ReadOnly,
+    };
+    Ok(Shape {
+        vcpu_count,
+        memory_bytes: state.memory_bytes,
+        disks: state.disks.iter().map(access).collect(),
+    })
+}
+
+/// Takes `shell`, or makes one for what `saved` needs, if this host can run it.
+fn shell_for(saved: &Saved, shell: Option<Shell>, asked_ns: u64) -> Result<Shell, RestoreError> {
+    let needed = shape_of(&saved.state)?;
+    let shell = match shell {
+        Some(shell) if shell.shape != needed => {
+            return Err(RestoreError::Shape {
+                shell: Box::new(shell.shape),
+                snapshot: Box::new(needed),
+            });
+        }
+        Some(shell) => shell,
+        None => shell::make(needed, asked_ns).map_err(RestoreError::Prepare)?,
+    };
+    // What a machine of this shape is told here; some bits speak of the shape.
+    let missing = saved.cpu.missing_on(&shell.cpu);
+    if missing.is_empty() {
+        Ok(shell)
+    } else {
+        Err(RestoreError::Cpu(missing))
+    }
+}
+
+/// Gives the guest of a snapshot to `shell`, or to a new one if there is none; the machine is paused. The file's own digests of
+/// memory and disks are not checked here: its owner has done that once ([`Snapshot::verify`]), as a restore must not read what
+/// the guest will not.
 ///
 /// # Errors
-/// See [`RestoreError`]; an error of any KVM call that sets state is one, none is ignored.
+/// See [`RestoreError`]; an error of any KVM call that sets state is one, none is ignored. The shell is gone then.
 pub fn restore(
+    shell: Option<Shell>,
     request: &RestoreRequest,
     files: Vec<File>,
     agent: UnixStream,
     claimed_ns: u64,
 ) -> Result<Machine, RestoreError> {
+    let mut files = files.into_iter();
+    let missing = || RestoreError::Descriptors {
+        expected: 1 + usize::from(request.has_base),
+        found: 0,
+    };
+    let file = files.next().ok_or_else(missing)?;
+    let base = match request.has_base {
+        true => Some(files.next().ok_or_else(missing)?),
+        false => None,
+    };
+    let saved = read(file, base)?;
+    let decoded_ns = monotonic_ns();
+    let shell = shell_for(&saved, shell, claimed_ns)?;
+    let Saved {
+        snapshot,
+        state,
+        cpu,
+    } = saved;
+    let (disks, disk_bases) = disks(&snapshot, &request.disks, &state.disks, files.collect())?;
+    let Shell {
+        mut machine, fresh, ..
+    } = shell;
     let mut timings = Timings {
         claimed_ns: Some(claimed_ns),
-        ..Default::default()
+        decoded_ns: Some(decoded_ns),
+        ..machine.timings
     };
-    let mut files = files.into_iter();
-    let file = files.next().ok_or(RestoreError::Descriptors {
-        expected: 1,
-        found: 0,
-    })?;
-    let snapshot = Snapshot::from_file(file, "given").map_err(RestoreError::Open)?;
-    let cpu = snapshot.cpu().map_err(RestoreError::Read)?;
-    let host = Host::open().map_err(RestoreError::Host)?;
-    let section = snapshot
-        .section(SectionKind::Machine)
-        .map_err(RestoreError::Read)?;
-    let state = state::decode(&section).map_err(RestoreError::State)?;
-    let vcpu_count = u8::try_from(state.vcpus.len())
-        .map_err(|_| RestoreError::Contradiction("the vcpu count"))?;
-    // What a machine of this shape would be told here; some bits speak of the shape.
-    let missing = cpu.missing_on(&state::cpu_record(&host.cpuid(0, vcpu_count), cpu.tsc_khz));
-    if !missing.is_empty() {
-        return Err(RestoreError::Cpu(missing));
+    for layer in snapshot.memory_layers().map_err(RestoreError::Read)? {
+        let mapped = machine.memory.map_layer(&layer);
+        mapped.map_err(RestoreError::Memory)?;
     }
-    let stored = snapshot.memory().map_err(RestoreError::Read)?;
-    if stored.length != state.memory_bytes {
-        return Err(RestoreError::Contradiction("the memory section's length"));
-    }
-    let (disks, disk_bases) = disks(&snapshot, &request.disks, &state.disks, files.collect())?;
-
-    let memory = GuestMemory::reserve(state.memory_bytes).map_err(RestoreError::Memory)?;
-    let bare = host.make(memory, vcpu_count).map_err(RestoreError::Host)?;
-    timings.vm_made_ns = Some(monotonic_ns());
-    bare.memory
-        .map_private(snapshot.file(), stored.offset)
-        .map_err(RestoreError::Memory)?;
     timings.memory_mapped_ns = Some(monotonic_ns());
 
-    for (vcpu, (fd, saved)) in bare.vcpus.iter().zip(&state.vcpus).enumerate() {
-        vcpu_state::restore(fd, saved, &bare.limits, cpu.tsc_khz)
+    let vcpus = machine.vcpus.iter().zip(&fresh).zip(&state.vcpus);
+    for (vcpu, ((running, fresh), saved)) in vcpus.enumerate() {
+        vcpu_state::claim(&running.fd(), fresh, saved, &machine.limits, cpu.tsc_khz)
             .map_err(|source| RestoreError::Vcpu { vcpu, source })?;
     }
-    interrupts::restore(&bare.vm, &state.chips).map_err(RestoreError::Interrupts)?;
-    let config = DevicesConfig {
-        disks,
-        guest_cid: GUEST_CID,
-        agent_stream: agent,
-    };
-    let devices = Devices::restore(config, bare.memory.view(), state.devices)
+    timings.vcpus_set_ns = Some(monotonic_ns());
+    interrupts::restore(&machine.vm, &state.chips).map_err(RestoreError::Interrupts)?;
+    timings.chips_set_ns = Some(monotonic_ns());
+    machine
+        .devices
+        .reset_to(&state.devices, DiskFiles::Replaced(disks), agent)
         .map_err(RestoreError::Devices)?;
-    let windows = devices.mmio_windows().map_err(RestoreError::Windows)?;
     timings.state_set_ns = Some(monotonic_ns());
-    let frozen = Some(Frozen {
-        time: state.time,
-        vcpus: state.vcpus,
+
+    machine.disk_bases = disk_bases;
+    machine.timings = timings;
+    machine.clocks = Clocks::Frozen;
+    machine.prefetch = request.prefetch;
+    machine.origin = Some(Origin {
+        state,
+        tsc_khz: cpu.tsc_khz,
+        snapshot,
+        pristine: None,
     });
-    let parts = Parts {
-        bare,
-        devices,
-        windows,
-        disk_bases,
-        memory_runs: Some(stored.runs),
-        frozen,
-        timings,
-    };
-    Machine::assemble(parts).map_err(RestoreError::Assemble)
+    Ok(machine)
 }

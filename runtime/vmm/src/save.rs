@@ -5,8 +5,11 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use rustix::fs::SeekFrom;
-use thaw_snapshot::{Metadata, PAGE_BYTES, PageRun, PageSource, SectionKind, WriteError, Writer};
-use thaw_vmm_control::{SaveRequest, Saved};
+use thaw_snapshot::{
+    DIFFERENCE_RUNS_DEFAULT, Metadata, PAGE_BYTES, PageRun, PageSource, SectionKind, VerifyError,
+    WriteError, Writer,
+};
+use thaw_vmm_control::{SaveForm, SaveRequest, Saved};
 use thiserror::Error;
 use vm_memory::Bytes;
 
@@ -42,6 +45,14 @@ pub enum SaveError {
     /// The state cannot be encoded.
     #[error("machine state could not be encoded")]
     Encode(#[source] postcard::Error),
+    /// The snapshot that it was restored from.
+    #[error("pages of the origin could not be listed")]
+    Origin(#[source] VerifyError),
+    /// There is nothing to differ from.
+    #[error(
+        "machine was not restored from a snapshot, so it cannot be saved as a difference to one"
+    )]
+    NoOrigin,
     /// A disk is gone.
     #[error("disk {0} has no content")]
     Disk(usize),
@@ -53,14 +64,14 @@ pub enum SaveError {
 impl Blame for SaveError {
     fn fault(&self) -> Fault {
         match self {
-            Self::Descriptors(_) | Self::Metadata(_) => Fault::Caller,
+            Self::Descriptors(_) | Self::Metadata(_) | Self::NoOrigin => Fault::Caller,
             _ => Fault::Host,
         }
     }
 }
 
 /// Reads everything but memory and disk content.
-fn capture(machine: &Machine) -> Result<(MachineStateV1, u32), SaveError> {
+pub(crate) fn capture(machine: &Machine) -> Result<(MachineStateV1, u32), SaveError> {
     let failed = |vcpu| move |source| SaveError::Vcpu { vcpu, source };
     let first = machine
         .vcpus
@@ -114,7 +125,7 @@ pub fn save(
     request: SaveRequest,
     mut files: Vec<File>,
 ) -> Result<Saved, SaveError> {
-    let SaveRequest { metadata } = request;
+    let SaveRequest { metadata, form } = request;
     let metadata: Metadata = serde_json::from_value(metadata).map_err(SaveError::Metadata)?;
     let (Some(file), true) = (files.pop(), files.is_empty()) else {
         return Err(SaveError::Descriptors(files.len()));
@@ -132,10 +143,7 @@ pub fn save(
             &state::encode(&state).map_err(SaveError::Encode)?,
         )
         .map_err(write)?;
-    let mut memory = MemorySource::new(&machine.memory, machine.memory_runs.as_deref());
-    writer
-        .sparse_section(SectionKind::Memory, machine.memory.bytes(), &mut memory)
-        .map_err(write)?;
+    save_memory(machine, &mut writer, form)?;
     for (index, disk) in (0u8..).zip(&state.disks).filter(|(_, disk)| disk.is_stored) {
         let base = machine
             .disk_bases
@@ -160,6 +168,28 @@ pub fn save(
     })
 }
 
+/// Writes guest memory, or what of it differs from the snapshot under the mapping.
+fn save_memory(machine: &Machine, writer: &mut Writer, form: SaveForm) -> Result<(), SaveError> {
+    let origin = machine.origin.as_ref().map(|origin| &origin.snapshot);
+    let stored = match origin {
+        Some(snapshot) => snapshot.memory_runs().map_err(SaveError::Origin)?,
+        None => Vec::new(),
+    };
+    let mut memory = MemorySource::new(&machine.memory, &stored);
+    match form {
+        SaveForm::Whole => {
+            let length = machine.memory.bytes();
+            writer.sparse_section(SectionKind::Memory, length, &mut memory)
+        }
+        SaveForm::Difference => {
+            let base = origin.ok_or(SaveError::NoOrigin)?;
+            let written = writer.memory_difference(&mut memory, base, DIFFERENCE_RUNS_DEFAULT);
+            written.map(drop)
+        }
+    }
+    .map_err(SaveError::Write)
+}
+
 /// Guest memory, skipping what was never touched.
 struct MemorySource<'a> {
     memory: &'a GuestMemory,
@@ -176,10 +206,10 @@ const PAGEMAP_THERE: u64 = 0b11 << 62;
 const PAGEMAP_BATCH: u64 = 4096;
 
 impl<'a> MemorySource<'a> {
-    fn new(memory: &'a GuestMemory, runs: Option<&'a [PageRun]>) -> Self {
+    fn new(memory: &'a GuestMemory, runs: &'a [PageRun]) -> Self {
         Self {
             memory,
-            runs: runs.unwrap_or_default(),
+            runs,
             pagemap: File::open("/proc/self/pagemap").ok(),
         }
     }

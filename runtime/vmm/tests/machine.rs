@@ -11,5 +11,14 @@ mod monitor;
 #[path = "harness/boot.rs"]
 mod boot;
 #[cfg(test)]
+#[path = "harness/claim.rs"]
+mod claim;
+#[cfg(test)]
+#[path = "harness/difference.rs"]
+mod difference;
+#[cfg(test)]
 #[path = "harness/freeze.rs"]
 mod freeze;
+#[cfg(test)]
+#[path = "harness/rewind.rs"]
+mod rewind;

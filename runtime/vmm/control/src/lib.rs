@@ -26,6 +26,8 @@ pub const MESSAGE_BYTES_MAX: usize = 1024 * 1024;
 pub const FDS_MAX: usize = 16;
 /// Most virtual CPUs of a VM.
 pub const VCPU_COUNT_MAX: u8 = 4;
+/// Most runs of a [`WorkingSet`]; what was touched later is left out.
+pub const WORKING_SET_RUNS_MAX: usize = 8192;
 /// Most disks of a VM.
 pub const DISK_COUNT_MAX: usize = 8;
 
@@ -35,18 +37,25 @@ pub const DISK_COUNT_MAX: usize = 8;
 pub enum Request {
     /// Make a VM and start its kernel. Descriptors: kernel, initramfs (if any), then one for each disk, all readable.
     Boot(BootRequest),
-    /// Make a VM from a snapshot and leave it paused. Descriptors: the snapshot, then one for each disk with
-    /// [`DiskSource::Descriptor`].
+    /// Become a shell: make everything of a VM that no snapshot is needed for. No descriptors.
+    Prepare(PrepareRequest),
+    /// Make a VM from a snapshot. Descriptors: the snapshot, its base if [`RestoreRequest::has_base`], then one for each disk
+    /// with [`DiskSource::Descriptor`]. A shell of the snapshot's shape is *claimed*; an empty monitor is prepared first.
     Restore(RestoreRequest),
     /// Run the VM. Bytes already waiting in the agent channel are in the guest's receive queue before its first instruction.
     Resume,
     /// Stop all vCPUs and finish what the devices have begun.
     Pause,
+    /// Put the VM back to the snapshot that it was restored from, paused, as if it had never run. Descriptor: a fresh agent
+    /// channel (Unix stream), which replaces the old one. After a failure the VM is of no use.
+    Rewind,
     /// Write the paused VM as a snapshot. Descriptor: an empty writable file. It is complete and synced on `Done`; naming
     /// (renaming) it is the caller's part. The VM stays paused.
     Save(SaveRequest),
     /// Ask for the console's tail and the timings so far.
     Status,
+    /// Tell which pages the guest has touched since it was restored.
+    WorkingSet,
     /// End the VM and the process. The reply is the last message.
     Quit,
 }
@@ -66,11 +75,49 @@ pub struct BootRequest {
     pub disks: Vec<Disk>,
 }
 
-/// A VM from a snapshot.
+/// The shape of a VM whose snapshot is not known yet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PrepareRequest {
+    /// 1 to [`VCPU_COUNT_MAX`].
+    pub vcpu_count: u8,
+    /// Guest memory, MiB, 64 to 10,240.
+    pub memory_mib: u32,
+    /// In order: the guest's /dev/vda, /dev/vdb, …
+    pub disks: Vec<DiskShape>,
+}
+
+/// What of a disk must be known before its content.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskShape {
+    /// What the guest may do.
+    pub access: DiskAccess,
+}
+
+/// A VM from a snapshot.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RestoreRequest {
     /// As many as the snapshot was taken with, in the same order.
     pub disks: Vec<Disk>,
+    /// Run it at once, as [`Request::Resume`] would: one message for claim and run. Without it the VM is left paused.
+    #[serde(default)]
+    pub resume: bool,
+    /// The snapshot is a difference; the descriptor of what it differs from follows the snapshot's own.
+    #[serde(default)]
+    pub has_base: bool,
+    /// What is fetched beside the running guest before it asks for it.
+    #[serde(default)]
+    pub prefetch: Prefetch,
+}
+
+/// What is fetched beside a running guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Prefetch {
+    /// Nothing: every page when the guest first touches it.
+    #[default]
+    Off,
+    /// The snapshot's own working set, if it has one.
+    WorkingSet,
 }
 
 /// One block device.
@@ -111,16 +158,38 @@ pub enum DiskSource {
 pub struct SaveRequest {
     /// JSON document for the snapshot's metadata section.
     pub metadata: serde_json::Value,
+    /// How guest memory is written.
+    #[serde(default)]
+    pub form: SaveForm,
+}
+
+/// How a snapshot holds guest memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SaveForm {
+    /// All of it: the snapshot stands by itself.
+    #[default]
+    Whole,
+    /// What differs from the snapshot that the VM was restored from, which must stand by itself.
+    Difference,
 }
 
 /// Answer to a [`Request`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "reply", rename_all = "snake_case")]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "one at a time is sent and taken apart at once; boxes would be for nothing"
+)]
 pub enum Reply {
     /// Done.
     Done,
     /// Saved: what it took.
     Saved(Saved),
+    /// Rewound: what it took.
+    Rewound(Rewound),
+    /// Answer to [`Request::WorkingSet`].
+    WorkingSet(WorkingSet),
     /// Answer to [`Request::Status`].
     Status(Status),
     /// Not done. After a failed boot, restore or resume the only sensible request is `Quit`.
@@ -138,6 +207,33 @@ pub struct Saved {
     pub digest: String,
 }
 
+/// A VM that is as it was restored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rewound {
+    /// Pages of guest memory that were put back.
+    pub pages: u64,
+    /// Bytes of copy-on-write disks that were dropped.
+    pub disk_bytes: u64,
+}
+
+/// What a guest has touched of its memory since it was restored.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkingSet {
+    /// In the order in which they should be fetched, at most [`WORKING_SET_RUNS_MAX`].
+    pub runs: Vec<WorkingSetRun>,
+}
+
+/// Neighbouring pages of guest memory, counted in pages of 4 KiB from the memory section's start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkingSetRun {
+    /// First page.
+    pub start: u64,
+    /// Pages, at least 1.
+    pub count: u64,
+    /// The guest wrote to them, or to some of them.
+    pub written: bool,
+}
+
 /// The monitor's view of its VM.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
@@ -150,16 +246,37 @@ pub struct Status {
 /// Moments on this host's `CLOCK_MONOTONIC`, nanoseconds; `None` for what has not happened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Timings {
-    /// `Boot` or `Restore` arrived.
-    pub claimed_ns: Option<u64>,
-    /// VM, interrupt chips and vCPUs exist.
+    /// The shell was asked for: `Prepare` arrived, or `Restore` in an empty monitor.
+    #[serde(default)]
+    pub prepared_from_ns: Option<u64>,
+    /// VM, interrupt chips, vCPUs and devices exist.
     pub vm_made_ns: Option<u64>,
+    /// The shell is ready: event descriptors are registered, threads parked.
+    #[serde(default)]
+    pub prepared_ns: Option<u64>,
+    /// `Boot` or `Restore` arrived: the claim. In a shell, all of the above lie before.
+    pub claimed_ns: Option<u64>,
+    /// The snapshot's header and state were read and decoded. In a rewind: the VM is stopped, and what it has written is known.
+    #[serde(default)]
+    pub decoded_ns: Option<u64>,
     /// Guest memory is mapped.
     pub memory_mapped_ns: Option<u64>,
-    /// vCPU, interrupt chip, clock and device state is set; the VM is paused and ready.
+    /// The vCPUs have their state.
+    #[serde(default)]
+    pub vcpus_set_ns: Option<u64>,
+    /// The interrupt chips have theirs.
+    #[serde(default)]
+    pub chips_set_ns: Option<u64>,
+    /// vCPU, interrupt chip and device state is set; the VM is paused and ready.
     pub state_set_ns: Option<u64>,
-    /// The newest `Resume` arrived.
+    /// The newest `Resume` arrived, or a claim went on to run.
     pub resume_ns: Option<u64>,
+    /// What lay in the agent channel is in the guest's receive queue.
+    #[serde(default)]
+    pub primed_ns: Option<u64>,
+    /// The guest's clocks are set and its vCPUs are told to run.
+    #[serde(default)]
+    pub time_set_ns: Option<u64>,
     /// The first vCPU entered the guest after the newest `Resume`: the guest's first instruction.
     pub first_instruction_ns: Option<u64>,
     /// The first byte from the agent reached the host after the newest `Resume`.

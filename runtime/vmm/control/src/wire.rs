@@ -102,11 +102,16 @@ pub fn send<T: Serialize>(
     Ok(())
 }
 
+/// Bytes taken from the socket at once.
+const CHUNK_BYTES: usize = 16 * 1024;
+
 /// Puts messages and their descriptors together again from a stream.
 #[derive(Debug, Default)]
 pub struct Receiver {
     bytes: Vec<u8>,
     fds: Vec<OwnedFd>,
+    /// Where bytes land; kept, because a claim should not wait for memory to be cleared.
+    chunk: Vec<u8>,
 }
 
 /// What one read of the socket brought.
@@ -129,12 +134,12 @@ impl Receiver {
     /// # Errors
     /// The socket's own, would-block included; too many descriptors pending.
     pub fn read_from(&mut self, socket: impl AsFd) -> io::Result<Read> {
-        let mut chunk = vec![0; 64 * 1024];
+        self.chunk.resize(CHUNK_BYTES, 0);
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let received = recvmsg(
             socket,
-            &mut [IoSliceMut::new(&mut chunk)],
+            &mut [IoSliceMut::new(&mut self.chunk)],
             &mut control,
             RecvFlags::CMSG_CLOEXEC,
         )?;
@@ -152,7 +157,7 @@ impl Receiver {
         if received.bytes == 0 {
             return Ok(Read::Closed);
         }
-        self.bytes.extend_from_slice(&chunk[..received.bytes]);
+        self.bytes.extend_from_slice(&self.chunk[..received.bytes]);
         Ok(Read::Some)
     }
 

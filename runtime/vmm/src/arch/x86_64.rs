@@ -8,4 +8,5 @@ pub mod loader;
 pub mod msr;
 pub mod plain;
 pub mod regs;
+pub mod vcpu_rewind;
 pub mod vcpu_state;

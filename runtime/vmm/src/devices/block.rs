@@ -9,13 +9,13 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk as abi;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
-use vm_memory::GuestMemoryMmap;
 
-use super::config::{DeviceBuildError, DeviceRestoreError, DiskAccess, DiskConfig};
+use super::config::{DeviceBuildError, DiskAccess, DiskConfig};
 use super::fault::GuestFault;
 use super::registers::{FEATURE_EVENT_IDX, FEATURE_INDIRECT, FEATURE_VERSION_1, Identity};
 use super::slot::Turn;
 use super::virtqueue::{Chain, VirtQueue};
+use crate::memory::GuestMemoryMmap;
 use store::Store;
 
 /// Unit of the protocol's addresses and lengths (5.2.4).
@@ -142,20 +142,44 @@ impl Block {
         Ok(Self { access, id, store })
     }
 
-    pub(super) fn restore(
-        disk: usize,
-        config: DiskConfig,
-        state: BlockStateV1,
-    ) -> Result<Self, DeviceRestoreError> {
+    /// A disk whose content is not known yet: nothing can be read from it.
+    pub(super) fn prepare(disk: usize, access: DiskAccess) -> Result<Self, DeviceBuildError> {
+        let file = Store::no_base().map_err(|source| DeviceBuildError::Delta { disk, source })?;
+        let config = DiskConfig {
+            file,
+            access,
+            id: String::new(),
+            offset: 0,
+            length: 0,
+        };
+        Self::new(disk, config)
+    }
+
+    /// Whether this disk, with its base replaced by that of `config` if there is one, is the one saved: the guest's
+    /// driver has read length, access and id.
+    pub(super) fn check_state(&self, state: &BlockStateV1, config: Option<&DiskConfig>) -> bool {
         let BlockStateV1 { length, access, id } = state;
-        // The guest's driver has read all three.
-        if config.length != length
-            || DiskAccessStateV1::from(config.access) != access
-            || config.id != id
-        {
-            return Err(DeviceRestoreError::Disk { disk });
+        let (new_length, new_access, new_id) = match config {
+            Some(config) => (config.length, config.access, &config.id),
+            None => (self.store.length(), self.access, &self.id),
+        };
+        let access_kept =
+            new_access == self.access && DiskAccessStateV1::from(new_access) == *access;
+        access_kept && new_length == *length && new_id == id
+    }
+
+    /// Becomes the disk that [`Block::check_state`] agreed to, as pristine as its base.
+    pub(super) fn reset_to(&mut self, config: Option<DiskConfig>) -> io::Result<()> {
+        let Self {
+            access: _,
+            id,
+            store,
+        } = self;
+        if let Some(config) = config {
+            *id = config.id;
+            store.set_base(config.file, config.offset, config.length);
         }
-        Ok(Self::new(disk, config)?)
+        store.forget_writes()
     }
 
     pub(super) fn identity(&self) -> Identity {
@@ -194,6 +218,10 @@ impl Block {
 
     pub(super) fn access(&self) -> DiskAccess {
         self.access
+    }
+
+    pub(super) fn written_bytes(&self) -> u64 {
+        self.store.written_bytes()
     }
 
     pub(super) fn written_runs(&self) -> Vec<Range<u64>> {

@@ -37,6 +37,15 @@ pub struct DiskConfig {
     pub length: u64,
 }
 
+/// Where the disks of devices that take on a saved state come from.
+#[derive(Debug)]
+pub enum DiskFiles {
+    /// The bases that they have already.
+    Kept,
+    /// These, as many as there are disks and of the same access.
+    Replaced(Vec<DiskConfig>),
+}
+
 /// The devices of one machine.
 #[derive(Debug)]
 pub struct DevicesConfig {
@@ -50,18 +59,29 @@ pub struct DevicesConfig {
 
 impl DevicesConfig {
     pub(super) fn check(&self) -> Result<(), DeviceBuildError> {
-        if self.disks.len() > DISKS_MAX {
-            return Err(DeviceBuildError::TooManyDisks(self.disks.len()));
-        }
-        // 5.10.4: 0 to 2 and the upper 32 bits are reserved.
-        if self.guest_cid < 3 || self.guest_cid >= u64::from(u32::MAX) {
-            return Err(DeviceBuildError::GuestCid(self.guest_cid));
-        }
-        self.disks
-            .iter()
-            .enumerate()
-            .try_for_each(|(index, disk)| block::check(index, disk))
+        check_shape(self.disks.len(), self.guest_cid)?;
+        check_disks(&self.disks)
     }
+}
+
+/// Whether a machine can have so many disks and this socket address.
+pub(super) fn check_shape(disk_count: usize, guest_cid: u64) -> Result<(), DeviceBuildError> {
+    if disk_count > DISKS_MAX {
+        return Err(DeviceBuildError::TooManyDisks(disk_count));
+    }
+    // 5.10.4: 0 to 2 and the upper 32 bits are reserved.
+    if guest_cid < 3 || guest_cid >= u64::from(u32::MAX) {
+        return Err(DeviceBuildError::GuestCid(guest_cid));
+    }
+    Ok(())
+}
+
+/// Whether each disk can exist.
+pub(super) fn check_disks(disks: &[DiskConfig]) -> Result<(), DeviceBuildError> {
+    disks
+        .iter()
+        .enumerate()
+        .try_for_each(|(index, disk)| block::check(index, disk))
 }
 
 /// Devices could not be built.
@@ -113,6 +133,9 @@ pub enum DeviceBuildError {
     /// An eventfd cannot be made.
     #[error("eventfd cannot be made")]
     EventFd(#[source] io::Error),
+    /// The host refused to watch a descriptor.
+    #[error("descriptors cannot be watched")]
+    Watch(#[source] io::Error),
 }
 
 /// Saved devices could not be restored.
@@ -121,12 +144,15 @@ pub enum DeviceRestoreError {
     /// The configuration itself is not possible.
     #[error("devices cannot be built")]
     Build(#[from] DeviceBuildError),
-    /// The state has another number of devices than the configuration.
-    #[error("state has {found} virtio devices, configuration {expected}")]
+    /// The devices have reported what ends their machine; nothing brings it back.
+    #[error("devices have failed before")]
+    Ended,
+    /// State, configuration and devices do not agree about their number.
+    #[error("state or configuration has {found} virtio devices instead of {expected}")]
     SlotCount {
-        /// Devices in the state.
+        /// Devices in the state, or configured.
         found: usize,
-        /// Devices configured.
+        /// Devices there are.
         expected: usize,
     },
     /// The state has another device in this window.

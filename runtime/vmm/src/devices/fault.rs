@@ -107,6 +107,8 @@ struct Inner {
     sender: Option<Sender<DeviceFault>>,
     early: Vec<DeviceFault>,
     count: u32,
+    /// One of them ended the machine.
+    has_ended: bool,
 }
 
 impl Faults {
@@ -120,8 +122,21 @@ impl Faults {
         inner.sender = Some(sender);
     }
 
+    /// Whether a fault was reported that ends the machine: its owner may hear of it late.
+    pub(super) fn has_ended(&self) -> bool {
+        super::lock(&self.inner).has_ended
+    }
+
+    /// A machine that begins anew may make as many faults as any.
+    pub(super) fn forget(&self) {
+        let mut inner = super::lock(&self.inner);
+        inner.early.clear();
+        inner.count = 0;
+    }
+
     pub(super) fn report(&self, fault: DeviceFault) {
         let mut inner = super::lock(&self.inner);
+        inner.has_ended |= !matches!(fault, DeviceFault::AgentDisconnected);
         // The host's own faults come once each, and must be heard however much the guest makes.
         let by_host = matches!(
             fault,

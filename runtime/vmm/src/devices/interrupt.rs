@@ -20,12 +20,20 @@ pub(super) struct Interrupt {
 }
 
 impl Interrupt {
-    /// A line with `status` pending but not yet signalled: [`Interrupt::resend`] does that.
-    pub(super) fn new(status: u32) -> io::Result<Self> {
+    /// A line with nothing pending.
+    pub(super) fn new() -> io::Result<Self> {
         Ok(Self {
-            status: AtomicU32::new(status & STATUS_MASK),
+            status: AtomicU32::new(0),
             event: EventFd::new(EFD_NONBLOCK)?,
         })
+    }
+
+    /// Forgets what was signalled; `status` is pending but not yet signalled: [`Interrupt::resend`] does that.
+    /// Quiesced only.
+    pub(super) fn reset_to(&self, status: u32) {
+        self.status.store(status & STATUS_MASK, Ordering::SeqCst);
+        // WouldBlock: nothing was signalled, or KVM took it at once.
+        let _ = self.event.read();
     }
 
     pub(super) fn event(&self) -> &EventFd {

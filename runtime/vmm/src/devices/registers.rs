@@ -420,10 +420,10 @@ impl Registers {
     }
 }
 
-impl TryFrom<(Identity, RegistersStateV1)> for Registers {
+impl TryFrom<(Identity, &RegistersStateV1)> for Registers {
     type Error = RegistersError;
 
-    fn try_from((identity, state): (Identity, RegistersStateV1)) -> Result<Self, RegistersError> {
+    fn try_from((identity, state): (Identity, &RegistersStateV1)) -> Result<Self, RegistersError> {
         let stage = state.status & !(FAILED | NEEDS_RESET);
         if !STAGES.contains(&stage) {
             return Err(RegistersError::Status(state.status));

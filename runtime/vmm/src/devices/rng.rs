@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 use rustix::rand::{GetRandomFlags, getrandom};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
-use vm_memory::GuestMemoryMmap;
 
 use super::fault::GuestFault;
 use super::registers::{FEATURE_EVENT_IDX, FEATURE_INDIRECT, FEATURE_VERSION_1, Identity};
 use super::slot::Turn;
 use super::virtqueue::VirtQueue;
+use crate::memory::GuestMemoryMmap;
 
 /// Bytes given to one request, whatever its size: the kernel's driver asks again.
 const REQUEST_BYTES_MAX: usize = 4096;

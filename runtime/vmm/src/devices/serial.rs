@@ -2,6 +2,8 @@
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::{Deserialize, Serialize};
 use vm_superio::Trigger;
@@ -39,15 +41,31 @@ impl Write for Tail {
     }
 }
 
+/// The interrupt's eventfd, which outlives the registers: KVM knows it.
 #[derive(Debug)]
-struct Line(EventFd);
+struct Line {
+    event: Arc<EventFd>,
+    /// False while registers are being restored: what is pending in them is signalled by [`Console::resend`].
+    is_live: AtomicBool,
+}
+
+impl Line {
+    fn new(event: Arc<EventFd>, is_live: bool) -> Self {
+        Self {
+            event,
+            is_live: AtomicBool::new(is_live),
+        }
+    }
+}
 
 impl Trigger for Line {
     type E = io::Error;
 
     fn trigger(&self) -> io::Result<()> {
-        // Fails only when the counter is full, and then the edge is pending already.
-        let _ = self.0.write(1);
+        if self.is_live.load(Ordering::Relaxed) {
+            // Fails only when the counter is full, and then the edge is pending already.
+            let _ = self.event.write(1);
+        }
         Ok(())
     }
 }
@@ -65,14 +83,55 @@ impl std::fmt::Debug for Console {
 
 impl Console {
     pub(super) fn new() -> io::Result<Self> {
-        let line = Line(EventFd::new(EFD_NONBLOCK)?);
+        let event = Arc::new(EventFd::new(EFD_NONBLOCK)?);
         Ok(Self {
-            serial: Serial::new(line, Tail::default()),
+            serial: Serial::new(Line::new(event, true), Tail::default()),
         })
     }
 
+    /// The port that `state` describes on this one's interrupt line, with an empty tail and nothing signalled:
+    /// [`Console::resend`] does that. This one is as it was.
+    pub(super) fn successor(&self, state: &SerialStateV1) -> Result<Self, SerialError> {
+        let SerialStateV1 {
+            baud_divisor,
+            interrupt_enable,
+            interrupt_identification,
+            line_control,
+            line_status,
+            modem_control,
+            modem_status,
+            scratch,
+            in_buffer,
+        } = state;
+        let [baud_divisor_low, baud_divisor_high] = baud_divisor.to_le_bytes();
+        let registers = SerialState {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable: *interrupt_enable,
+            interrupt_identification: *interrupt_identification,
+            line_control: *line_control,
+            line_status: *line_status,
+            modem_control: *modem_control,
+            modem_status: *modem_status,
+            scratch: *scratch,
+            in_buffer: in_buffer.clone(),
+        };
+        let line = Line::new(self.serial.interrupt_evt().event.clone(), false);
+        let serial = Serial::from_state(&registers, line, NoEvents, Tail::default())
+            .map_err(|_| SerialError::Fifo)?;
+        let line = serial.interrupt_evt();
+        line.is_live.store(true, Ordering::Relaxed);
+        Ok(Self { serial })
+    }
+
+    /// Forgets an interrupt that was signalled. Quiesced only.
+    pub(super) fn drain(&self) {
+        // WouldBlock: nothing was signalled, or KVM took it at once.
+        let _ = self.event().read();
+    }
+
     pub(super) fn event(&self) -> &EventFd {
-        &self.serial.interrupt_evt().0
+        &self.serial.interrupt_evt().event
     }
 
     /// Reads a register; anything but a byte access reads as zero.
@@ -163,31 +222,4 @@ pub enum SerialError {
     /// The receive FIFO is longer than a 16550's.
     #[error("serial receive fifo is too long")]
     Fifo,
-    /// The interrupt's eventfd could not be made.
-    #[error("serial interrupt cannot be made")]
-    EventFd(#[source] io::Error),
-}
-
-impl TryFrom<SerialStateV1> for Console {
-    type Error = SerialError;
-
-    fn try_from(state: SerialStateV1) -> Result<Self, SerialError> {
-        let [baud_divisor_low, baud_divisor_high] = state.baud_divisor.to_le_bytes();
-        let registers = SerialState {
-            baud_divisor_low,
-            baud_divisor_high,
-            interrupt_enable: state.interrupt_enable,
-            interrupt_identification: state.interrupt_identification,
-            line_control: state.line_control,
-            line_status: state.line_status,
-            modem_control: state.modem_control,
-            modem_status: state.modem_status,
-            scratch: state.scratch,
-            in_buffer: state.in_buffer,
-        };
-        let line = Line(EventFd::new(EFD_NONBLOCK).map_err(SerialError::EventFd)?);
-        let serial = Serial::from_state(&registers, line, NoEvents, Tail::default())
-            .map_err(|_| SerialError::Fifo)?;
-        Ok(Self { serial })
-    }
 }

@@ -7,7 +7,6 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INTERRUPT_STATUS};
-use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::block::Block;
@@ -16,10 +15,11 @@ use super::interrupt::{Interrupt, STATUS_MASK};
 use super::lock;
 use super::registers::{CONFIG_OFFSET, Effect, Identity, Registers};
 use super::rng::{self, Rng};
-use super::state::{DeviceStateV1, SlotStateV1};
+use super::state::{DeviceStateV1, RngStateV1, SlotStateV1};
 use super::virtqueue::{VirtQueue, VirtQueueStateV1};
-use super::vsock::{self, Vsock};
-use super::{DeviceRestoreError, SlotError};
+use super::vsock::{self, Channel, Vsock};
+use super::{DeviceBuildError, DeviceRestoreError, DiskConfig, SlotError};
+use crate::memory::GuestMemoryMmap;
 
 /// When a device wants to be served again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -129,39 +129,21 @@ impl Slot {
     ) -> io::Result<Self> {
         let registers = Registers::new(backend.identity());
         let queues = SlotCore::no_queues(&registers);
-        Self::assemble(
-            name,
-            SlotCore {
-                registers,
-                queues,
-                backend,
-            },
-            0,
-            memory,
-            faults,
-        )
-    }
-
-    fn assemble(
-        name: DeviceName,
-        core: SlotCore,
-        interrupt_status: u32,
-        memory: GuestMemoryMmap,
-        faults: Arc<Faults>,
-    ) -> io::Result<Self> {
-        let notify = core
-            .queues
+        let notify = queues
             .iter()
             .map(|_| EventFd::new(EFD_NONBLOCK))
             .collect::<io::Result<_>>()?;
-        let interrupt = Interrupt::new(interrupt_status)?;
         Ok(Self {
             name,
-            interrupt,
+            interrupt: Interrupt::new()?,
             notify,
             memory,
             faults,
-            core: Mutex::new(core),
+            core: Mutex::new(SlotCore {
+                registers,
+                queues,
+                backend,
+            }),
         })
     }
 
@@ -349,56 +331,115 @@ impl Slot {
         }
     }
 
-    /// Builds the slot that `state` describes around `backend`, which already carries the device's own state.
-    pub(super) fn restore(
-        name: DeviceName,
-        backend: Backend,
-        (state, memory): (RestoredTransport, GuestMemoryMmap),
-        faults: Arc<Faults>,
-    ) -> Result<Self, DeviceRestoreError> {
-        let refuse = |reason| DeviceRestoreError::Slot {
-            device: name,
-            reason,
-        };
-        let RestoredTransport {
+    /// Checks that this slot can take on `state`, with `disk` as its base if there is one, and changes nothing.
+    pub(super) fn plan(
+        &self,
+        index: usize,
+        state: &SlotStateV1,
+        disk: Option<DiskConfig>,
+    ) -> Result<Plan, DeviceRestoreError> {
+        let SlotStateV1 {
             registers,
             interrupt_status,
             queues: saved,
+            device,
         } = state;
-        let registers = Registers::try_from((backend.identity(), registers))
+        let core = lock(&self.core);
+        let device = match (&core.backend, device) {
+            (Backend::Block(block), DeviceStateV1::Block(state)) => {
+                if !block.check_state(state, disk.as_ref()) {
+                    return Err(DeviceRestoreError::Disk { disk: index });
+                }
+                PlannedDevice::Block(disk)
+            }
+            (Backend::Vsock(vsock), DeviceStateV1::Vsock(state)) => {
+                PlannedDevice::Vsock(vsock.plan(state)?)
+            }
+            (Backend::Rng(_), DeviceStateV1::Rng(RngStateV1 {})) => PlannedDevice::Rng,
+            _ => return Err(DeviceRestoreError::SlotKind { slot: index }),
+        };
+        let refuse = |reason| DeviceRestoreError::Slot {
+            device: self.name,
+            reason,
+        };
+        let identity = core.backend.identity();
+        let registers = Registers::try_from((identity, registers))
             .map_err(|e| refuse(SlotError::Registers(e)))?;
         if interrupt_status & !STATUS_MASK != 0 {
-            return Err(refuse(SlotError::InterruptStatus(interrupt_status)));
+            return Err(refuse(SlotError::InterruptStatus(*interrupt_status)));
         }
         if saved.len() != registers.queues().len() {
             return Err(refuse(SlotError::QueueCount(saved.len())));
         }
         let mut queues = SlotCore::no_queues(&registers);
         for (index, cursor) in saved.iter().enumerate() {
-            let expected = registers.is_active() && registers.queues()[index].ready;
-            if cursor.is_some() != expected {
+            let queue = registers.queues()[index];
+            if cursor.is_some() != (registers.is_active() && queue.ready) {
                 return Err(refuse(SlotError::QueueInUse { queue: index }));
             }
             if let Some(VirtQueueStateV1 { position }) = *cursor {
-                let queue = registers.queues()[index];
-                let queue = VirtQueue::new(index, queue, registers.event_idx(), position, &memory)
+                let event_idx = registers.event_idx();
+                let queue = VirtQueue::new(index, queue, event_idx, position, &self.memory)
                     .map_err(|e| refuse(SlotError::Queue(e)))?;
                 queues[index] = Some(queue);
             }
         }
-        let core = SlotCore {
+        Ok(Plan {
+            registers,
+            queues,
+            interrupt_status: *interrupt_status,
+            device,
+        })
+    }
+
+    /// Carries out what [`Slot::plan`] agreed to. Nothing that a guest or the host has left in this slot stays:
+    /// registers, queues, notifications, interrupts, and what is behind them. Quiesced only.
+    pub(super) fn reset_to(&self, plan: Plan) -> Result<(), DeviceBuildError> {
+        let Self {
+            name,
+            interrupt,
+            notify,
+            memory: _,
+            faults: _,
+            core,
+        } = self;
+        let mut core = lock(core);
+        let SlotCore {
             registers,
             queues,
             backend,
-        };
-        Self::assemble(name, core, interrupt_status, memory, faults)
-            .map_err(|e| DeviceRestoreError::Build(super::DeviceBuildError::EventFd(e)))
+        } = &mut *core;
+        (*registers, *queues) = (plan.registers, plan.queues);
+        match (backend, plan.device, name) {
+            (Backend::Block(block), PlannedDevice::Block(config), &DeviceName::Disk(disk)) => block
+                .reset_to(config)
+                .map_err(|source| DeviceBuildError::Delta { disk, source })?,
+            (Backend::Vsock(vsock), PlannedDevice::Vsock(channel), _) => vsock.reset_to(channel),
+            (Backend::Rng(rng), PlannedDevice::Rng, _) => *rng = Rng::new(Instant::now()),
+            (backend, ..) => unreachable!("planned for another device than {backend:?}"),
+        }
+        for queue in 0..notify.len() {
+            self.clear_notification(queue);
+        }
+        interrupt.reset_to(plan.interrupt_status);
+        Ok(())
     }
 }
 
-/// The transport's part of a [`SlotStateV1`].
-pub(super) struct RestoredTransport {
-    pub(super) registers: super::registers::RegistersStateV1,
-    pub(super) interrupt_status: u32,
-    pub(super) queues: Vec<Option<VirtQueueStateV1>>,
+/// A state that was checked and fits its slot.
+#[derive(Debug)]
+pub(super) struct Plan {
+    registers: Registers,
+    queues: Vec<Option<VirtQueue>>,
+    interrupt_status: u32,
+    device: PlannedDevice,
+}
+
+/// The device's own part of a [`Plan`].
+#[derive(Debug)]
+enum PlannedDevice {
+    /// With another base, if there is one.
+    Block(Option<DiskConfig>),
+    Vsock(Channel),
+    Rng,
 }

@@ -8,6 +8,7 @@
 mod block;
 mod driver;
 mod hostile;
+mod reset;
 mod restore;
 mod thread;
 mod transport;

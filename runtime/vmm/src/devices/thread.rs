@@ -10,7 +10,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::fault::DeviceFault;
-use super::slot::{Backend, Turn};
+use super::slot::{Backend, Slot, Turn};
 use super::{Devices, MMIO_WINDOWS_MAX, lock};
 
 /// Longest wait for the thread to park or to end. One turn of every device takes milliseconds.
@@ -28,7 +28,7 @@ pub enum DeviceStartError {
     /// It runs already, or ran before.
     #[error("device thread was started before")]
     Started,
-    /// The host refused epoll or the thread.
+    /// The host refused the thread.
     #[error("device thread cannot be made")]
     Host(#[source] io::Error),
 }
@@ -199,7 +199,6 @@ impl Drop for EndGuard<'_> {
 }
 
 pub(super) fn start(devices: &Arc<Devices>) -> Result<DeviceThread, DeviceStartError> {
-    let epoll = watch(devices).map_err(DeviceStartError::Host)?;
     {
         let mut state = lock(&devices.control.state);
         if state.life != Life::NotStarted {
@@ -215,7 +214,7 @@ pub(super) fn start(devices: &Arc<Devices>) -> Result<DeviceThread, DeviceStartE
     let shared = devices.clone();
     let body = move || {
         let _guard = EndGuard(&shared.control);
-        if let Err(error) = run(&shared, &epoll) {
+        if let Err(error) = run(&shared) {
             shared.faults.report(DeviceFault::Thread(error));
         }
     };
@@ -232,36 +231,52 @@ pub(super) fn start(devices: &Arc<Devices>) -> Result<DeviceThread, DeviceStartE
     })
 }
 
-fn watch(devices: &Devices) -> io::Result<Epoll> {
-    let epoll = Epoll::new()?;
-    let add = |fd: RawFd, events: EventSet, token: u64| {
-        epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(events, token))
-    };
-    add(devices.control.wake.as_raw_fd(), EventSet::IN, TOKEN_WAKE)?;
-    for (window, slot) in (0u64..).zip(&devices.slots) {
-        for (queue, event) in (0u64..).zip(slot.notify()) {
-            add(event.as_raw_fd(), EventSet::IN, window << 8 | queue)?;
-        }
-    }
-    let agent = devices.slots[devices.disk_count].with_backend(|backend| match backend {
-        Backend::Vsock(vsock) => vsock.stream_fd(),
-        Backend::Block(_) | Backend::Rng(_) => None,
-    });
-    if let Some(fd) = agent {
-        // Edge-triggered: the device reads and writes until it would block, or stops on purpose when the
-        // guest has no room and goes on when the guest notifies.
-        let events =
-            EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
-        add(fd, events, TOKEN_AGENT)?;
-    }
-    Ok(epoll)
+/// What the device thread waits for. It exists before the thread and outlives the agent streams.
+#[derive(Debug)]
+pub(super) struct Watch {
+    epoll: Epoll,
 }
 
-fn run(devices: &Devices, epoll: &Epoll) -> io::Result<()> {
+impl Watch {
+    /// Watches the wake-up and every queue's notification, but no agent stream yet.
+    pub(super) fn new(control: &Control, slots: &[Slot]) -> io::Result<Self> {
+        let watch = Self {
+            epoll: Epoll::new()?,
+        };
+        watch.add(control.wake.as_raw_fd(), EventSet::IN, TOKEN_WAKE)?;
+        for (window, slot) in (0u64..).zip(slots) {
+            for (queue, event) in (0u64..).zip(slot.notify()) {
+                watch.add(event.as_raw_fd(), EventSet::IN, window << 8 | queue)?;
+            }
+        }
+        Ok(watch)
+    }
+
+    fn add(&self, fd: RawFd, events: EventSet, token: u64) -> io::Result<()> {
+        let event = EpollEvent::new(events, token);
+        self.epoll.ctl(ControlOperation::Add, fd, event)
+    }
+
+    /// Begins to watch an agent stream. Edge-triggered: the device reads and writes until it would block, or stops
+    /// on purpose when the guest has no room and goes on when the guest notifies.
+    pub(super) fn add_stream(&self, fd: RawFd) -> io::Result<()> {
+        let events =
+            EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
+        self.add(fd, events, TOKEN_AGENT)
+    }
+
+    /// Forgets an agent stream and the events of it that nobody has looked at.
+    pub(super) fn remove_stream(&self, fd: RawFd) -> io::Result<()> {
+        self.epoll
+            .ctl(ControlOperation::Delete, fd, EpollEvent::default())
+    }
+}
+
+fn run(devices: &Devices) -> io::Result<()> {
     let mut events = [EpollEvent::default(); EVENTS_MAX];
     let mut due: Option<Instant> = None;
     while devices.control.checkpoint() {
-        let count = match epoll.wait(timeout_ms(due), &mut events) {
+        let count = match devices.watch.epoll.wait(timeout_ms(due), &mut events) {
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(error) => return Err(error),

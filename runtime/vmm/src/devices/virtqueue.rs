@@ -5,12 +5,11 @@
 
 use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{
-    Bytes, GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryMmap, Permissions, VolatileSlice,
-};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError, Permissions};
 
 use super::fault::GuestFault;
 use super::registers::QueueRegisters;
+use crate::memory::{GuestMemoryMmap, GuestSlice};
 
 /// Descriptors accepted in one chain, indirect tables included.
 const DESCRIPTORS_MAX: usize = 256;
@@ -101,7 +100,7 @@ impl Buffers {
         memory: &GuestMemoryMmap,
         offset: usize,
         length: usize,
-        mut act: impl FnMut(VolatileSlice<'_, ()>, u64) -> Result<(), E>,
+        mut act: impl FnMut(GuestSlice<'_>, u64) -> Result<(), E>,
     ) -> Result<(), E> {
         let mut done = 0u64;
         for piece in self.pieces(offset, length) {

@@ -15,17 +15,18 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::time::{ClockId, clock_gettime};
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
-use vm_memory::GuestMemoryMmap;
 
 use super::AgentClock;
-use super::config::{DeviceBuildError, DeviceRestoreError};
+use super::config::DeviceBuildError;
 use super::fault::{DeviceFault, Faults, GuestFault};
 use super::registers::{FEATURE_EVENT_IDX, FEATURE_INDIRECT, FEATURE_VERSION_1, Identity};
 use super::slot::Turn;
 use super::virtqueue::{Chain, VirtQueue};
-use channel::{Channel, Happening};
+use crate::memory::GuestMemoryMmap;
+use channel::Happening;
 use packet::{HEADER_BYTES, Header, PAYLOAD_BYTES_MAX};
 
+pub(super) use channel::Channel;
 pub use channel::{ChannelStateV1, ConnectionStateV1, ReplyStateV1, VsockError};
 
 /// The host's socket address (5.10.4).
@@ -57,49 +58,74 @@ pub(super) struct Vsock {
     hangup: bool,
     /// Payload of the packet that is being moved.
     scratch: Vec<u8>,
+    /// Longest payload since the last reset to a state.
+    scratch_used: usize,
     /// Where host bytes land; kept, so that an empty socket costs no memory clearing.
     inbound: Box<[u8]>,
+    /// Most bytes that landed at once since the last reset to a state.
+    inbound_used: usize,
     faults: Arc<Faults>,
     clock: Arc<AgentClock>,
 }
 
 impl Vsock {
-    pub(super) fn new(
-        guest_cid: u64,
-        stream: UnixStream,
-        faults: Arc<Faults>,
-        clock: Arc<AgentClock>,
-    ) -> Result<Self, DeviceBuildError> {
-        Self::with_channel(Channel::new(guest_cid), stream, (faults, clock))
+    /// A device without a host socket and a connection.
+    pub(super) fn new(guest_cid: u64, faults: Arc<Faults>, clock: Arc<AgentClock>) -> Self {
+        Self {
+            channel: Channel::new(guest_cid),
+            stream: None,
+            hangup: false,
+            scratch: Vec::with_capacity(PAYLOAD_BYTES_MAX),
+            scratch_used: 0,
+            inbound: vec![0; PAYLOAD_BYTES_MAX].into_boxed_slice(),
+            inbound_used: 0,
+            faults,
+            clock,
+        }
     }
 
-    pub(super) fn restore(
-        guest_cid: u64,
-        stream: UnixStream,
-        shared: (Arc<Faults>, Arc<AgentClock>),
-        state: ChannelStateV1,
-    ) -> Result<Self, DeviceRestoreError> {
-        let channel = Channel::try_from((guest_cid, state))?;
-        Ok(Self::with_channel(channel, stream, shared)?)
+    /// Whether `state` is a possible one of this device.
+    pub(super) fn plan(&self, state: &ChannelStateV1) -> Result<Channel, VsockError> {
+        Channel::try_from((self.channel.guest_cid(), state.clone()))
     }
 
-    fn with_channel(
-        channel: Channel,
-        stream: UnixStream,
-        (faults, clock): (Arc<Faults>, Arc<AgentClock>),
-    ) -> Result<Self, DeviceBuildError> {
+    /// Goes on with `channel` alone: nothing of the host socket, the connection and the bytes on their way stays.
+    pub(super) fn reset_to(&mut self, channel: Channel) {
+        let Self {
+            channel: old,
+            stream,
+            hangup,
+            scratch,
+            scratch_used,
+            inbound,
+            inbound_used,
+            faults: _,
+            clock,
+        } = self;
+        *old = channel;
+        *stream = None;
+        *hangup = false;
+        // Both are read only as far as they were written before, but a rewound machine's bytes have no business here.
+        scratch.clear();
+        scratch.resize(std::mem::take(scratch_used), 0);
+        scratch.clear();
+        inbound[..std::mem::take(inbound_used)].fill(0);
+        clock.first_byte_ns.store(0, Ordering::Release);
+    }
+
+    /// Whether no byte of any packet is left.
+    #[cfg(test)]
+    pub(super) fn is_wiped(&self) -> bool {
+        self.scratch.is_empty() && self.inbound.iter().all(|&byte| byte == 0)
+    }
+
+    /// Takes the host's socket, instead of any it had.
+    pub(super) fn set_stream(&mut self, stream: UnixStream) -> Result<(), DeviceBuildError> {
         stream
             .set_nonblocking(true)
             .map_err(DeviceBuildError::AgentStream)?;
-        Ok(Self {
-            channel,
-            stream: Some(stream),
-            hangup: false,
-            scratch: Vec::with_capacity(PAYLOAD_BYTES_MAX),
-            inbound: vec![0; PAYLOAD_BYTES_MAX].into_boxed_slice(),
-            faults,
-            clock,
-        })
+        self.stream = Some(stream);
+        Ok(())
     }
 
     /// 5.10.4: `guest_cid`.
@@ -197,6 +223,7 @@ impl Vsock {
             });
         }
         self.scratch.resize(length, 0);
+        self.scratch_used = self.scratch_used.max(length);
         buffers
             .read(memory, HEADER_BYTES, &mut self.scratch)
             .map_err(|_| queue.buffer_fault())?;
@@ -242,6 +269,7 @@ impl Vsock {
             }
             match stream.read(&mut self.inbound[..room]) {
                 Ok(count) if count > 0 => {
+                    self.inbound_used = self.inbound_used.max(count);
                     self.channel.push_for_guest(&self.inbound[..count]);
                     moved = true;
                 }
@@ -285,6 +313,7 @@ impl Vsock {
                 .channel
                 .next_packet(room, &mut self.scratch)
                 .expect("a packet is ready");
+            self.scratch_used = self.scratch_used.max(self.scratch.len());
             let fault = |_| queue.buffer_fault();
             chain
                 .writable
@@ -306,7 +335,9 @@ impl Vsock {
             stream: _,
             hangup: _,
             scratch: _,
+            scratch_used: _,
             inbound: _,
+            inbound_used: _,
             faults: _,
             clock: _,
         } = self;

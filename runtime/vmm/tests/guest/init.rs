@@ -7,6 +7,8 @@
     reason = "a test's program: its panic is the guest's, and its numbers are the test's own"
 )]
 
+mod secrets;
+
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -237,6 +239,11 @@ impl Guest {
                 self.socket.write_all(&bytes).unwrap();
                 String::new()
             }
+            "hide" => outcome(secrets::hide(words[1])),
+            "churn" => {
+                secrets::churn();
+                "churning".into()
+            }
             "spin" => {
                 spin_on_all();
                 "spinning".into()
@@ -253,6 +260,11 @@ impl Guest {
 }
 
 fn main() {
+    if std::env::args().nth(1).as_deref() == Some("hold") {
+        loop {
+            thread::park();
+        }
+    }
     mount("dev", "/dev", "devtmpfs");
     mount("proc", "/proc", "proc");
     mount("sys", "/sys", "sysfs");

@@ -2,7 +2,9 @@
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -12,7 +14,7 @@ use thaw_vmm_control::{Disk, Fault, Reply, Request, RestoreRequest};
 use crate::guest::{disk_of, ext4};
 use crate::monitor::{Monitor, copy_on_write, read_only, stored};
 
-fn clocks(monitor: &mut Monitor) -> [u64; 3] {
+pub fn clocks(monitor: &mut Monitor) -> [u64; 3] {
     let answer = monitor.command("clocks");
     let numbers: Vec<u64> = answer
         .split(' ')
@@ -30,7 +32,7 @@ fn ticks(monitor: &mut Monitor) -> Vec<u64> {
 }
 
 /// Timers fire on every CPU.
-fn all_cpus_tick(monitor: &mut Monitor, vcpu_count: usize) {
+pub fn all_cpus_tick(monitor: &mut Monitor, vcpu_count: usize) {
     let before = ticks(monitor);
     assert_eq!(before.len(), vcpu_count);
     for _ in 0..1000 {
@@ -63,7 +65,7 @@ fn report(name: &str, monitor: &mut Monitor) {
 }
 
 /// A running guest with 1 MiB of known memory, a counter at 1 and a file system with one file.
-fn prepared(vcpu_count: u8, shared: &File, overlay: &File) -> (Monitor, Vec<Disk>) {
+pub fn prepared(vcpu_count: u8, shared: &File, overlay: &File) -> (Monitor, Vec<Disk>) {
     let disks = [
         (read_only("shared"), shared),
         (copy_on_write("overlay"), overlay),
@@ -219,6 +221,22 @@ fn pattern(index: u64) -> u8 {
     (index.wrapping_mul(2_654_435_761) >> 16).to_le_bytes()[0]
 }
 
+/// Waits until the monitor has taken all that was written to the channel.
+fn until_taken(agent: &UnixStream) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let mut waiting: libc::c_int = 0;
+        // SAFETY: TIOCOUTQ writes one int, which lives here.
+        let result = unsafe { libc::ioctl(agent.as_raw_fd(), libc::TIOCOUTQ, &raw mut waiting) };
+        assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+        if waiting == 0 {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{waiting} bytes are not taken");
+        thread::yield_now();
+    }
+}
+
 #[test]
 fn a_stream_that_was_cut_by_a_save_goes_on_in_the_clone() {
     const TOTAL: usize = 4 << 20;
@@ -226,30 +244,38 @@ fn a_stream_that_was_cut_by_a_save_goes_on_in_the_clone() {
     monitor.tell(&format!("bytes {TOTAL}"));
     let mut received = vec![0; 300_000];
     monitor.agent.read_exact(&mut received).unwrap();
+    // The other way too: a command and a part of what it asks for, while the guest is still busy with the first.
+    let text = vec![b'e'; 100_000];
+    monitor.tell(&format!("echo {}", text.len()));
+    monitor.agent.write_all(&text[..60_000]).unwrap();
+    until_taken(&monitor.agent);
     let snapshot = monitor.freeze();
     let mut agent = monitor.agent.try_clone().unwrap();
     monitor.quit();
     // What the first machine had handed over before it was saved.
     agent.read_to_end(&mut received).unwrap();
     assert!(received.len() < TOTAL, "nothing was left in flight");
-    let mut restored = Monitor::restore(&snapshot, &[], &[]);
-    restored.done(&Request::Resume, &[]);
-    let mut rest = vec![0; TOTAL - received.len()];
-    restored.agent.read_exact(&mut rest).unwrap();
-    received.extend_from_slice(&rest);
-    let wrong = received
-        .iter()
-        .enumerate()
-        .position(|(index, byte)| *byte != pattern(index as u64));
-    assert_eq!(wrong, None);
-    assert_eq!(restored.hear(), "");
-    let text = vec![b'e'; 100_000];
-    restored.tell(&format!("echo {}", text.len()));
-    restored.agent.write_all(&text).unwrap();
-    let mut echoed = vec![0; text.len()];
-    restored.agent.read_exact(&mut echoed).unwrap();
-    assert_eq!(echoed, text);
-    restored.quit();
+    for own in *b"ab" {
+        let mut restored = Monitor::restore(&snapshot, &[], &[]);
+        restored.done(&Request::Resume, &[]);
+        let mut rest = vec![0; TOTAL - received.len()];
+        restored.agent.read_exact(&mut rest).unwrap();
+        let stream = received.iter().chain(&rest).enumerate();
+        let wrong = stream
+            .clone()
+            .find(|(index, byte)| **byte != pattern(*index as u64));
+        assert_eq!(wrong, None);
+        assert_eq!(restored.hear(), "");
+        // What the guest had got before the freeze, then what this clone alone is told.
+        let own = vec![own; 40_000];
+        restored.agent.write_all(&own).unwrap();
+        let mut echoed = vec![0; text.len()];
+        restored.agent.read_exact(&mut echoed).unwrap();
+        assert!(echoed[..60_000] == text[..60_000] && echoed[60_000..] == own[..]);
+        assert_eq!(restored.hear(), "");
+        assert_eq!(restored.command("ping own"), "pong own");
+        restored.quit();
+    }
 }
 
 /// A copy of a snapshot with another CPU record.
@@ -302,6 +328,7 @@ fn refusal(snapshot: &File, disks: &[Disk], files: &[&File]) -> (String, Fault) 
         .collect();
     let request = Request::Restore(RestoreRequest {
         disks: disks.to_vec(),
+        ..Default::default()
     });
     let Reply::Failed(failure) = monitor.ask(&request, &all) else {
         panic!("restored")

@@ -11,7 +11,7 @@ use std::time::Duration;
 use thaw_vmm_control::wire::{self, Read, Receiver};
 use thaw_vmm_control::{
     AGENT_FD, BootRequest, CONTROL_FD, Disk, DiskAccess, DiskSource, Event, Exit, FromMonitor,
-    Reply, Request, RestoreRequest, SaveRequest, Status,
+    Reply, Request, RestoreRequest, SaveForm, SaveRequest, Status,
 };
 
 /// Longest wait for anything: an emulated host is slow.
@@ -165,15 +165,26 @@ impl Monitor {
 
     /// Saves a paused machine into a new file.
     pub fn save(&mut self) -> File {
+        self.save_as(SaveForm::Whole)
+    }
+
+    /// The same, in this form.
+    pub fn save_as(&mut self, form: SaveForm) -> File {
         let file = tempfile::tempfile().unwrap();
+        self.save_into(&file, form);
+        file
+    }
+
+    /// Saves a paused machine into an empty file.
+    pub fn save_into(&mut self, file: &File, form: SaveForm) {
         let request = Request::Save(SaveRequest {
             metadata: serde_json::json!({ "function": "test" }),
+            form,
         });
-        match self.ask(&request, &[&file]) {
+        match self.ask(&request, &[file]) {
             Reply::Saved(saved) => assert_eq!(saved.file_bytes, file.metadata().unwrap().len()),
             other => panic!("{other:?}"),
         }
-        file
     }
 
     /// Restores a snapshot in a fresh process, paused.
@@ -181,12 +192,25 @@ impl Monitor {
         let mut monitor = Self::start();
         let request = Request::Restore(RestoreRequest {
             disks: disks.to_vec(),
+            ..Default::default()
         });
         let all: Vec<&File> = [snapshot]
             .into_iter()
             .chain(files.iter().copied())
             .collect();
         monitor.done(&request, &all);
+        monitor
+    }
+
+    /// Restores a difference and its base in a fresh process, paused.
+    pub fn restore_over(base: &File, snapshot: &File, disks: &[Disk], files: &[&File]) -> Self {
+        let mut monitor = Self::start();
+        let request = Request::Restore(RestoreRequest {
+            disks: disks.to_vec(),
+            has_base: true,
+            ..Default::default()
+        });
+        monitor.done(&request, &[&[snapshot, base], files].concat());
         monitor
     }
 

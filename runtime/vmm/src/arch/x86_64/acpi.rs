@@ -17,9 +17,10 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, aml};
 use thiserror::Error;
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Address, Bytes, GuestAddress};
 
 use super::layout;
+use crate::memory::GuestMemoryMmap;
 
 const OEM_ID: [u8; 6] = *b"THAW  ";
 const OEM_TABLE_ID: [u8; 8] = *b"THAWVMM ";

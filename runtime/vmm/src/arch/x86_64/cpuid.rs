@@ -233,6 +233,41 @@ pub fn guest(supported: &[CpuidEntryV1], topology: Topology) -> Vec<CpuidEntryV1
     entries
 }
 
+/// Bits that KVM keeps up to date itself while the guest runs (`__kvm_update_cpuid_runtime`, arch/x86/kvm/cpuid.c):
+/// (function, index, register 0 to 3 for eax to edx, bits).
+const RUNTIME_BITS: [(u32, u32, usize, u32); 5] = [
+    // APIC enabled; OSXSAVE; OSPKE; bytes of the enabled XSAVE area, plain and compacted.
+    (1, 0, 3, 1 << 9),
+    (1, 0, 2, 1 << 27),
+    (7, 0, 2, 1 << 4),
+    (0xd, 0, 1, u32::MAX),
+    (0xd, 1, 1, u32::MAX),
+];
+
+/// Whether two sets of entries, as KVM gives them back, are the same but for what KVM changes in them by itself.
+pub fn is_same(one: &[CpuidEntryV1], other: &[CpuidEntryV1]) -> bool {
+    let fixed = |entry: &CpuidEntryV1| {
+        let &CpuidEntryV1 {
+            function,
+            index,
+            flags,
+            eax,
+            ebx,
+            ecx,
+            edx,
+        } = entry;
+        let mut registers = [eax, ebx, ecx, edx];
+        for (_, _, register, bits) in RUNTIME_BITS
+            .iter()
+            .filter(|bits| (bits.0, bits.1) == (function, index))
+        {
+            registers[*register] &= !bits;
+        }
+        (function, index, flags, registers)
+    };
+    one.iter().map(fixed).eq(other.iter().map(fixed))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -332,6 +367,22 @@ mod tests {
         assert_eq!(ecx & LEAF1_ECX_DEADLINE, 0);
         assert_eq!(find(&sample(0, 1), 1, 0).ecx >> 31, 1);
         assert_ne!(find(&sample(0, 1), 1, 0).ecx & LEAF1_ECX_DEADLINE, 0);
+    }
+
+    #[test]
+    fn only_what_kvm_changes_by_itself_may_differ() {
+        let before = sample(0, 1);
+        let mut after = before.clone();
+        let leaf = |entries: &mut Vec<CpuidEntryV1>, function: u32| {
+            let at = entries.iter().position(|entry| entry.function == function);
+            at.expect("leaf of the sample")
+        };
+        let one = leaf(&mut after, 1);
+        after[one].ecx ^= 1 << 27;
+        assert!(is_same(&before, &after));
+        after[one].ecx ^= 1 << 26;
+        assert!(!is_same(&before, &after));
+        assert!(!is_same(&before, &before[1..]));
     }
 
     #[test]

@@ -18,10 +18,13 @@ const CHIP_BYTES: usize = 512;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InterruptChipsV1 {
     /// First 8259.
+    #[serde(with = "crate::bytes")]
     pub pic_master: Vec<u8>,
     /// Second 8259.
+    #[serde(with = "crate::bytes")]
     pub pic_slave: Vec<u8>,
     /// I/O APIC.
+    #[serde(with = "crate::bytes")]
     pub ioapic: Vec<u8>,
 }
 

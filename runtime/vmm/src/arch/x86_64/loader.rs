@@ -9,10 +9,11 @@ use linux_loader::loader::bzimage::BzImage;
 use linux_loader::loader::elf::Elf;
 use linux_loader::loader::{KernelLoader, KernelLoaderResult};
 use thiserror::Error;
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryError};
 
 use super::layout;
 use crate::fault::{Blame, Fault};
+use crate::memory::GuestMemoryMmap;
 
 /// Largest kernel file, bytes.
 pub const KERNEL_BYTES_MAX: u64 = 512 << 20;

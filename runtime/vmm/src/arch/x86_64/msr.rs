@@ -218,6 +218,17 @@ pub fn write(vcpu: &VcpuFd, entries: &[MsrV1]) -> Result<(), MsrError> {
     }
 }
 
+/// Those of `wanted` that do not have their value already. Both are sorted by number, as [`to_save`] sorts them; one that
+/// `present` does not name is wanted.
+pub fn changed(present: &[MsrV1], wanted: &[MsrV1]) -> Vec<MsrV1> {
+    let has = |msr: &&MsrV1| {
+        present
+            .binary_search_by_key(&msr.index, |other| other.index)
+            .is_ok_and(|at| present[at].data == msr.data)
+    };
+    wanted.iter().filter(|msr| !has(msr)).copied().collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -258,6 +269,14 @@ mod tests {
                 .count(),
             1
         );
+    }
+
+    #[test]
+    fn a_register_is_left_alone_only_if_it_has_the_wanted_value() {
+        let msr = |index, data| MsrV1 { index, data };
+        let present = [msr(1, 5), msr(2, 6), msr(9, 0)];
+        let wanted = [msr(1, 5), msr(2, 7), msr(4, 0), msr(9, 0)];
+        assert_eq!(changed(&present, &wanted), [msr(2, 7), msr(4, 0)]);
     }
 
     #[test]

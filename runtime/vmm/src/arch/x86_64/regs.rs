@@ -2,9 +2,10 @@
 //! (Documentation/arch/x86/boot.rst, "64-bit Boot Protocol").
 
 use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryError};
 
 use super::layout;
+use crate::memory::GuestMemoryMmap;
 
 /// `__BOOT_CS`: 4 GiB flat code segment, execute and read.
 const CODE_SELECTOR: u16 = 0x10;

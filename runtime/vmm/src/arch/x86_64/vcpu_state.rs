@@ -50,22 +50,29 @@ pub struct VcpuStateV1 {
     /// What CPUID told the guest.
     pub cpuid: Vec<CpuidEntryV1>,
     /// `struct kvm_sregs`.
+    #[serde(with = "crate::bytes")]
     pub sregs: Vec<u8>,
     /// `struct kvm_xcrs`.
+    #[serde(with = "crate::bytes")]
     pub xcrs: Vec<u8>,
     /// `struct kvm_xsave`, as long as the saving host's KVM made it.
+    #[serde(with = "crate::bytes")]
     pub xsave: Vec<u8>,
     /// `struct kvm_regs`.
+    #[serde(with = "crate::bytes")]
     pub regs: Vec<u8>,
     /// `struct kvm_debugregs`.
+    #[serde(with = "crate::bytes")]
     pub debugregs: Vec<u8>,
     /// Model-specific registers but time.
     pub msrs: Vec<MsrV1>,
     /// `struct kvm_lapic_state`.
+    #[serde(with = "crate::bytes")]
     pub lapic: Vec<u8>,
     /// `KVM_MP_STATE_*`.
     pub mp_state: u32,
     /// `struct kvm_vcpu_events`.
+    #[serde(with = "crate::bytes")]
     pub events: Vec<u8>,
     /// `IA32_TSC_DEADLINE`; 0 is no timer.
     pub tsc_deadline: u64,
@@ -260,12 +267,10 @@ pub fn save(
         .mp_state;
     let msrs = msr::read(fd, &host.msr_indices).map_err(VcpuStateError::Msr)?;
     msr::write(fd, &msrs).map_err(VcpuStateError::Msr)?;
-    let cpuid = fd
-        .get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
-        .map_err(call("KVM_GET_CPUID2"))?;
+    let cpuid = get_cpuid(fd)?;
     let lapic = fd.get_lapic().map_err(call("KVM_GET_LAPIC"))?;
     Ok(VcpuStateV1 {
-        cpuid: cpuid.as_slice().iter().map(Into::into).collect(),
+        cpuid,
         sregs: plain::to_bytes(&fd.get_sregs().map_err(call("KVM_GET_SREGS"))?),
         xcrs: plain::to_bytes(&fd.get_xcrs().map_err(call("KVM_GET_XCRS"))?),
         xsave: get_xsave(fd, host.xsave_bytes)?,
@@ -308,25 +313,69 @@ pub fn tsc_khz(fd: &VcpuFd) -> Result<u32, VcpuStateError> {
     fd.get_tsc_khz().map_err(call("KVM_GET_TSC_KHZ"))
 }
 
-/// Makes the guest's TSC run at `guest_khz`; step 2. Nothing is done where it does already.
-///
-/// # Errors
-/// The host's processor cannot scale its TSC.
-fn set_tsc_khz(fd: &VcpuFd, guest_khz: u32) -> Result<(), VcpuStateError> {
-    let host_khz = tsc_khz(fd)?;
-    if guest_khz == host_khz {
-        return Ok(());
-    }
-    fd.set_tsc_khz(guest_khz)
-        .map_err(|source| VcpuStateError::TscFrequency {
-            guest_khz,
-            host_khz,
-            source,
-        })
+/// A vCPU as it was when it was made, before any guest: what need not be set again.
+#[derive(Clone, Debug)]
+pub struct FreshVcpu {
+    cpuid: Vec<CpuidEntryV1>,
+    tsc_khz: u32,
+    msrs: Vec<MsrV1>,
 }
 
-/// Sets everything but time on a vCPU that has never run; steps 1 and 3 to 9 of the module's order, 2 being
-/// [`set_tsc_khz`] in between.
+impl FreshVcpu {
+    /// Frequency of its TSC, kHz.
+    pub fn tsc_khz(&self) -> u32 {
+        self.tsc_khz
+    }
+}
+
+/// Reads what a new vCPU, whose CPUID was set, is like.
+///
+/// # Errors
+/// KVM's own.
+pub fn fresh(fd: &VcpuFd, host: &HostVcpuLimits) -> Result<FreshVcpu, VcpuStateError> {
+    Ok(FreshVcpu {
+        cpuid: get_cpuid(fd)?,
+        tsc_khz: tsc_khz(fd)?,
+        msrs: msr::read(fd, &host.msr_indices).map_err(VcpuStateError::Msr)?,
+    })
+}
+
+fn get_cpuid(fd: &VcpuFd) -> Result<Vec<CpuidEntryV1>, VcpuStateError> {
+    let cpuid = fd
+        .get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
+        .map_err(call("KVM_GET_CPUID2"))?;
+    Ok(cpuid.as_slice().iter().map(Into::into).collect())
+}
+
+/// Gives a vCPU that has never run the state of a saved one but time: all of the module's steps 1 to 9. Of CPUID, TSC
+/// frequency and MSRs only what differs from `fresh` is set: most of it on a host like the one that saved, nothing is.
+///
+/// # Errors
+/// Malformed state, a frequency that the host's processor cannot scale to, or any KVM call that fails.
+pub fn claim(
+    fd: &VcpuFd,
+    fresh: &FreshVcpu,
+    state: &VcpuStateV1,
+    host: &HostVcpuLimits,
+    tsc_khz: u32,
+) -> Result<(), VcpuStateError> {
+    if !cpuid::is_same(&fresh.cpuid, &state.cpuid) {
+        set_cpuid(fd, &state.cpuid)?;
+    }
+    if tsc_khz != fresh.tsc_khz {
+        fd.set_tsc_khz(tsc_khz)
+            .map_err(|source| VcpuStateError::TscFrequency {
+                guest_khz: tsc_khz,
+                host_khz: fresh.tsc_khz,
+                source,
+            })?;
+    }
+    let changed = msr::changed(&fresh.msrs, &state.msrs);
+    set(fd, state, &changed, host)
+}
+
+/// Sets everything but time, CPUID and TSC frequency, whatever the vCPU has done since it took these from the same state;
+/// steps 3 to 9 of the module's order.
 ///
 /// # Errors
 /// Malformed state, or any KVM call that fails.
@@ -334,16 +383,24 @@ pub fn restore(
     fd: &VcpuFd,
     state: &VcpuStateV1,
     host: &HostVcpuLimits,
-    tsc_khz: u32,
+) -> Result<(), VcpuStateError> {
+    set(fd, state, &state.msrs, host)
+}
+
+fn set(
+    fd: &VcpuFd,
+    state: &VcpuStateV1,
+    msrs: &[MsrV1],
+    host: &HostVcpuLimits,
 ) -> Result<(), VcpuStateError> {
     let VcpuStateV1 {
-        cpuid,
+        cpuid: _, // claim
         sregs,
         xcrs,
         xsave,
         regs,
         debugregs,
-        msrs,
+        msrs: _, // those of `msrs`
         lapic,
         mp_state: saved_mp_state,
         events,
@@ -351,8 +408,6 @@ pub fn restore(
         tsc_ahead: _,    // set_time
     } = state;
     let length = VcpuStateError::Length;
-    set_cpuid(fd, cpuid)?;
-    set_tsc_khz(fd, tsc_khz)?;
     fd.set_sregs(&plain::from_bytes(sregs).map_err(length)?)
         .map_err(call("KVM_SET_SREGS"))?;
     fd.set_xcrs(&plain::from_bytes(xcrs).map_err(length)?)

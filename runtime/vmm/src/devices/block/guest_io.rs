@@ -7,7 +7,9 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
-use vm_memory::VolatileSlice;
+use vm_memory::bitmap::Bitmap as _;
+
+use crate::memory::GuestSlice;
 
 /// Fills `slice` from `offset` of `file`. Guest memory must not be written to by anybody's references.
 ///
@@ -15,9 +17,11 @@ use vm_memory::VolatileSlice;
 /// The file ends early or the host failed; part of the slice may be filled.
 pub(super) fn read_exact_at(
     file: &File,
-    mut slice: VolatileSlice<'_>,
+    mut slice: GuestSlice<'_>,
     mut offset: u64,
 ) -> io::Result<()> {
+    // The kernel writes past vm-memory's own bookkeeping, and a call that fails may have written too.
+    slice.bitmap().mark_dirty(0, slice.len());
     while !slice.is_empty() {
         let position = position(offset)?;
         let guard = slice.ptr_guard_mut();
@@ -44,7 +48,7 @@ pub(super) fn read_exact_at(
 /// The host failed (`StorageFull` included); part of the slice may be written.
 pub(super) fn write_all_at(
     file: &File,
-    mut slice: VolatileSlice<'_>,
+    mut slice: GuestSlice<'_>,
     mut offset: u64,
 ) -> io::Result<()> {
     while !slice.is_empty() {

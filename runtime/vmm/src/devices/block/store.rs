@@ -11,10 +11,11 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use vm_memory::{GuestMemoryError, GuestMemoryMmap, VolatileSlice};
+use vm_memory::GuestMemoryError;
 
 use super::guest_io;
 use crate::devices::virtqueue::Buffers;
+use crate::memory::{GuestMemoryMmap, GuestSlice};
 
 /// Granularity of copy-on-write.
 pub(super) const BLOCK_BYTES: u64 = 4096;
@@ -27,15 +28,24 @@ struct Delta {
 }
 
 impl Delta {
-    fn new(length: u64) -> io::Result<Self> {
+    fn new() -> io::Result<Self> {
         let file = File::from(memfd_create("thaw-disk-delta", MemfdFlags::CLOEXEC)?);
-        ftruncate(&file, length)?;
-        let words = length.div_ceil(BLOCK_BYTES).div_ceil(64);
-        let words = usize::try_from(words).map_err(io::Error::other)?;
         Ok(Self {
             file,
-            written: vec![0; words],
+            written: Vec::new(),
         })
+    }
+
+    /// Makes it empty, for a disk of `length` bytes. Every page of the old content is given back to the host, those
+    /// included that a failed write has left without their bit.
+    fn clear(&mut self, length: u64) -> io::Result<()> {
+        let words = length.div_ceil(BLOCK_BYTES).div_ceil(64);
+        let words = usize::try_from(words).map_err(io::Error::other)?;
+        self.written.clear();
+        self.written.resize(words, 0);
+        ftruncate(&self.file, 0)?;
+        ftruncate(&self.file, length)?;
+        Ok(())
     }
 
     fn has(&self, block: u64) -> bool {
@@ -83,13 +93,35 @@ impl Store {
 
     /// A window whose writes go to a fresh delta.
     pub(super) fn copy_on_write(base: File, base_offset: u64, length: u64) -> io::Result<Self> {
-        let delta = Some(Delta::new(length)?);
+        let mut delta = Delta::new()?;
+        delta.clear(length)?;
         Ok(Self {
             base,
             base_offset,
             length,
-            delta,
+            delta: Some(delta),
         })
+    }
+
+    /// An empty file, for a disk whose base is not known yet.
+    pub(super) fn no_base() -> io::Result<File> {
+        Ok(File::from(memfd_create(
+            "thaw-no-disk",
+            MemfdFlags::CLOEXEC,
+        )?))
+    }
+
+    /// Replaces the base; [`Store::forget_writes`] must follow.
+    pub(super) fn set_base(&mut self, base: File, base_offset: u64, length: u64) {
+        (self.base, self.base_offset, self.length) = (base, base_offset, length);
+    }
+
+    /// Drops all that was ever written: the base's bytes are what is read from here on.
+    pub(super) fn forget_writes(&mut self) -> io::Result<()> {
+        match &mut self.delta {
+            Some(delta) => delta.clear(self.length),
+            None => Ok(()),
+        }
     }
 
     pub(super) fn length(&self) -> u64 {
@@ -160,7 +192,7 @@ impl Store {
             let skip = usize::try_from(run.range.start - offset).map_err(io::Error::other)?;
             let length =
                 usize::try_from(run.range.end - run.range.start).map_err(io::Error::other)?;
-            let read = |slice: VolatileSlice<'_>, distance| -> Result<(), Failure> {
+            let read = |slice: GuestSlice<'_>, distance| -> Result<(), Failure> {
                 guest_io::read_exact_at(run.file, slice, run.file_offset + distance)?;
                 Ok(())
             };
@@ -200,7 +232,7 @@ impl Store {
             .delta
             .as_mut()
             .ok_or(io::ErrorKind::ReadOnlyFilesystem)?;
-        let write = |slice: VolatileSlice<'_>, distance| -> Result<(), Failure> {
+        let write = |slice: GuestSlice<'_>, distance| -> Result<(), Failure> {
             guest_io::write_all_at(&delta.file, slice, offset + distance)?;
             Ok(())
         };
@@ -231,6 +263,12 @@ impl Store {
         Ok(())
     }
 
+    /// Bytes that are in the delta, in whole blocks.
+    pub(super) fn written_bytes(&self) -> u64 {
+        let words = self.delta.iter().flat_map(|delta| &delta.written);
+        words.map(|word| u64::from(word.count_ones())).sum::<u64>() * BLOCK_BYTES
+    }
+
     /// Byte ranges that are in the delta, ascending.
     pub(super) fn written_runs(&self) -> Vec<Range<u64>> {
         let mut runs: Vec<Range<u64>> = Vec::new();
@@ -258,5 +296,36 @@ impl From<io::Error> for Failure {
 impl From<GuestMemoryError> for Failure {
     fn from(error: GuestMemoryError) -> Self {
         Self(io::Error::other(error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::MetadataExt;
+
+    #[test]
+    fn forgotten_writes_leave_no_page_behind() {
+        let base = Store::no_base().unwrap();
+        base.set_len(1 << 20).unwrap();
+        let mut store = Store::copy_on_write(base, 0, 1 << 20).unwrap();
+        let delta = store.delta.as_mut().unwrap();
+        delta.file.write_all_at(&[7; 9000], 5000).unwrap();
+        // Block 0 was written to by a request that failed before it set its bit.
+        (1..3).for_each(|block| delta.set(block));
+        let mut bytes = vec![0; 1 << 20];
+        store.read(0, &mut bytes).unwrap();
+        assert_eq!((bytes[4096], bytes[5000], bytes[12287]), (0, 7, 7));
+        assert_eq!(store.written_bytes(), 2 * BLOCK_BYTES);
+        store.forget_writes().unwrap();
+        assert_eq!(store.written_bytes(), 0);
+        store.read(0, &mut bytes).unwrap();
+        assert_eq!(
+            (store.written_runs(), bytes),
+            (Vec::new(), vec![0; 1 << 20])
+        );
+        let delta = store.delta.as_ref().unwrap();
+        let metadata = delta.file.metadata().unwrap();
+        assert_eq!((metadata.len(), metadata.blocks()), (1 << 20, 0));
     }
 }

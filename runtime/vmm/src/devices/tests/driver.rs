@@ -5,12 +5,13 @@ use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::devices::state::DevicesStateV1;
 use crate::devices::{
     Devices, DevicesConfig, DiskAccess, DiskConfig, MMIO_BASE, MMIO_WINDOW_BYTES,
 };
+use crate::memory::GuestMemoryMmap;
 
 pub const MEMORY_BYTES: usize = 4 << 20;
 pub const GUEST_CID: u64 = 3;
@@ -116,7 +117,7 @@ impl Guest {
         self.memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
         memory.write_slice(&bytes, GuestAddress(0)).unwrap();
         let (host, agent) = UnixStream::pair().unwrap();
-        let devices = Devices::restore(config(disks, agent), memory.clone(), state).unwrap();
+        let devices = Devices::restore(config(disks, agent), memory.clone(), &state).unwrap();
         Self {
             devices,
             memory,
@@ -286,8 +287,15 @@ impl Ring {
             .unwrap();
     }
 
-    /// Offers a chain; the head's index.
+    /// Offers a chain and notifies the device; the head's index.
     pub fn submit(&mut self, guest: &Guest, parts: &[Part<'_>]) -> u16 {
+        let head = self.offer(guest, parts);
+        guest.write(self.window, 0x50, self.index);
+        head
+    }
+
+    /// Offers a chain and tells nobody; the head's index.
+    pub fn offer(&mut self, guest: &Guest, parts: &[Part<'_>]) -> u16 {
         let chain = self.free.pop().expect("the test keeps chains free");
         let head = chain * GROUP;
         for (at, part) in parts.iter().enumerate() {
@@ -315,7 +323,6 @@ impl Ring {
             );
         }
         self.publish(&guest.memory, head);
-        guest.write(self.window, 0x50, self.index);
         head
     }
 

@@ -1,0 +1,289 @@
+//! Thaw's own monitor, driven as the runtime drives it: its control protocol, and the guest's bytes on the agent channel.
+
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use anyhow::{Context as _, bail, ensure};
+use command_fds::{CommandFdExt as _, FdMapping};
+use thaw_vmm_control::wire::{self, Read, Receiver};
+use thaw_vmm_control::{
+    AGENT_FD, BootRequest, CONTROL_FD, Event, FromMonitor, Prefetch, PrepareRequest, Reply,
+    Request, RestoreRequest, SaveForm, SaveRequest, Timings,
+};
+
+use crate::echo::{COMMAND_LINE, PATIENCE, PROBE, READY};
+
+/// What clones are made of.
+#[derive(Clone, Debug)]
+pub struct Ours {
+    /// The monitor's program.
+    pub vmm: PathBuf,
+    /// Memory of a guest, MiB.
+    pub memory_mib: u32,
+    /// The frozen guest, once [`Ours::freeze`] has made it.
+    pub snapshot: PathBuf,
+}
+
+impl Ours {
+    /// Boots the guest, hears it answer, and freezes it into [`Self::snapshot`].
+    ///
+    /// # Errors
+    /// It does not boot or answer, or cannot be saved; with the guest's console.
+    pub fn freeze(&self, kernel: &Path, initramfs: &Path) -> anyhow::Result<()> {
+        let open = |path: &Path| {
+            File::open(path).with_context(|| format!("cannot open {}", path.display()))
+        };
+        let (kernel, initramfs) = (open(kernel)?, open(initramfs)?);
+        let mut monitor = Monitor::spawn(&self.vmm)?;
+        let boot = Request::Boot(BootRequest {
+            vcpu_count: 1,
+            memory_mib: self.memory_mib,
+            command_line: COMMAND_LINE.into(),
+            has_initramfs: true,
+            disks: Vec::new(),
+        });
+        monitor.done(&boot, &[kernel.as_fd(), initramfs.as_fd()])?;
+        let mut first = [0];
+        if monitor.agent.read_exact(&mut first).is_err() || first != [READY] {
+            let console = monitor.status().map(|status| status.console);
+            bail!(
+                "the bench's guest did not come up: {}",
+                console.unwrap_or_default()
+            );
+        }
+        monitor.answer()?;
+        monitor.done(&Request::Pause, &[])?;
+        let file = File::create(&self.snapshot)
+            .with_context(|| format!("cannot make {}", self.snapshot.display()))?;
+        let save = Request::Save(SaveRequest {
+            metadata: serde_json::json!({ "function": "bench" }),
+            form: SaveForm::Whole,
+        });
+        match monitor.ask(&save, &[file.as_fd()])? {
+            Reply::Saved(_) => Ok(()),
+            other => bail!("the monitor cannot save: {other:?}"),
+        }
+    }
+
+    /// A monitor with everything of a VM that no snapshot is needed for.
+    ///
+    /// # Errors
+    /// The monitor cannot be started or refuses.
+    pub fn shell(&self) -> anyhow::Result<Monitor> {
+        let mut monitor = Monitor::spawn(&self.vmm)?;
+        let prepare = Request::Prepare(PrepareRequest {
+            vcpu_count: 1,
+            memory_mib: self.memory_mib,
+            disks: Vec::new(),
+        });
+        monitor.done(&prepare, &[])?;
+        Ok(monitor)
+    }
+
+    /// The snapshot, opened as a pool holds it: before any request.
+    ///
+    /// # Errors
+    /// It cannot be opened.
+    pub fn open(&self) -> anyhow::Result<File> {
+        File::open(&self.snapshot)
+            .with_context(|| format!("cannot open {}", self.snapshot.display()))
+    }
+}
+
+/// One monitor process; it dies with this value.
+#[derive(Debug)]
+pub struct Monitor {
+    process: Child,
+    control: UnixStream,
+    receiver: Receiver,
+    agent: UnixStream,
+}
+
+impl Monitor {
+    /// A monitor without a VM.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn spawn(vmm: &Path) -> anyhow::Result<Self> {
+        let (control, control_theirs) = UnixStream::pair().context("cannot make a socket")?;
+        let (agent, agent_theirs) = UnixStream::pair().context("cannot make a socket")?;
+        let mapping = |socket: UnixStream, child_fd| FdMapping {
+            parent_fd: OwnedFd::from(socket),
+            child_fd,
+        };
+        let mut command = Command::new(vmm);
+        command
+            .env_clear()
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .fd_mappings(vec![
+                mapping(control_theirs, CONTROL_FD),
+                mapping(agent_theirs, AGENT_FD),
+            ])
+            .context("cannot pass the sockets")?;
+        let process = command
+            .spawn()
+            .with_context(|| format!("cannot start {}", vmm.display()))?;
+        for socket in [&control, &agent] {
+            socket.set_read_timeout(Some(PATIENCE))?;
+        }
+        Ok(Self {
+            process,
+            control,
+            receiver: Receiver::new(),
+            agent,
+        })
+    }
+
+    /// Gives it the snapshot and runs it: of a shell, a claim; of a fresh monitor, a cold start.
+    ///
+    /// # Errors
+    /// The monitor refuses.
+    pub fn claim(&mut self, snapshot: &File) -> anyhow::Result<()> {
+        self.send_claim(snapshot)?;
+        self.finish()
+    }
+
+    /// [`Self::claim`] without waiting for the reply: the guest's answer may come first.
+    ///
+    /// # Errors
+    /// The monitor is gone.
+    pub fn send_claim(&mut self, snapshot: &File) -> anyhow::Result<()> {
+        let restore = Request::Restore(RestoreRequest {
+            disks: Vec::new(),
+            resume: true,
+            has_base: false,
+            prefetch: Prefetch::WorkingSet,
+        });
+        self.send(&restore, &[snapshot.as_fd()])
+    }
+
+    /// The reply to what was sent, which must be [`Reply::Done`].
+    ///
+    /// # Errors
+    /// It is another one.
+    pub fn finish(&mut self) -> anyhow::Result<()> {
+        match self.reply()? {
+            Reply::Done => Ok(()),
+            other => bail!("the monitor failed: {other:?}"),
+        }
+    }
+
+    /// Puts the VM back to its snapshot, paused, with a fresh agent channel in which the next question lies already.
+    ///
+    /// # Errors
+    /// The monitor refuses.
+    pub fn rewind(&mut self) -> anyhow::Result<()> {
+        let (agent, theirs) = UnixStream::pair().context("cannot make a socket")?;
+        agent.set_read_timeout(Some(PATIENCE))?;
+        // The old one stays open until it is replaced: the guest that still runs has it.
+        let _old = std::mem::replace(&mut self.agent, agent);
+        self.question()?;
+        match self.ask(&Request::Rewind, &[theirs.as_fd()])? {
+            Reply::Rewound(_) => Ok(()),
+            other => bail!("the monitor did not rewind: {other:?}"),
+        }
+    }
+
+    /// Sends [`Request::Resume`] without waiting for its reply.
+    ///
+    /// # Errors
+    /// The monitor is gone.
+    pub fn send_resume(&mut self) -> anyhow::Result<()> {
+        self.send(&Request::Resume, &[])
+    }
+
+    /// Writes the byte that the guest answers.
+    ///
+    /// # Errors
+    /// The monitor is gone.
+    pub fn question(&mut self) -> anyhow::Result<()> {
+        self.agent
+            .write_all(&[PROBE])
+            .context("the agent channel is closed")
+    }
+
+    /// Reads the guest's answer.
+    ///
+    /// # Errors
+    /// None came in time, or another.
+    pub fn hear(&mut self) -> anyhow::Result<()> {
+        let mut answer = [0];
+        self.agent
+            .read_exact(&mut answer)
+            .context("the guest does not answer")?;
+        ensure!(answer == [PROBE], "the guest answers {answer:?}");
+        Ok(())
+    }
+
+    /// A byte to the guest and back.
+    ///
+    /// # Errors
+    /// As [`Self::hear`].
+    pub fn answer(&mut self) -> anyhow::Result<()> {
+        self.question()?;
+        self.hear()
+    }
+
+    /// When things happened.
+    ///
+    /// # Errors
+    /// The monitor does not tell.
+    pub fn timings(&mut self) -> anyhow::Result<Timings> {
+        Ok(self.status()?.timings)
+    }
+
+    /// Of the process, for looking at its memory.
+    pub fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
+    fn status(&mut self) -> anyhow::Result<thaw_vmm_control::Status> {
+        match self.ask(&Request::Status, &[])? {
+            Reply::Status(status) => Ok(status),
+            other => bail!("the monitor does not tell its status: {other:?}"),
+        }
+    }
+
+    fn send(&mut self, request: &Request, fds: &[BorrowedFd<'_>]) -> anyhow::Result<()> {
+        wire::send(&self.control, request, fds).context("the monitor is gone")
+    }
+
+    fn reply(&mut self) -> anyhow::Result<Reply> {
+        loop {
+            if let Some((message, _)) = self.receiver.next_message().context("monitor's message")? {
+                match message {
+                    FromMonitor::Reply(reply) => return Ok(reply),
+                    FromMonitor::Event(Event::Exited(exit)) => bail!("the guest ended: {exit:?}"),
+                }
+            }
+            let read = self.receiver.read_from(&self.control);
+            ensure!(
+                read.context("the monitor is silent")? == Read::Some,
+                "the monitor is gone"
+            );
+        }
+    }
+
+    fn ask(&mut self, request: &Request, fds: &[BorrowedFd<'_>]) -> anyhow::Result<Reply> {
+        self.send(request, fds)?;
+        self.reply()
+    }
+
+    fn done(&mut self, request: &Request, fds: &[BorrowedFd<'_>]) -> anyhow::Result<()> {
+        self.send(request, fds)?;
+        self.finish()
+    }
+}
+
+impl Drop for Monitor {
+    fn drop(&mut self) {
+        // Both fail only for a process that is gone already.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}

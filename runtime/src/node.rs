@@ -1,0 +1,350 @@
+//! The node: one schedule for all functions, and its driver, which holds the monitors and the callers that the schedule
+//! decides about and carries out its effects in tasks.
+
+mod desk;
+mod lease;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+use tokio::sync::{oneshot, watch};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use self::desk::{Deed, Desk};
+use crate::monitor::Spawner;
+use crate::sandbox::{Sandbox, SnapshotFiles};
+use crate::schedule::{FunctionId, Input, Rules, Shape, Ticket, Time, Turn, VmId};
+use crate::vm::chain;
+use crate::{HostError, InvokeError, PoolSpec, RuntimeConfig};
+
+pub(crate) use self::lease::{Lease, RunError};
+
+/// Whom a sandbox, or the news that there is none, is sent to.
+pub(crate) type Grant = oneshot::Sender<Result<Lease, InvokeError>>;
+
+/// What a monitor costs beside its guest's memory, MiB: its own heap, stacks and page tables.
+const MONITOR_MIB: u32 = 16;
+/// A sandbox that never ran counts with this fraction of its memory: the pages that its restore wrote and those that
+/// are copied ahead of the guest, a working set of some tens of MiB at most.
+const IDLE_DIVISOR: u32 = 8;
+/// Shells in all, over all size classes.
+const SHELLS_MAX: usize = 16;
+/// Shortest time between two beginnings of shells.
+const SHELL_INTERVAL: Duration = Duration::from_millis(5);
+/// Longest wait for the killed VMs of a closed pool.
+const DRAIN_LIMIT: Duration = Duration::from_secs(30);
+/// "No limit" that still can be summed.
+const UNLIMITED: u64 = 1 << 40;
+
+/// One machine's sandboxes.
+#[derive(Debug)]
+pub(crate) struct Node {
+    pub(crate) config: RuntimeConfig,
+    pub(crate) spawner: Spawner,
+    /// Ends freezes and everything that is made ahead.
+    pub(crate) stop: CancellationToken,
+    tokio: Handle,
+    began: Instant,
+    desk: Mutex<Desk>,
+    alarm: watch::Sender<Option<Instant>>,
+}
+
+/// A function as its pool opened it.
+#[derive(Debug)]
+pub(crate) struct Member {
+    pub(crate) id: FunctionId,
+    pub(crate) spec: PoolSpec,
+    pub(crate) shape: Shape,
+    pub(crate) files: SnapshotFiles,
+    /// Ends claims ahead of demand.
+    pub(crate) stop_claims: CancellationToken,
+    /// Ends invocations.
+    pub(crate) stop_running: CancellationToken,
+    /// Nothing of it is left.
+    pub(crate) gone: watch::Sender<bool>,
+}
+
+impl Member {
+    /// Returns when nothing of it is left: it is removed, and what runs has until `limit`, counted from now.
+    pub(crate) async fn drain(&self, limit: Duration) {
+        self.stop_claims.cancel();
+        // Fails only without the sender, which is ours.
+        let gone = async || drop(self.gone.subscribe().wait_for(|gone| *gone).await);
+        if tokio::time::timeout(limit, gone()).await.is_err() {
+            self.stop_running.cancel();
+            if tokio::time::timeout(DRAIN_LIMIT, gone()).await.is_err() {
+                tracing::error!(pool = self.spec.name, "VMs are left in a closed pool");
+            }
+        }
+    }
+}
+
+impl Node {
+    pub(crate) fn new(config: RuntimeConfig, spawner: Spawner, tokio: Handle) -> Arc<Self> {
+        let rules = Rules {
+            memory_mib: config.memory_budget_mib.unwrap_or(UNLIMITED),
+            vcpus: config.vcpu_budget.map_or(UNLIMITED, u64::from),
+            overhead_mib: MONITOR_MIB,
+            idle_divisor: IDLE_DIVISOR,
+            background_max: config.restore_concurrency_max,
+            shells_per_class: config.shells_per_class,
+            shells_max: SHELLS_MAX,
+            shell_interval: SHELL_INTERVAL,
+            keep_alive: config.keep_alive,
+            recycle: config.recycle,
+        };
+        let alarm = watch::Sender::new(None);
+        let times = alarm.subscribe();
+        let node = Arc::new(Self {
+            config,
+            spawner,
+            stop: CancellationToken::new(),
+            began: Instant::now(),
+            desk: Mutex::new(Desk::new(rules)),
+            alarm,
+            tokio,
+        });
+        node.tokio.spawn(ring(Arc::downgrade(&node), times));
+        node
+    }
+
+    /// The schedule's clock.
+    pub(crate) fn now(&self) -> Time {
+        self.began.elapsed()
+    }
+
+    pub(crate) fn desk(&self) -> MutexGuard<'_, Desk> {
+        self.desk.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A number for a function that is to be added.
+    pub(crate) fn fresh_function(&self) -> FunctionId {
+        FunctionId(self.desk().number())
+    }
+
+    pub(crate) fn members(&self) -> Vec<Arc<Member>> {
+        let desk = self.desk();
+        let entries = desk.members.values();
+        entries.map(|entry| Arc::clone(&entry.member)).collect()
+    }
+
+    pub(crate) fn add(self: &Arc<Self>, member: &Arc<Member>) {
+        self.apply_with(|desk| desk.add(Arc::clone(member)));
+    }
+
+    /// Puts a caller into the queue, or refuses it; either way `grant` hears of it.
+    pub(crate) fn ask(
+        self: &Arc<Self>,
+        function: FunctionId,
+        deadline: Time,
+        turn: Turn,
+        grant: Grant,
+    ) -> Ticket {
+        let mut ticket = Ticket(0);
+        self.apply_with(|desk| {
+            ticket = Ticket(desk.number());
+            desk.callers.insert(ticket, (function, grant));
+            Input::Ask {
+                ticket,
+                function,
+                deadline,
+                turn,
+            }
+        });
+        ticket
+    }
+
+    /// Takes a caller out of the queue, if it is there.
+    pub(crate) fn leave(self: &Arc<Self>, ticket: Ticket) {
+        self.apply_with(|desk| {
+            desk.callers.remove(&ticket);
+            Input::Leave(ticket)
+        });
+    }
+
+    pub(crate) fn apply(self: &Arc<Self>, input: Input) {
+        self.apply_with(|_| input);
+    }
+
+    /// Feeds the schedule what `prepare` makes of the desk, in one step.
+    fn apply_with(self: &Arc<Self>, prepare: impl FnOnce(&mut Desk) -> Input) {
+        let deeds = {
+            let mut desk = self.desk();
+            let input = prepare(&mut desk);
+            let effects = desk.schedule.step(self.now(), input);
+            let (deeds, wake) = desk.deeds(effects);
+            if let Some(at) = wake {
+                // Under the lock, so that the newest time is the last.
+                self.alarm.send_replace(Some(self.began + at));
+            }
+            deeds
+        };
+        for deed in deeds {
+            self.carry_out(deed);
+        }
+    }
+
+    fn carry_out(self: &Arc<Self>, deed: Deed) {
+        let node = Arc::clone(self);
+        match deed {
+            Deed::Prepare(id, shape) => {
+                self.tokio.spawn(node.prepare(id, shape));
+            }
+            Deed::Claim(id, shell, member) => {
+                self.tokio.spawn(node.claim(id, shell, member));
+            }
+            Deed::Rewind(id, sandbox, member) => {
+                self.tokio.spawn(node.rewind(id, sandbox, member));
+            }
+            Deed::Hand(grant, parts) => {
+                // A caller that has gone: the lease comes back in the error, is dropped, and so returns the sandbox.
+                let _ = grant.send(Ok(Lease::new(node, parts)));
+            }
+            Deed::Refuse(grant, error) => {
+                let _ = grant.send(Err(error));
+            }
+            Deed::Destroy(id, sandbox) => {
+                self.tokio.spawn(async move {
+                    if let Some(sandbox) = sandbox {
+                        sandbox.end().await;
+                    }
+                    node.apply(Input::Reaped(id));
+                });
+            }
+            Deed::Gone(member) => {
+                member.gone.send_replace(true);
+            }
+        }
+    }
+
+    async fn prepare(self: Arc<Self>, id: VmId, shape: Shape) {
+        let began = Instant::now();
+        let mut held = None;
+        let made = tokio::select! {
+            biased;
+            () = self.stop.cancelled() => Err(HostError::ShutDown),
+            made = self.try_prepare(&mut held, shape) => made,
+        };
+        if let Err(error) = &made
+            && !self.stop.is_cancelled()
+        {
+            tracing::warn!(error = chain(error), "cannot make a shell");
+        }
+        self.apply_with(|desk| {
+            desk.held.extend(held.map(|shell| (id, shell)));
+            match made {
+                Ok(()) => Input::Prepared(id, began.elapsed()),
+                Err(_) => Input::PrepareFailed(id),
+            }
+        });
+    }
+
+    async fn try_prepare(&self, held: &mut Option<Sandbox>, shape: Shape) -> Result<(), HostError> {
+        let shell = held.insert(Sandbox::spawn(&self.spawner).await?);
+        shell.prepare(shape, &self.config).await
+    }
+
+    async fn claim(self: Arc<Self>, id: VmId, mut held: Option<Sandbox>, member: Arc<Member>) {
+        let began = Instant::now();
+        let claimed = tokio::select! {
+            biased;
+            () = self.stop.cancelled() => Err(HostError::ShutDown),
+            () = member.stop_claims.cancelled() => Err(HostError::ShutDown),
+            claimed = self.try_claim(&mut held, &member) => claimed,
+        };
+        match claimed {
+            Ok(()) => self.apply_with(|desk| {
+                desk.held.extend(held.map(|sandbox| (id, sandbox)));
+                Input::Claimed(id, began.elapsed())
+            }),
+            Err(error) => self.claim_failed(id, held, &member, Arc::new(error)),
+        }
+    }
+
+    async fn try_claim(
+        &self,
+        held: &mut Option<Sandbox>,
+        member: &Member,
+    ) -> Result<(), HostError> {
+        let sandbox = match held {
+            Some(shell) => shell,
+            none => none.insert(Sandbox::spawn(&self.spawner).await?),
+        };
+        sandbox.claim(&member.files, &self.config).await
+    }
+
+    fn claim_failed(
+        self: &Arc<Self>,
+        id: VmId,
+        sandbox: Option<Sandbox>,
+        member: &Member,
+        error: Arc<HostError>,
+    ) {
+        if !member.stop_claims.is_cancelled() {
+            tracing::warn!(
+                pool = member.spec.name,
+                error = chain(&*error),
+                "cannot restore a VM"
+            );
+        }
+        self.apply_with(|desk| {
+            if let Some(entry) = desk.members.get_mut(&member.id) {
+                entry.counts.restore_failures += 1;
+                entry.last_failure = Some(error);
+            }
+            desk.held.extend(sandbox.map(|sandbox| (id, sandbox)));
+            Input::ClaimFailed(id)
+        });
+    }
+
+    async fn rewind(self: Arc<Self>, id: VmId, mut sandbox: Sandbox, member: Arc<Member>) {
+        let began = Instant::now();
+        let rewound = sandbox.rewind(&self.config).await;
+        self.apply_with(|desk| {
+            desk.held.insert(id, sandbox);
+            match rewound {
+                Ok(_) => Input::Rewound(id, began.elapsed()),
+                Err(error) => {
+                    tracing::debug!(
+                        pool = member.spec.name,
+                        error = chain(&error),
+                        "cannot rewind a VM; it is replaced"
+                    );
+                    if let Some(entry) = desk.members.get_mut(&member.id) {
+                        entry.counts.rewind_failures += 1;
+                    }
+                    Input::RewindFailed(id)
+                }
+            }
+        });
+    }
+}
+
+/// Wakes the schedule at the newest time it asked for, until the node is gone.
+async fn ring(node: Weak<Node>, mut times: watch::Receiver<Option<Instant>>) {
+    loop {
+        let next = *times.borrow_and_update();
+        let sleep = async {
+            match next {
+                Some(at) => tokio::time::sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            changed = times.changed() => {
+                if changed.is_err() {
+                    return;
+                }
+            }
+            () = sleep => {
+                let Some(node) = node.upgrade() else { return };
+                // Not again at this time; a newer one stays.
+                node.alarm.send_if_modified(|at| *at == next && at.take().is_some());
+                node.apply(Input::Woke);
+            }
+        }
+    }
+}

@@ -1,0 +1,283 @@
+//! The working set of a guest: fetched beside it while it runs, and told of it afterwards.
+//!
+//! Fetching changes no byte of memory: pages that will be read are mapped from the page cache, pages that will be written are
+//! copied ahead. So it needs no agreement with the guest, with a pause or with a save; it only must not outlast the VM.
+//!
+//! What was touched is read from `/proc/self/pagemap` (Documentation/admin-guide/mm/pagemap.rst). A page that is there and is not
+//! the file's own was written. A page that is the file's was read, or lies beside one that was: the kernel maps up to 16 pages
+//! around a fault if they are in the page cache, where fetching them costs nothing.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+
+use rustix::mm::{Advice, madvise};
+use thaw_snapshot::{Access, OpenError, Snapshot, VerifyError};
+use thaw_vmm_control::{WORKING_SET_RUNS_MAX, WorkingSet, WorkingSetRun};
+use thiserror::Error;
+
+use crate::memory::{GuestMemory, PAGE_BYTES};
+
+/// Pages fetched by one call: the process's memory map is not held for longer than this takes.
+const FETCH_PAGES: u64 = 64;
+/// A page is in memory or in swap: bits 63 and 62 of its pagemap entry.
+const THERE: u64 = 0b11 << 62;
+/// It is a page of a file: bit 61.
+const OF_FILE: u64 = 1 << 61;
+/// Entries read at once.
+const BATCH: u64 = 4096;
+
+/// Why nothing is fetched ahead; the guest runs all the same.
+#[derive(Debug, Error)]
+pub enum PrefetchError {
+    /// The snapshot again.
+    #[error("snapshot could not be opened")]
+    Open(#[source] OpenError),
+    /// Its working set.
+    #[error("working set could not be read")]
+    Read(#[source] VerifyError),
+    /// A descriptor or a thread.
+    #[error("no descriptor or thread for fetching")]
+    Host(#[source] io::Error),
+}
+
+/// Fetches beside a running guest. Dropping it ends that soon, without waiting.
+#[derive(Debug)]
+pub struct Prefetcher {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Prefetcher {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Prefetcher {
+    /// Starts to fetch the snapshot's working set, if it has one, into a private mapping of its memory. The section is read and
+    /// decoded on the new thread.
+    ///
+    /// # Errors
+    /// No descriptor or thread.
+    pub fn start(snapshot: &Snapshot, memory: &GuestMemory) -> Result<Self, PrefetchError> {
+        let file = snapshot.file().try_clone().map_err(PrefetchError::Host)?;
+        let (first, bytes) = (memory.host_address(), memory.bytes());
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let body = move || {
+            if let Err(error) = fetch_all(file, first, bytes, &stopped) {
+                tracing::warn!(
+                    error = crate::fault::chain(&error),
+                    "working set is not fetched"
+                );
+            }
+        };
+        let thread = std::thread::Builder::new()
+            .name("prefetch".into())
+            .spawn(body)
+            .map_err(PrefetchError::Host)?;
+        Ok(Self {
+            stop,
+            thread: Some(thread),
+        })
+    }
+
+    /// Stops, and waits until nothing is fetched any more: at most one call of [`FETCH_PAGES`] pages.
+    pub fn stop(mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            // A panic there has said so on the log; the guest does not depend on it.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn fetch_all(file: File, first: u64, bytes: u64, stop: &AtomicBool) -> Result<(), PrefetchError> {
+    let snapshot = Snapshot::from_file(file, "given").map_err(PrefetchError::Open)?;
+    let Some(set) = snapshot.working_set().map_err(PrefetchError::Read)? else {
+        return Ok(());
+    };
+    for run in set.runs() {
+        let end = run.pages.start + run.pages.count;
+        let mut at = run.pages.start;
+        while at < end && !stop.load(Ordering::Relaxed) {
+            let count = (end - at).min(FETCH_PAGES);
+            assert!((at + count) * PAGE_BYTES <= bytes, "runs lie within memory");
+            fetch(first + at * PAGE_BYTES, count * PAGE_BYTES, run.access);
+            at += count;
+        }
+    }
+    Ok(())
+}
+
+fn fetch(address: u64, bytes: u64, access: Access) {
+    let (Ok(address), Ok(bytes)) = (usize::try_from(address), usize::try_from(bytes)) else {
+        return;
+    };
+    let advice = match access {
+        Access::Read => Advice::LinuxPopulateRead,
+        Access::Write => Advice::LinuxPopulateWrite,
+    };
+    // A page that cannot be fetched now is fetched when the guest touches it, and fails there if it must.
+    // SAFETY: the range lies within guest memory, which is never unmapped; neither advice changes its content.
+    let _ = unsafe { madvise(std::ptr::without_provenance_mut(address), bytes, advice) };
+}
+
+/// Remembers in which order pages were seen touched: those of an earlier look come first, and of one look in ascending order.
+#[derive(Debug, Default)]
+pub struct Recorder {
+    /// Bit n of word m: page 64 m + n was seen.
+    seen: Vec<u64>,
+    order: Vec<Range<u64>>,
+}
+
+/// How a page was used, as pagemap tells.
+fn access(entry: u64) -> Option<Access> {
+    match (entry & THERE != 0, entry & OF_FILE != 0) {
+        (false, _) => None,
+        (true, true) => Some(Access::Read),
+        (true, false) => Some(Access::Write),
+    }
+}
+
+impl Recorder {
+    /// Looks at the memory of a restored machine and tells all that was touched until now.
+    ///
+    /// # Errors
+    /// This process may not read its own pagemap.
+    pub fn look(&mut self, memory: &GuestMemory) -> io::Result<WorkingSet> {
+        let pagemap = File::open("/proc/self/pagemap")?;
+        let (first, pages) = (
+            memory.host_address() / PAGE_BYTES,
+            memory.bytes() / PAGE_BYTES,
+        );
+        let mut now = Vec::new();
+        let mut bytes = vec![0; 8 * 4096];
+        let mut at = 0;
+        while at < pages {
+            let count = (pages - at).min(BATCH);
+            let batch = &mut bytes[..usize::try_from(8 * count).map_err(io::Error::other)?];
+            pagemap.read_exact_at(batch, 8 * (first + at))?;
+            let (words, _) = batch.as_chunks::<8>();
+            now.extend(words.iter().map(|word| access(u64::from_le_bytes(*word))));
+            at += count;
+        }
+        Ok(self.note(&now))
+    }
+
+    /// Takes the accesses of all pages and tells the set so far.
+    fn note(&mut self, now: &[Option<Access>]) -> WorkingSet {
+        self.seen.resize(now.len().div_ceil(64), 0);
+        for (page, index) in (0u64..).zip(0..now.len()) {
+            let (word, bit) = (index / 64, 1 << (index % 64));
+            if now[index].is_none() || self.seen[word] & bit != 0 {
+                continue;
+            }
+            self.seen[word] |= bit;
+            match self.order.last_mut() {
+                Some(last) if last.end == page => last.end += 1,
+                _ => self.order.push(page..page + 1),
+            }
+        }
+        let mut runs: Vec<WorkingSetRun> = Vec::new();
+        for page in self.order.iter().cloned().flatten() {
+            let here = usize::try_from(page).ok().and_then(|index| now[index]);
+            let written = here == Some(Access::Write);
+            let is_full = runs.len() == WORKING_SET_RUNS_MAX;
+            match runs.last_mut() {
+                Some(run) if run.start + run.count == page && run.written == written => {
+                    run.count += 1;
+                }
+                _ if is_full => break,
+                _ => runs.push(WorkingSetRun {
+                    start: page,
+                    count: 1,
+                    written,
+                }),
+            }
+        }
+        WorkingSet { runs }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write as _;
+    use vm_memory::{Bytes, GuestAddress};
+
+    const R: Option<Access> = Some(Access::Read);
+    const W: Option<Access> = Some(Access::Write);
+
+    fn run(start: u64, count: u64, written: bool) -> WorkingSetRun {
+        WorkingSetRun {
+            start,
+            count,
+            written,
+        }
+    }
+
+    #[test]
+    fn what_was_seen_earlier_comes_first_and_what_is_written_later_counts_as_written() {
+        let mut recorder = Recorder::default();
+        let first = recorder.note(&[None, None, R, R, None, W]);
+        assert_eq!(first.runs, [run(2, 2, false), run(5, 1, true)]);
+        let second = recorder.note(&[R, None, R, W, R, W]);
+        assert_eq!(
+            second.runs,
+            [
+                run(2, 1, false),
+                run(3, 1, true),
+                run(5, 1, true),
+                run(0, 1, false),
+                run(4, 1, false)
+            ]
+        );
+    }
+
+    #[test]
+    fn a_set_has_at_most_so_many_runs() {
+        let every_other: Vec<_> = (0..4 * WORKING_SET_RUNS_MAX)
+            .map(|page| if page % 2 == 0 { R } else { None })
+            .collect();
+        let set = Recorder::default().note(&every_other);
+        assert_eq!(set.runs.len(), WORKING_SET_RUNS_MAX);
+    }
+
+    #[test]
+    fn pages_read_and_written_are_told_apart_and_fetching_changes_nothing() {
+        let memory = GuestMemory::reserve(64 << 20).unwrap();
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[7; 64 * 4096]).unwrap();
+        file.set_len(64 << 20).unwrap();
+        memory.map_private(&file, 0).unwrap();
+        let view = memory.view();
+        let written = |recorder: &mut Recorder| -> Vec<u64> {
+            let set = recorder.look(&memory).unwrap();
+            let runs = set.runs.iter().filter(|run| run.written);
+            runs.flat_map(|run| run.start..run.start + run.count)
+                .collect()
+        };
+        let mut recorder = Recorder::default();
+        assert!(recorder.look(&memory).unwrap().runs.is_empty());
+        view.write_obj(1u8, GuestAddress(40 * 4096)).unwrap();
+        assert_eq!(view.read_obj::<u8>(GuestAddress(3 * 4096)).unwrap(), 7);
+        assert_eq!(written(&mut recorder), [40]);
+        let read = recorder.look(&memory).unwrap();
+        assert!(read.runs.iter().any(|run| !run.written));
+
+        fetch(memory.host_address() + 50 * 4096, 2 * 4096, Access::Write);
+        fetch(memory.host_address() + 60 * 4096, 4096, Access::Read);
+        assert_eq!(written(&mut recorder), [40, 50, 51]);
+        let content: Vec<u8> = [40, 50, 51, 60]
+            .iter()
+            .map(|page| view.read_obj(GuestAddress(page * 4096)).unwrap())
+            .collect();
+        assert_eq!(content, [1, 7, 7, 7]);
+    }
+}
