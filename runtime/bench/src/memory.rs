@@ -1,6 +1,6 @@
 //! What a monitor with its guest costs in memory, as the kernel counts it (Documentation/filesystems/proc.rst, smaps_rollup).
 
-use std::fs;
+use std::{fs, io};
 
 use anyhow::Context as _;
 use serde::Serialize;
@@ -60,13 +60,22 @@ pub fn filtered_threads(pid: u32) -> anyhow::Result<(usize, usize)> {
     let folder = format!("/proc/{pid}/task");
     for thread in fs::read_dir(&folder).with_context(|| format!("cannot read {folder}"))? {
         let path = thread?.path().join("status");
-        let text =
-            fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let text = match fs::read_to_string(&path) {
+            // A thread that ended meanwhile.
+            Err(error) if gone(&error) => continue,
+            read => read.with_context(|| format!("cannot read {}", path.display()))?,
+        };
         all += 1;
         // 2 is SECCOMP_MODE_FILTER (proc(5)).
         filtered += usize::from(text.lines().any(|line| line == "Seccomp:\t2"));
     }
     Ok((filtered, all))
+}
+
+/// ENOENT where the file is opened, ESRCH where it is read.
+fn gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound
+        || error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error())
 }
 
 #[cfg(test)]
