@@ -1,6 +1,7 @@
 //! Used machines back to their snapshot, in place.
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
@@ -16,6 +17,8 @@ use crate::guest::{disk_of, ext4};
 use crate::monitor::Monitor;
 
 const PAGE: u64 = 4096;
+/// PPR in the LAPIC's registers (Intel SDM volume 3, table 11-1).
+const PROCESSOR_PRIORITY: Range<usize> = 0xa0..0xa4;
 /// `MSR_KVM_WALL_CLOCK_NEW` (Documentation/virt/kvm/x86/msr.rst): the guest-physical address of 12 bytes of wall clock.
 const WALL_CLOCK: u32 = 0x4b56_4d00;
 /// Version, seconds, nanoseconds.
@@ -180,11 +183,19 @@ pub fn wall_clock(snapshot: &File) -> u64 {
     register.unwrap().data
 }
 
-/// A machine that has never run after its restore, and one that was rewound, saved: the same, but for the wall clock that KVM
-/// itself writes whenever the guest's register for it is set.
+/// The state without the processor priority, which KVM computes from other registers, later than it gives them away.
+fn without_priority(mut state: MachineStateV1) -> MachineStateV1 {
+    for vcpu in &mut state.vcpus {
+        vcpu.lapic[PROCESSOR_PRIORITY].fill(0);
+    }
+    state
+}
+
+/// A machine that has never run after its restore, and one that was rewound, saved: the same, but for the processor priority, and
+/// the wall clock that KVM itself writes whenever the guest's register for it is set.
 fn is_fresh(fresh: &File, rewound: &File) {
-    let state = machine(fresh);
-    let theirs = machine(rewound);
+    let state = without_priority(machine(fresh));
+    let theirs = without_priority(machine(rewound));
     assert_eq!(theirs.devices, state.devices);
     assert_eq!(theirs.chips, state.chips);
     assert_eq!(theirs.vcpus, state.vcpus);

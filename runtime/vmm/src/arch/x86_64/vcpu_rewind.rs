@@ -9,6 +9,9 @@
 //!   that the vCPU still has; so that one goes first. Outside of deadline mode it is zero already. What the timer had
 //!   pending is dropped there too.
 //! - **Machine check banks**: no state lists them, but a guest's kernel may write what it likes into their address registers.
+//! - **PPR, the processor priority**: setting the LAPIC computes it from the interrupt that was in service before
+//!   (`apic_update_ppr` before `highest_isr_cache` is dropped, `kvm_apic_set_state`). It is computed again before the guest is
+//!   interrupted and when the guest reads it, so it may stay.
 //!
 //! CPUID is not set again: KVM refuses a change after the first run, and it is what the machine was claimed with.
 
