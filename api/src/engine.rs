@@ -15,6 +15,7 @@ use thaw_runtime::{
 };
 use thiserror::Error;
 
+mod bases;
 pub mod host;
 
 pub use host::HostEngine;

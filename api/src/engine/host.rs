@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
-use sha2::{Digest as _, Sha256};
 use thaw_images::{Fault, ImageStore, Quiet, RuntimeImage, RuntimeName};
 
 use thaw_runtime::{
@@ -16,6 +15,7 @@ use thaw_runtime::{
 };
 use thaw_snapshot::Metadata;
 
+use super::bases;
 use super::{Artifact, Engine, EngineError, EngineStep, FreezeJob, Sandboxes};
 use crate::clock;
 
@@ -32,17 +32,12 @@ const HOSTNAME: &str = "thaw";
 const SNAPSHOT_FILE: &str = "snapshot.thaw";
 const CODE_FILE: &str = "code.erofs";
 
-/// Names in the folder of runtimes' own snapshots.
-const BASES_FOLDER: &str = "bases";
-const NO_CODE_FILE: &str = "no-code.erofs";
-const BASE_FILE: &str = "base.thaw";
-
 /// This machine.
 pub struct HostEngine {
     runtime: Runtime,
     images: ImageStore,
     agent: PathBuf,
-    bases: PathBuf,
+    home: PathBuf,
 }
 
 /// What every guest boots from.
@@ -59,49 +54,21 @@ impl HostEngine {
     pub fn new(runtime: Runtime, home: PathBuf, agent: PathBuf) -> Self {
         Self {
             runtime,
-            bases: home.join(BASES_FOLDER),
-            images: ImageStore::new(home),
+            images: ImageStore::new(home.clone()),
+            home,
             agent,
         }
     }
 
-    /// The snapshot of the runtime alone, over which a function's is a difference. Its folder is named by all that it is made of.
+    /// The snapshot of the runtime alone, over which a function's is a difference, with the disk that stands for its code.
     async fn base_request(&self, request: &FreezeRequest) -> Result<BaseRequest, EngineError> {
-        let FreezeRequest {
-            kernel,
-            initramfs,
-            overlay,
-            vcpu_count,
-            memory_mib,
-            metadata,
-            ..
-        } = request;
-        let mut digest = Sha256::new();
-        for part in [
-            kernel.as_os_str().as_encoded_bytes(),
-            initramfs.as_os_str().as_encoded_bytes(),
-            overlay.as_os_str().as_encoded_bytes(),
-            metadata.kernel_version.as_bytes(),
-            metadata.image_digest.as_bytes(),
-            metadata.thaw_version.as_bytes(),
-        ] {
-            digest.update(part);
-            digest.update([0]);
-        }
-        let digest: String = digest.finalize()[..8]
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
-        let name = format!("{}-{memory_mib}M-{vcpu_count}-{digest}", metadata.runtime);
-        let folder = self.bases.join(name);
-        let code = folder.join(NO_CODE_FILE);
-        let base = BaseRequest {
-            file: folder.join(BASE_FILE),
-            code: code.clone(),
-        };
+        let base = bases::request(&self.home, request);
+        let code = base.code.clone();
         self.blocking(move |images, _| {
             if !code.is_file() {
-                std::fs::create_dir_all(&folder).map_err(image("the runtime's snapshot"))?;
+                if let Some(folder) = code.parent() {
+                    std::fs::create_dir_all(folder).map_err(image("the runtime's snapshot"))?;
+                }
                 let zip = no_code().map_err(image("the runtime's snapshot"))?;
                 images
                     .code_image(&zip, &code)
@@ -127,12 +94,13 @@ impl HostEngine {
 
 impl Engine for HostEngine {
     fn prepare(&self) -> BoxFuture<'_, Result<(), EngineError>> {
-        self.blocking(|images, agent| {
+        let home = self.home.clone();
+        self.blocking(move |images, agent| {
             base(images, agent)?;
             for name in RuntimeName::ALL {
                 rootfs(images, name)?;
             }
-            Ok(())
+            bases::remove_unused(&home).map_err(image("the runtimes' snapshots"))
         })
         .boxed()
     }

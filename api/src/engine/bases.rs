@@ -1,0 +1,187 @@
+//! Where the snapshots of runtimes alone are kept, over which functions' snapshots are differences, and when one goes.
+//!
+//! Each has a folder of its own, named by all that the snapshot is made of: an upgrade makes a new one beside the old.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use sha2::{Digest as _, Sha256};
+use thaw_runtime::{BaseRequest, FreezeRequest};
+use thaw_snapshot::Snapshot;
+
+const BASES_FOLDER: &str = "bases";
+const CODE_FILE: &str = "no-code.erofs";
+const BASE_FILE: &str = "base.thaw";
+
+/// Folders whose folders hold snapshots: `functions/NAME/REVISION/FILE`, `snapshots/NAME/FILE`.
+const SNAPSHOTS: [(&str, usize); 2] = [("functions", 2), ("snapshots", 1)];
+/// Ending of a snapshot file's name.
+const ENDING: &str = "thaw";
+
+/// A folder that changed more recently than this may be one that a build is filling.
+const AT_WORK: Duration = Duration::from_secs(60 * 60);
+
+/// The base of `request` below `home`.
+pub fn request(home: &Path, request: &FreezeRequest) -> BaseRequest {
+    let FreezeRequest {
+        kernel,
+        initramfs,
+        overlay,
+        vcpu_count,
+        memory_mib,
+        metadata,
+        ..
+    } = request;
+    let mut digest = Sha256::new();
+    for part in [
+        kernel.as_os_str().as_encoded_bytes(),
+        initramfs.as_os_str().as_encoded_bytes(),
+        overlay.as_os_str().as_encoded_bytes(),
+        metadata.kernel_version.as_bytes(),
+        metadata.image_digest.as_bytes(),
+        metadata.thaw_version.as_bytes(),
+    ] {
+        digest.update(part);
+        digest.update([0]);
+    }
+    let digest: String = digest.finalize()[..8]
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    let name = format!("{}-{memory_mib}M-{vcpu_count}-{digest}", metadata.runtime);
+    let folder = home.join(BASES_FOLDER).join(name);
+    BaseRequest {
+        file: folder.join(BASE_FILE),
+        code: folder.join(CODE_FILE),
+    }
+}
+
+/// Removes each base that no snapshot below `home` is a difference from and that has been so for an hour.
+///
+/// # Errors
+/// A folder that cannot be read or removed.
+pub fn remove_unused(home: &Path) -> io::Result<()> {
+    let snapshots = SNAPSHOTS.map(|(folder, depth)| folders_below(&home.join(folder), depth));
+    let mut used = BTreeSet::new();
+    for folder in snapshots.into_iter().flatten() {
+        let files = list(&folder)?.into_iter();
+        let files = files.filter(|path| path.extension().is_some_and(|ending| ending == ENDING));
+        // One that cannot be opened serves nobody.
+        let opened = files.filter_map(|path| Snapshot::open(&path).ok());
+        used.extend(opened.filter_map(|snapshot| Some(snapshot.base().ok()??.digest)));
+    }
+    for folder in list(&home.join(BASES_FOLDER))? {
+        let base = Snapshot::open(&folder.join(BASE_FILE));
+        let is_used = base.is_ok_and(|base| used.contains(&base.content_digest()));
+        if !is_used
+            && folder
+                .metadata()?
+                .modified()?
+                .elapsed()
+                .is_ok_and(|age| age > AT_WORK)
+        {
+            fs::remove_dir_all(&folder)?;
+        }
+    }
+    Ok(())
+}
+
+/// The folders `depth` levels below `folder`.
+fn folders_below(folder: &Path, depth: usize) -> Vec<PathBuf> {
+    let mut folders = vec![folder.to_owned()];
+    for _ in 0..depth {
+        let below = folders
+            .iter()
+            .flat_map(|folder| list(folder).unwrap_or_default());
+        folders = below.filter(|path| path.is_dir()).collect();
+    }
+    folders
+}
+
+fn list(folder: &Path) -> io::Result<Vec<PathBuf>> {
+    match fs::read_dir(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        entries => entries?.map(|entry| Ok(entry?.path())).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::time::SystemTime;
+
+    use thaw_snapshot::{CpuRecord, Metadata, PageSource, SectionKind, Writer};
+
+    use super::*;
+
+    const MEMORY: u64 = 1 << 20;
+
+    /// Memory whose first byte is this and all others are zero.
+    struct First(u8);
+
+    impl PageSource for First {
+        fn read_at(&mut self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+            buffer.fill(0);
+            if let (0, Some(first)) = (offset, buffer.first_mut()) {
+                *first = self.0;
+            }
+            Ok(())
+        }
+
+        fn next_data(&mut self, offset: u64) -> io::Result<Option<u64>> {
+            Ok((offset == 0).then_some(0))
+        }
+    }
+
+    fn write(path: &Path, first: u8, base: Option<&Path>) {
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        let mut writer = Writer::new(File::create_new(path).unwrap());
+        writer.metadata(&Metadata::default()).unwrap();
+        writer.cpu(&CpuRecord::default()).unwrap();
+        match base.map(|base| Snapshot::open(base).unwrap()) {
+            Some(base) => (writer.memory_difference(&mut First(first), &base, 8)).map(drop),
+            None => writer.sparse_section(SectionKind::Memory, MEMORY, &mut First(first)),
+        }
+        .unwrap();
+        writer.finish().unwrap();
+    }
+
+    #[test]
+    fn a_base_goes_when_nothing_differs_from_it_and_no_build_is_at_work() {
+        let home = tempfile::tempdir().unwrap();
+        let base = |name: &str| home.path().join(BASES_FOLDER).join(name).join(BASE_FILE);
+        let age = |path: &Path| {
+            let long_ago = SystemTime::now() - 2 * AT_WORK;
+            let folder = File::open(path.parent().unwrap()).unwrap();
+            folder.set_modified(long_ago).unwrap();
+        };
+        for (first, name) in (1..).zip(["deployed", "built", "unused", "new"]) {
+            write(&base(name), first, None);
+        }
+        let [deployed, built] = ["functions/f/1/snapshot.thaw", "snapshots/s/snapshot.thaw"]
+            .map(|path| home.path().join(path));
+        write(&deployed, 9, Some(&base("deployed")));
+        write(&built, 9, Some(&base("built")));
+        for name in ["deployed", "built", "unused"] {
+            age(&base(name));
+        }
+        let left = || {
+            let folders = list(&home.path().join(BASES_FOLDER)).unwrap();
+            let mut names: Vec<_> = (folders
+                .iter()
+                .map(|path| path.file_name().unwrap().to_owned()))
+            .collect();
+            names.sort();
+            names
+        };
+        remove_unused(home.path()).unwrap();
+        assert_eq!(left(), ["built", "deployed", "new"]);
+        fs::remove_file(&built).unwrap();
+        remove_unused(home.path()).unwrap();
+        assert_eq!(left(), ["deployed", "new"]);
+        assert!(remove_unused(&home.path().join("absent")).is_ok());
+    }
+}
