@@ -237,14 +237,21 @@ fn add_timings(series: &mut Series, side: &str, sent_ns: u64, timings: &Timings)
         Some(sent_ns),
         timings.first_instruction_ns,
     );
-    add("received", Some(sent_ns), timings.claimed_ns);
-    add("mapped", timings.claimed_ns, timings.memory_mapped_ns);
-    add("state_set", timings.memory_mapped_ns, timings.state_set_ns);
-    add(
-        "entered",
-        timings.state_set_ns,
-        timings.first_instruction_ns,
-    );
+    let steps = [
+        ("received", timings.claimed_ns),
+        ("decoded", timings.decoded_ns),
+        ("mapped", timings.memory_mapped_ns),
+        ("vcpus_set", timings.vcpus_set_ns),
+        ("state_set", timings.state_set_ns),
+        ("primed", timings.primed_ns),
+        ("time_set", timings.time_set_ns),
+        ("entered", timings.first_instruction_ns),
+    ];
+    let mut from = Some(sent_ns);
+    for (step, to) in steps {
+        add(step, from, to);
+        from = to;
+    }
 }
 
 impl Sides {
