@@ -429,7 +429,8 @@ async fn a_module_that_does_not_exist_fails_the_freeze_with_its_reason() {
     runtime.shutdown(AMPLE).await;
 }
 
-/// The pages that two snapshots of one runtime have in common are stored once, and the kernel boots once.
+/// The pages that two snapshots of one runtime have in common are stored once, and the kernel boots once; a base that is no good is
+/// made again.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_function_over_a_base_takes_less_than_half_of_the_time_and_disk() {
     let _alone = alone().await;
@@ -437,6 +438,7 @@ async fn a_second_function_over_a_base_takes_less_than_half_of_the_time_and_disk
     let _ = std::fs::remove_dir_all(&folder);
     std::fs::create_dir_all(&folder).unwrap();
     let base = folder.join("base.thaw");
+    std::fs::write(&base, b"no snapshot").unwrap();
     let runtime = runtime();
     let mut took = Vec::new();
     for name in ["first", "second"] {

@@ -41,6 +41,9 @@ pub struct BenchArgs {
     /// Where sandboxes run.
     #[arg(long, value_enum, default_value_t = LabChoice::Auto)]
     lab: LabChoice,
+    /// A lab with nested paging instead of shadow page tables: nearer to metal, but QEMU 7.2 does it wrongly now and then.
+    #[arg(long)]
+    nested_paging: bool,
     /// Set when this process was started inside the lab by another one; the reason.
     #[arg(long, hide = true)]
     in_lab: bool,
@@ -71,6 +74,7 @@ pub fn run(global: &Global, args: &BenchArgs) -> anyhow::Result<ExitCode> {
         if let Venue::Lab(_) = venue {
             let mut in_lab = InLab::this_command(&home, &installation);
             in_lab.writable.push(out);
+            in_lab.paging = InLab::paging(args.nested_paging);
             return in_lab.run(&mut steps);
         }
     }

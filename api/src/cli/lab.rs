@@ -18,6 +18,9 @@ pub struct LabArgs {
     /// Port of this machine's loopback that leads to the same port in the lab.
     #[arg(short, long, value_name = "PORT")]
     port: Vec<u16>,
+    /// Nested paging instead of shadow page tables: nearer to metal, but QEMU 7.2 does it wrongly now and then.
+    #[arg(long)]
+    nested_paging: bool,
     /// Program and arguments.
     #[arg(last = true, required = true)]
     command: Vec<OsString>,
@@ -34,6 +37,7 @@ pub fn run(global: &Global, args: &LabArgs) -> anyhow::Result<ExitCode> {
         command,
         writable,
         ports: args.port.clone(),
+        paging: InLab::paging(args.nested_paging),
         when_lost: WhenLost::Fail,
     }
     .run(&mut Steps::new())

@@ -21,6 +21,7 @@ use super::installation::Installation;
 use super::progress::Steps;
 use super::venue::{InLab, LabChoice, Venue, WhenLost};
 use super::{Global, package};
+use thaw_lab::Paging;
 
 /// The function that `--example` deploys.
 const EXAMPLE: &str = "hello";
@@ -91,6 +92,7 @@ pub fn run(global: &Global, args: &UpArgs) -> anyhow::Result<ExitCode> {
                 command,
                 writable: Vec::new(),
                 ports: vec![args.listen.port()],
+                paging: Paging::default(),
                 when_lost: WhenLost::StartAgain,
             }
             .run(&mut steps)

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use clap::ValueEnum;
 use thaw_lab::host::{self, KvmVerdict};
-use thaw_lab::{Lab, LabRun, PortForward, RunError, Stream};
+use thaw_lab::{Lab, LabRun, Paging, PortForward, RunError, Stream};
 
 use super::installation::Installation;
 use super::progress::Steps;
@@ -83,6 +83,8 @@ pub struct InLab<'a> {
     pub writable: Vec<PathBuf>,
     /// Ports of this machine that lead to the same port in the lab.
     pub ports: Vec<u16>,
+    /// How its guests are paged.
+    pub paging: Paging,
     /// What to do if the lab itself dies.
     pub when_lost: WhenLost,
 }
@@ -98,6 +100,7 @@ impl<'a> InLab<'a> {
             command,
             writable: Vec::new(),
             ports: Vec::new(),
+            paging: Paging::default(),
             when_lost: WhenLost::Fail,
         }
     }
@@ -107,7 +110,7 @@ impl<'a> InLab<'a> {
     /// # Errors
     /// The lab cannot be built or started.
     pub fn run(self, steps: &mut Steps) -> anyhow::Result<ExitCode> {
-        let lab = Lab::new(self.home.join("lab"));
+        let lab = Lab::new(self.home.join("lab")).with_paging(self.paging);
         lab.build(&mut |step| steps.begin(&format!("lab: {step}")))
             .context("cannot build the lab")?;
         let memory_mib = lab_memory_mib();
@@ -134,6 +137,15 @@ impl<'a> InLab<'a> {
             };
             restarts -= 1;
             eprintln!("lab: {lost}\nlab: started again");
+        }
+    }
+
+    /// [`Paging::Nested`] if it is wanted.
+    pub fn paging(nested: bool) -> Paging {
+        if nested {
+            Paging::Nested
+        } else {
+            Paging::Shadow
         }
     }
 

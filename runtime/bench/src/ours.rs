@@ -9,6 +9,7 @@ use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context as _, bail, ensure};
 use command_fds::{CommandFdExt as _, FdMapping};
+use thaw_snapshot::{Access, PageRun, TouchedRun, WorkingSet, set_working_set};
 use thaw_vmm_control::wire::{self, Read, Receiver};
 use thaw_vmm_control::{
     AGENT_FD, BootRequest, CONTROL_FD, Event, FromMonitor, Prefetch, PrepareRequest, Reply,
@@ -64,9 +65,36 @@ impl Ours {
             form: SaveForm::Whole,
         });
         match monitor.ask(&save, &[file.as_fd()])? {
-            Reply::Saved(_) => Ok(()),
+            Reply::Saved(_) => self.record(),
             other => bail!("the monitor cannot save: {other:?}"),
         }
+    }
+
+    /// Lets a clone answer once and writes what it touched into the snapshot.
+    fn record(&self) -> anyhow::Result<()> {
+        let mut monitor = self.shell()?;
+        monitor.question()?;
+        monitor.send_claim(&self.open()?, Prefetch::Off)?;
+        monitor.hear()?;
+        monitor.finish()?;
+        let Reply::WorkingSet(touched) = monitor.ask(&Request::WorkingSet, &[])? else {
+            bail!("the monitor does not tell what its guest touched");
+        };
+        let access = |written| if written { Access::Write } else { Access::Read };
+        let runs = touched
+            .runs
+            .iter()
+            .filter(|run| run.written)
+            .map(|run| TouchedRun {
+                pages: PageRun {
+                    start: run.start,
+                    count: run.count,
+                },
+                access: access(run.written),
+            });
+        let set = WorkingSet::new(runs.collect(), u64::from(self.memory_mib) << 20)?;
+        set_working_set(&self.snapshot, &set)?;
+        Ok(())
     }
 
     /// A monitor with everything of a VM that no snapshot is needed for.
@@ -144,7 +172,7 @@ impl Monitor {
     /// # Errors
     /// The monitor refuses.
     pub fn claim(&mut self, snapshot: &File) -> anyhow::Result<()> {
-        self.send_claim(snapshot)?;
+        self.send_claim(snapshot, Prefetch::WorkingSet)?;
         self.finish()
     }
 
@@ -152,12 +180,12 @@ impl Monitor {
     ///
     /// # Errors
     /// The monitor is gone.
-    pub fn send_claim(&mut self, snapshot: &File) -> anyhow::Result<()> {
+    pub fn send_claim(&mut self, snapshot: &File, prefetch: Prefetch) -> anyhow::Result<()> {
         let restore = Request::Restore(RestoreRequest {
             disks: Vec::new(),
             resume: true,
             has_base: false,
-            prefetch: Prefetch::WorkingSet,
+            prefetch,
         });
         self.send(&restore, &[snapshot.as_fd()])
     }

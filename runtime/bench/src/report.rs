@@ -31,6 +31,7 @@ pub const SIDES: &[(&str, &str)] = &[
     ("claim_time_set", "  → clocks set"),
     ("claim_entered", "  → guest entered"),
     ("claim_answer", "claim → answer"),
+    ("claim_bare_answer", "claim → answer, nothing prefetched"),
     ("rewind_put_back", "rewind: put back"),
     ("rewind_resume_answer", "rewind: resume → answer"),
     ("rewind_answer", "rewind → answer, whole"),

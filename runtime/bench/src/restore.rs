@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use rustix::time::{ClockId, clock_gettime};
 use thaw_snapshot::Snapshot;
-use thaw_vmm_control::Timings;
+use thaw_vmm_control::{Prefetch, Timings};
 
 use crate::firecracker::Firecracker;
 use crate::floor::{Chip, Floor};
@@ -84,18 +84,20 @@ enum Side {
     FloorReady(Chip),
     Cold,
     Claim,
+    ClaimBare,
     FirecrackerSpawn,
     FirecrackerReady,
 }
 
 impl Side {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::FloorNew(Chip::Kernel),
         Self::FloorReady(Chip::Kernel),
         Self::Cold,
         Self::FloorNew(Chip::Split),
         Self::FloorReady(Chip::Split),
         Self::Claim,
+        Self::ClaimBare,
         Self::FirecrackerSpawn,
         Self::FirecrackerReady,
     ];
@@ -108,6 +110,7 @@ impl Side {
             Self::FloorReady(Chip::Split) => "floor_ready_split",
             Self::Cold => "cold",
             Self::Claim => "claim",
+            Self::ClaimBare => "claim_bare",
             Self::FirecrackerSpawn => "firecracker_spawn",
             Self::FirecrackerReady => "firecracker_ready",
         }
@@ -277,6 +280,7 @@ impl Sides {
                     Err(error) => Err(error),
                 }
             }
+            Side::ClaimBare => self.claim_without_prefetch(series),
             Side::FirecrackerSpawn => self.firecracker_spawn(series),
             Side::FirecrackerReady => self.firecracker_ready(series),
         };
@@ -291,7 +295,7 @@ impl Sides {
         let (began, sent_ns) = (Instant::now(), monotonic_ns());
         let mut monitor = Monitor::spawn(&self.ours.vmm)?;
         monitor.question()?;
-        monitor.send_claim(&snapshot)?;
+        monitor.send_claim(&snapshot, Prefetch::WorkingSet)?;
         monitor.hear()?;
         series.add("cold_answer", began.elapsed());
         monitor.finish()?;
@@ -312,7 +316,7 @@ impl Sides {
         let mut monitor = self.ours.shell()?;
         monitor.question()?;
         let (began, sent_ns) = (Instant::now(), monotonic_ns());
-        monitor.send_claim(&snapshot)?;
+        monitor.send_claim(&snapshot, Prefetch::WorkingSet)?;
         monitor.hear()?;
         series.add("claim_answer", began.elapsed());
         monitor.finish()?;
@@ -321,6 +325,18 @@ impl Sides {
         monitor.answer()?;
         series.add("warm_answer", began.elapsed());
         Ok(monitor)
+    }
+
+    /// A claim whose guest finds nothing fetched ahead.
+    fn claim_without_prefetch(&self, series: &mut Series) -> anyhow::Result<()> {
+        let snapshot = self.ours.open()?;
+        let mut monitor = self.ours.shell()?;
+        monitor.question()?;
+        let began = Instant::now();
+        monitor.send_claim(&snapshot, Prefetch::Off)?;
+        monitor.hear()?;
+        series.add("claim_bare_answer", began.elapsed());
+        monitor.finish()
     }
 
     /// The used VM is put back and answers again, twice: as pristine, and warm.
@@ -435,7 +451,7 @@ impl Sides {
             let snapshot = self.ours.open()?;
             let mut monitor = self.ours.shell()?;
             monitor.question()?;
-            monitor.send_claim(&snapshot)?;
+            monitor.send_claim(&snapshot, Prefetch::WorkingSet)?;
             monitor.hear()
         };
         findings.count("ours", |_| ours());

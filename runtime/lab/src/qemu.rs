@@ -1,6 +1,6 @@
 //! QEMU's command line.
 
-use crate::PortForward;
+use crate::{Paging, PortForward};
 use std::{
     ffi::{OsStr, OsString},
     os::fd::RawFd,
@@ -14,6 +14,7 @@ pub struct Plan {
     pub initrd: PathBuf,
     pub memory_mib: u32,
     pub cpu_count: u8,
+    pub paging: Paging,
     /// Frequency of this machine's time-stamp counter.
     pub tsc_khz: u64,
     pub forwards: Vec<PortForward>,
@@ -50,11 +51,15 @@ fn kernel_command_line(tsc_khz: u64) -> String {
     )
 }
 
-/// The emulated processor. No nested paging: with it, QEMU 7.2 on two processors now and then walks a guest's page tables in the wrong
+/// The emulated processor. Guests' page tables are shadowed: with nested paging, QEMU 7.2 on two processors now and then walks a guest's page tables in the wrong
 /// memory, the tables themselves being right (seen: 11 errors in a little over 600 invocations by 20 clients, mostly triple faults, and
-/// lab kernels with overwritten stacks). KVM then shadows the guests' page tables: 2.4 invocations a second under that load, where
-/// nested paging gave 2.3 to 2.8.
-const PROCESSOR: &str = "max,+svm,-npt";
+/// lab kernels with overwritten stacks). 2.4 invocations a second under that load, where nested paging gave 2.3 to 2.8.
+fn processor(paging: Paging) -> &'static str {
+    match paging {
+        Paging::Shadow => "max,+svm,-npt",
+        Paging::Nested => "max,+svm,+npt",
+    }
+}
 
 /// The device through which the lab sees this machine's files.
 pub const ROOT_DEVICE: &str = "vhost-user-fs-pci";
@@ -71,7 +76,7 @@ pub fn arguments(plan: &Plan, fds: &Descriptors, start: Start) -> Vec<OsString> 
         "pc,memory-backend=mem,usb=off,vmport=off".as_ref(),
     );
     add("-accel", "tcg,thread=multi".as_ref());
-    add("-cpu", PROCESSOR.as_ref());
+    add("-cpu", processor(plan.paging).as_ref());
     add("-smp", plan.cpu_count.to_string().as_ref());
     add("-m", memory.to_string().as_ref());
     // vhost-user needs shared memory, saving needs a file; a memfd is both and leaves nothing behind.
@@ -146,6 +151,7 @@ mod tests {
             initrd: "/i".into(),
             memory_mib: 1024,
             cpu_count: 3,
+            paging: Paging::Shadow,
             tsc_khz: 2_596_144,
             forwards,
         };

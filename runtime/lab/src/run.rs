@@ -3,7 +3,7 @@
 mod session;
 
 use crate::{
-    LabRun, PortForward, StartMode,
+    LabRun, Paging, PortForward, StartMode,
     artifacts::{self, Artifacts, NotBuilt},
     clock,
     machine::{Machine, MachineError},
@@ -166,12 +166,20 @@ enum Attempt {
 /// See [`crate::Lab::run`].
 pub fn run(
     artifacts: &Artifacts,
+    paging: Paging,
     mut run: LabRun,
     notice: &mut dyn FnMut(&str),
 ) -> Result<i32, RunError> {
     let start = start_message(artifacts, &run)?;
     check_ports(&run.forwards)?;
-    let mut plan = plan(artifacts, run.memory_mib, run.cpu_count);
+    let mut plan = plan(
+        artifacts,
+        Size {
+            memory_mib: run.memory_mib,
+            cpu_count: run.cpu_count,
+            paging,
+        },
+    );
     plan.forwards.clone_from(&run.forwards);
     let (sender, events) = channel();
     if let Some(signals) = run.signals.take() {
@@ -222,26 +230,34 @@ pub fn run(
 }
 
 /// The command line's clock must be right even when the machine is busy: five rounds of 20 ms.
-fn plan(artifacts: &Artifacts, memory_mib: u32, cpu_count: u8) -> Plan {
+fn plan(artifacts: &Artifacts, size: Size) -> Plan {
     let tsc_khz = clock::tsc_khz(5, Duration::from_millis(20));
     Plan {
         kernel: artifacts.kernel.clone(),
         initrd: artifacts.initrd.clone(),
-        memory_mib,
-        cpu_count,
+        memory_mib: size.memory_mib,
+        cpu_count: size.cpu_count,
+        paging: size.paging,
         tsc_khz,
         forwards: Vec::new(),
     }
 }
 
+/// What a saved state fits, the artifacts apart.
+#[derive(Debug, Clone, Copy)]
+pub struct Size {
+    pub memory_mib: u32,
+    pub cpu_count: u8,
+    pub paging: Paging,
+}
+
 /// See [`crate::Lab::save`].
 pub fn save(
     artifacts: &Artifacts,
-    memory_mib: u32,
-    cpu_count: u8,
+    size: Size,
     progress: &mut dyn FnMut(&str),
 ) -> Result<(), SaveError> {
-    let mut plan = plan(artifacts, memory_mib, cpu_count);
+    let mut plan = plan(artifacts, size);
     let saved = SavedState::of(&plan)?;
     let lock = artifacts.folder.join("saving");
     let failed = |source| SaveError::Io {
@@ -269,8 +285,11 @@ pub fn save(
             start: protocol::Start::default(),
         };
         plan.tsc_khz = clock::tsc_khz(5, Duration::from_millis(20));
-        let mut machine =
-            Machine::start(&plan, Machine::memory(memory_mib)?, qemu::Start::BootToSave)?;
+        let mut machine = Machine::start(
+            &plan,
+            Machine::memory(size.memory_mib)?,
+            qemu::Start::BootToSave,
+        )?;
         driver.listen(&machine)?;
         match driver.await_init(&mut machine, BOOT_LIMIT)? {
             Heard::Message(InitMessage::Booted) => return Ok(saved.save(&machine, plan.tsc_khz)?),

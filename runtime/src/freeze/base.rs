@@ -2,18 +2,22 @@
 //! there and stores what differs.
 
 use std::os::fd::AsFd as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use thaw_agent_protocol::{Generation, HostMessage, Thaw};
 use thaw_snapshot::{Metadata, OpenError, Snapshot, VerifyError};
-use thaw_vmm_control::{Disk, DiskAccess, DiskSource, Request, RestoreRequest, SaveForm};
+use thaw_vmm_control::{
+    Disk, DiskAccess, DiskSource, Failure, Fault, Request, RestoreRequest, SaveForm,
+};
 use thiserror::Error;
 use tokio::sync::Mutex;
 
 use super::drive::{self, Freeze, Progress};
 use super::{BaseRequest, FreezeError, FreezeRequest, FreezeStep};
 use crate::RuntimeConfig;
+use crate::fault::HostError;
 use crate::monitor::Spawner;
 use crate::sandbox::{DISK_IDS, random};
 
@@ -34,21 +38,23 @@ pub enum BaseFileError {
     /// It is damaged.
     #[error("file of the base is damaged")]
     Damaged(#[source] VerifyError),
+    /// It fits neither this host nor the request: it was made with another processor, for instance.
+    #[error("monitor does not restore the base")]
+    Refused(#[source] Failure),
 }
 
-/// Makes the base if its file is not there.
+/// Makes the base if its file is not there, or is still the `unusable` one: what differs from that one is of no use here either.
 pub(super) async fn make(
     spawner: &Spawner,
     config: &RuntimeConfig,
     request: &FreezeRequest,
     base: &BaseRequest,
+    unusable: Option<FileId>,
     progress: Progress<'_>,
 ) -> Result<(), FreezeError> {
     let _making = MAKING.lock().await;
-    if tokio::fs::try_exists(&base.file)
-        .await
-        .is_ok_and(|is_there| is_there)
-    {
+    let there = file_id(&base.file).await;
+    if there.is_some() && there != unusable {
         return Ok(());
     }
     let mut request = request.clone();
@@ -62,6 +68,15 @@ pub(super) async fn make(
         ..request.metadata
     };
     drive::boot_and_freeze(spawner, config, &request, progress).await
+}
+
+/// Device and inode: a file made again has another.
+pub(super) type FileId = (u64, u64);
+
+/// The file at `path`, if there is one.
+pub(super) async fn file_id(path: &Path) -> Option<FileId> {
+    let metadata = tokio::fs::metadata(path).await.ok()?;
+    Some((metadata.dev(), metadata.ino()))
 }
 
 impl Freeze<'_> {
@@ -96,7 +111,16 @@ impl Freeze<'_> {
         ];
         let fds = files.each_ref().map(|file| file.as_fd());
         let limit = self.config.restore_limit;
-        self.vm.monitor.command(&restore, &fds, limit).await?;
+        let restored = self.vm.monitor.command(&restore, &fds, limit).await;
+        restored.map_err(|error| match error {
+            HostError::Refused { source, .. } if source.fault == Fault::Caller => {
+                FreezeError::Base {
+                    path: base.to_owned(),
+                    source: BaseFileError::Refused(source),
+                }
+            }
+            other => other.into(),
+        })?;
         let since = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default();

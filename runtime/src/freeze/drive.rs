@@ -41,10 +41,20 @@ pub(crate) async fn freeze(
     request: FreezeRequest,
     progress: Progress<'_>,
 ) -> Result<Frozen, FreezeError> {
-    if let Some(base) = &request.base {
-        base::make(spawner, config, &request, base, progress).await?;
-    }
-    let run = attempts(spawner, config, &request, Goal::Function, progress).await?;
+    let mut unusable = None;
+    let run = loop {
+        let mut used = None;
+        if let Some(base) = &request.base {
+            base::make(spawner, config, &request, base, unusable, progress).await?;
+            used = base::file_id(&base.file).await;
+        }
+        match attempts(spawner, config, &request, Goal::Function, progress).await {
+            Err(FreezeError::Base { .. }) if unusable.is_none() && used.is_some() => {
+                unusable = used;
+            }
+            run => break run?,
+        }
+    };
     Ok(run.expect("a function's freeze makes a snapshot of it"))
 }
 

@@ -34,6 +34,9 @@ const FUNCTION_MIB: u64 = 128;
 /// Room for one sandbox of the function and not for two.
 const ROOM_MIB: u64 = FUNCTION_MIB + FUNCTION_MIB / 2;
 
+/// Requests that may fail before the bench gives up.
+const FAILURES_MAX: u32 = 3;
+
 /// Rows of the table, in the order in which things happen: name in `Server-Timing`, words.
 const PARTS: [(&str, &str); 7] = [
     ("queue", "wait for a sandbox"),
@@ -63,6 +66,15 @@ struct Side {
     client: Client,
     stop: oneshot::Sender<()>,
     server: JoinHandle<anyhow::Result<()>>,
+}
+
+impl Side {
+    async fn call(&self) -> anyhow::Result<Call> {
+        if self.primed {
+            call(&self.client).await?;
+        }
+        call(&self.client).await
+    }
 }
 
 impl Stage<'_> {
@@ -148,18 +160,20 @@ async fn deploy_hello(client: &Client, steps: &mut Steps) -> anyhow::Result<()> 
 
 async fn rounds_of(sides: &[Side], rounds: u32) -> anyhow::Result<Samples> {
     let mut samples = Samples::default();
+    let mut failures = 0;
     for round in 0..=rounds {
         let turn = usize::try_from(round)? % sides.len();
         for side in sides.iter().cycle().skip(turn).take(sides.len()) {
-            if side.primed {
-                call(&side.client).await?;
-            }
-            let call = call(&side.client)
-                .await
-                .with_context(|| format!("round {round} with {:?}", side.recycle))?;
-            // The first round warms caches for all alike.
-            if round > 0 {
-                samples.add(call)?;
+            let measured = side.call().await;
+            match measured.with_context(|| format!("round {round} with {:?}", side.recycle)) {
+                // The first round warms caches for all alike.
+                Ok(call) if round > 0 => samples.add(call)?,
+                Ok(_) => {}
+                Err(error) if failures == FAILURES_MAX => return Err(error),
+                Err(error) => {
+                    failures += 1;
+                    eprintln!("thaw: not counted: {error:#}");
+                }
             }
         }
     }
