@@ -156,8 +156,8 @@ impl Monitor {
         let restore = Request::Restore(RestoreRequest {
             disks: Vec::new(),
             resume: true,
-            has_base: false,
             prefetch: Prefetch::WorkingSet,
+            ..Default::default()
         });
         self.send(&restore, &[snapshot.as_fd()])
     }

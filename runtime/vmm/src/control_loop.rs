@@ -136,16 +136,21 @@ impl Monitor {
     }
 
     fn report_end(&mut self) -> Result<(), ControlError> {
-        if self.life == Life::Ended {
-            return Ok(());
-        }
+        // Always taken, or waiting for what comes next would end at once, for ever.
         let Some(exit) = self.machine.as_mut().and_then(Machine::ended) else {
             return Ok(());
         };
+        if self.life == Life::Ended {
+            return Ok(());
+        }
         self.life = self.life.ended();
         let Exit { reason, detail, .. } = &exit;
         tracing::info!(?reason, detail, "machine ended");
-        self.send(&FromMonitor::Event(Event::Exited(exit)))
+        let sent = self.send(&FromMonitor::Event(Event::Exited(exit)));
+        if let Some(machine) = &mut self.machine {
+            machine.end_was_reported();
+        }
+        sent
     }
 
     fn answer(&mut self, request: Request, fds: Vec<OwnedFd>) -> Result<Next, ControlError> {

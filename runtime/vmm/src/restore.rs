@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use thaw_snapshot::{
     BaseError, CpuRecord, MissingFeature, OpenError, PAGE_BYTES, SectionKind, Snapshot, VerifyError,
 };
-use thaw_vmm_control::{Disk, DiskAccess as Access, DiskSource, RestoreRequest, Timings};
+use thaw_vmm_control::{Disk, DiskAccess as Access, DiskSource, Paging, RestoreRequest, Timings};
 use thiserror::Error;
 
 use crate::arch::x86_64::interrupts::{self, InterruptError};
@@ -19,6 +19,7 @@ use crate::devices::{DeviceRestoreError, DiskAccess, DiskConfig, DiskFiles};
 use crate::fault::{Blame, Fault};
 use crate::machine::{Clocks, DiskBase, Machine, Origin};
 use crate::memory::MemoryError;
+use crate::paging::{self, PagingError};
 use crate::shell::{self, PrepareError, Shape, Shell};
 use crate::state::{self, DiskV1, MachineStateV1, StateError};
 use crate::vcpu::monotonic_ns;
@@ -91,6 +92,9 @@ pub enum RestoreError {
     /// Guest memory.
     #[error("guest memory could not be mapped")]
     Memory(#[source] MemoryError),
+    /// Guest memory that is not mapped.
+    #[error("guest memory could not be served as it is touched")]
+    Paging(#[source] PagingError),
     /// A vCPU's state.
     #[error("state of vcpu {vcpu} could not be set")]
     Vcpu {
@@ -135,6 +139,7 @@ impl Blame for RestoreError {
             Self::DiskFile { .. } | Self::Interrupts(InterruptError::Call { .. }) => Fault::Host,
             Self::Prepare(error) => error.fault(),
             Self::Memory(error) => error.fault(),
+            Self::Paging(error) => error.fault(),
             Self::Vcpu {
                 source: VcpuStateError::Call { .. } | VcpuStateError::Msr(_),
                 ..
@@ -305,9 +310,11 @@ pub fn restore(
         found: 0,
     };
     let file = files.next().ok_or_else(missing)?;
-    let base = match request.has_base {
-        true => Some(files.next().ok_or_else(missing)?),
-        false => None,
+    let (base, store) = match (request.has_base, request.paging) {
+        (true, Paging::Store) => return Err(RestoreError::Paging(PagingError::Descriptors)),
+        (true, _) => (Some(files.next().ok_or_else(missing)?), None),
+        (false, Paging::Store) => (None, files.next()),
+        (false, _) => (None, None),
     };
     let saved = read(file, base)?;
     let decoded_ns = monotonic_ns();
@@ -326,9 +333,16 @@ pub fn restore(
         decoded_ns: Some(decoded_ns),
         ..machine.timings
     };
-    for layer in snapshot.memory_layers().map_err(RestoreError::Read)? {
-        let mapped = machine.memory.map_layer(&layer);
-        mapped.map_err(RestoreError::Memory)?;
+    if request.paging == Paging::Mapped {
+        for layer in snapshot.memory_layers().map_err(RestoreError::Read)? {
+            let mapped = machine.memory.map_layer(&layer);
+            mapped.map_err(RestoreError::Memory)?;
+        }
+    } else {
+        let how = (request.paging, store);
+        let ends = machine.end_sender();
+        machine.served = paging::serve(&machine.memory, &snapshot, how, request.prefetch, ends)
+            .map_err(RestoreError::Paging)?;
     }
     timings.memory_mapped_ns = Some(monotonic_ns());
 
