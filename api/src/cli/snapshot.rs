@@ -1,4 +1,6 @@
-//! `thaw snapshot …`: snapshots as files. All but `build` need no KVM and no gateway.
+//! `thaw snapshot …`: snapshots as files. All but `build`, `run` and `record` need no KVM; none needs a gateway.
+
+mod run;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,7 +13,7 @@ use serde_json::{Value, json};
 use thaw_api::engine::{Engine as _, EngineStep, FreezeJob, HostEngine};
 use thaw_api::environment;
 use thaw_runtime::{Runtime, RuntimeConfig};
-use thaw_snapshot::{Snapshot, WorkingSet};
+use thaw_snapshot::{BaseRef, Snapshot, WorkingSet};
 
 use super::deploy::Settings;
 use super::installation::Installation;
@@ -31,6 +33,12 @@ pub enum SnapshotCommand {
     Inspect(Which),
     /// Check every byte of a snapshot, and of the base below it, against its digests.
     Verify(Which),
+    /// Put a snapshot's memory into a chunk store, which keeps equal chunks of all snapshots once.
+    Push(run::PushArgs),
+    /// Invoke a snapshot once, in a VM of its own.
+    Run(run::RunArgs),
+    /// Invoke a snapshot once and record which pages it touches first: its VMs fetch them ahead from then on.
+    Record(run::RecordArgs),
     /// Remove a snapshot built by hand.
     Rm(Which),
 }
@@ -79,6 +87,9 @@ pub fn run(global: &Global, command: &SnapshotCommand) -> anyhow::Result<ExitCod
         SnapshotCommand::Verify(which) => {
             verify(&home, &find(&home, &which.snapshot)?, format)?;
         }
+        SnapshotCommand::Push(args) => run::push(&home, args, format)?,
+        SnapshotCommand::Run(args) => return run::run(global, &home, args),
+        SnapshotCommand::Record(args) => return run::record(global, &home, args),
         SnapshotCommand::Rm(which) => rm(&home, &which.snapshot)?,
     }
     Ok(ExitCode::SUCCESS)
@@ -329,20 +340,25 @@ fn open_with_base(home: &Path, path: &Path) -> anyhow::Result<Snapshot> {
     let Some(named) = snapshot.base()? else {
         return Ok(snapshot);
     };
-    let is_base = |base: &Snapshot| base.content_digest() == named.digest;
-    let mut candidates = files_below(&home.join("bases"), 2).into_iter();
-    let base = candidates
-        .find_map(|path| Snapshot::open(&path).ok().filter(is_base))
-        .with_context(|| {
-            format!(
-                "{} is a difference to base {}, which {} does not have: deploy its function again",
-                path.display(),
-                named.digest,
-                home.join("bases").display()
-            )
-        })?;
-    snapshot.attach_base(base)?;
+    let base = base_file(home, path, &named)?;
+    snapshot.attach_base(Snapshot::open(&base)?)?;
     Ok(snapshot)
+}
+
+/// The file that `home` has of the base that the snapshot at `path` names.
+fn base_file(home: &Path, path: &Path, named: &BaseRef) -> anyhow::Result<PathBuf> {
+    let is_base = |path: &PathBuf| {
+        Snapshot::open(path).is_ok_and(|base| base.content_digest() == named.digest)
+    };
+    let mut candidates = files_below(&home.join("bases"), 2).into_iter();
+    candidates.find(is_base).with_context(|| {
+        format!(
+            "{} is a difference to base {}, which {} does not have: deploy its function again",
+            path.display(),
+            named.digest,
+            home.join("bases").display()
+        )
+    })
 }
 
 /// Files of `folder` and of its folders, `depth` levels of them.
