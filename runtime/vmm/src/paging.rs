@@ -7,13 +7,13 @@
 //! # When memory cannot be served any more
 //! Any thread may be the one that waits for the page. So the pager's own thread sees to the end: it tells the control loop, which
 //! reports it like any other end of a machine; then the range is taken away, and whoever waits or comes gets an error of the
-//! system call, or SIGSEGV, which ends the process after its last word. Should the control loop wait for the page itself,
-//! the thread says it on standard error and ends the process, of which the runtime makes an error with these words.
+//! system call, or SIGSEGV, which ends the process after its last word. If the control loop does not hear, it waits for memory
+//! itself, as it touches queues and sets clocks: then the thread reports the end in its place, and ends the process.
 
 use std::fs::File;
 use std::io;
 use std::ptr::NonNull;
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -22,15 +22,15 @@ use thaw_snapshot_pager::{
     Failure, Mode, OpenStoreError, Pager, PagerConfig, SnapshotSource, Source, StartError,
     Userfault, UserfaultError, stored_memory,
 };
-use thaw_vmm_control::{Paging, Prefetch};
+use thaw_vmm_control::{Exit, ExitReason, Paging, Prefetch};
 use thiserror::Error;
 
 use crate::end::{EndSender, MachineEnd};
 use crate::fault::{Blame, Fault, chain};
 use crate::memory::{GuestMemory, MemoryError};
 
-/// How long the control loop has to report that memory is lost, before the process ends without.
-const TELL_LIMIT: Duration = Duration::from_secs(3);
+/// How long the control loop has to report that memory is lost, before that is done for it.
+const TELL_LIMIT: Duration = Duration::from_secs(2);
 
 /// Why the monitor cannot serve a machine's memory.
 #[derive(Debug, Error)]
@@ -133,7 +133,7 @@ fn plan(
 }
 
 /// Begins to serve `memory`, of which nothing is known yet, as `paging` says; `None` if it is to be mapped. `ends` hears of it when
-/// that is not possible any more.
+/// that is not possible any more; `last_word` reports it if nobody takes it there in time, and the process ends.
 ///
 /// # Errors
 /// See [`PagingError`].
@@ -142,7 +142,7 @@ pub fn serve(
     snapshot: &Snapshot,
     (paging, store): (Paging, Option<File>),
     prefetch: Prefetch,
-    ends: EndSender,
+    (ends, last_word): (EndSender, impl FnOnce(Exit) + Send + 'static),
 ) -> Result<Option<Served>, PagingError> {
     let Some(Plan { source, mode }) = plan(snapshot, paging, store, prefetch)? else {
         return Ok(None);
@@ -153,7 +153,7 @@ pub fn serve(
     let is_recorded = mode == Mode::Record;
     let slot = Arc::new(Mutex::new(Slot::Starting));
     let lost = Arc::clone(&slot);
-    let on_failure = move |failure| end_with(&lost, failure, &ends);
+    let on_failure = move |failure| end_with(&lost, failure, &ends, last_word);
     let start = NonNull::new(memory.host_pointer()).expect("a mapping is nowhere near null");
     // SAFETY: guest memory is one private anonymous mapping, just emptied, which is never unmapped (the invariant of
     // `GuestMemory`) and, as a machine is restored once, never mapped over again. Once the pager is dropped, which its failure
@@ -181,27 +181,27 @@ pub fn serve(
 }
 
 /// On a thread of the pager: the machine's end, whoever waits for memory now.
-fn end_with(slot: &Mutex<Slot>, failure: Failure, ends: &EndSender) {
+fn end_with(slot: &Mutex<Slot>, failure: Failure, ends: &EndSender, last_word: impl FnOnce(Exit)) {
     let (told, reported) = mpsc::channel();
-    let text = chain(&failure);
+    let detail = chain(&failure);
     ends.send(MachineEnd::Memory(Lost {
         failure,
         told: Told(told),
     }));
-    if is_told(&reported) {
+    // Dropped when it was reported.
+    if reported.recv_timeout(TELL_LIMIT) == Err(RecvTimeoutError::Disconnected) {
         // Dropping the pager takes the memory away.
         *slot.lock().unwrap_or_else(PoisonError::into_inner) = Slot::Lost;
-    } else {
-        tracing::error!(
-            error = text,
-            "memory of the guest is lost, and the monitor waits for it"
-        );
-        std::process::exit(1);
+        return;
     }
-}
-
-fn is_told(reported: &Receiver<()>) -> bool {
-    reported.recv_timeout(TELL_LIMIT) == Err(RecvTimeoutError::Disconnected)
+    tracing::error!(error = detail, "memory of the guest is lost");
+    last_word(Exit {
+        reason: ExitReason::HostFault,
+        detail,
+        // The console's owner may be the one that waits.
+        console: String::new(),
+    });
+    std::process::exit(1);
 }
 
 impl Served {
@@ -235,7 +235,6 @@ mod tests {
         Access, CpuRecord, Metadata, PageSource, SectionKind, TouchedRun, WorkingSet, Writer,
     };
     use thaw_snapshot_store::{LocalFolder, Store};
-    use thaw_vmm_control::ExitReason;
     use vm_memory::{Bytes as _, GuestAddress};
 
     const MEMORY: u64 = 64 << 20;
@@ -323,6 +322,10 @@ mod tests {
         }
     }
 
+    fn say(exit: Exit) {
+        eprintln!("last word: {}", exit.detail);
+    }
+
     fn page(memory: &GuestMemory, page: u64) -> u64 {
         memory.view().read_obj(GuestAddress(page * PAGE)).unwrap()
     }
@@ -330,7 +333,13 @@ mod tests {
     fn serve_store(stored: &Stored, memory: &GuestMemory) -> (Served, EndReceiver) {
         let (sender, ends) = end::channel().unwrap();
         let how = (Paging::Store, stored.folder());
-        let served = serve(memory, &stored.stub, how, Prefetch::WorkingSet, sender);
+        let served = serve(
+            memory,
+            &stored.stub,
+            how,
+            Prefetch::WorkingSet,
+            (sender, say),
+        );
         (served.unwrap().unwrap(), ends)
     }
 
@@ -374,7 +383,7 @@ mod tests {
         let memory = GuestMemory::reserve(MEMORY).unwrap();
         let (sender, _ends) = end::channel().unwrap();
         let how = (Paging::Recorded, None);
-        let served = serve(&memory, &stored.whole, how, Prefetch::Off, sender);
+        let served = serve(&memory, &stored.whole, how, Prefetch::Off, (sender, say));
         let served = served.unwrap().unwrap();
         assert_eq!([71, 3, 4].map(|at| page(&memory, at)), [71, 3, 4]);
         (memory.view().write_obj(1u64, GuestAddress(2000 * PAGE))).unwrap();
@@ -394,7 +403,7 @@ mod tests {
         let refused = |snapshot: &Snapshot, store: Option<File>| {
             let (sender, _ends) = end::channel().unwrap();
             let how = (Paging::Store, store);
-            serve(&memory, snapshot, how, Prefetch::Off, sender).unwrap_err()
+            serve(&memory, snapshot, how, Prefetch::Off, (sender, say)).unwrap_err()
         };
         assert!(matches!(
             refused(&stored.stub, None),
@@ -452,25 +461,44 @@ mod tests {
         assert_eq!(touch_by_kernel(address), Err(libc::EFAULT));
     }
 
+    /// Memory is lost in this very process, and nobody reports it.
+    fn lose(who_waits: &str) {
+        tracing_subscriber::fmt().with_writer(io::stderr).init();
+        let stored = Stored::new();
+        let memory = GuestMemory::reserve(MEMORY).unwrap();
+        memory.host_pointer().expose_provenance();
+        let (_served, _ends) = serve_store(&stored, &memory);
+        stored.damage();
+        let address = memory.host_address() + 70 * PAGE;
+        match who_waits {
+            "this process" => {
+                page(&memory, 70);
+            }
+            _ => {
+                let _ = touch_by_kernel(address);
+                loop {
+                    thread::park();
+                }
+            }
+        }
+    }
+
     #[test]
     fn a_process_whose_lost_memory_nobody_reports_ends() {
         let name = "a_process_whose_lost_memory_nobody_reports_ends";
-        if std::env::var_os(CHILD).is_some() {
-            tracing_subscriber::fmt().with_writer(io::stderr).init();
-            let stored = Stored::new();
-            let memory = GuestMemory::reserve(MEMORY).unwrap();
-            let (_served, _ends) = serve_store(&stored, &memory);
-            stored.damage();
-            page(&memory, 70);
+        if let Ok(who_waits) = std::env::var(CHILD) {
+            lose(&who_waits);
             unreachable!("lost memory was read");
         }
-        let child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", &format!("paging::tests::{name}"), "--nocapture"])
-            .env(CHILD, "1")
-            .output()
-            .unwrap();
-        let said = String::from_utf8_lossy(&child.stderr);
-        assert_eq!(child.status.code(), Some(1), "{said}");
-        assert!(said.contains("0x40000"), "{said}");
+        for who_waits in ["this process", "the kernel"] {
+            let child = Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", &format!("paging::tests::{name}"), "--nocapture"])
+                .env(CHILD, who_waits)
+                .output()
+                .unwrap();
+            let said = String::from_utf8_lossy(&child.stderr);
+            assert_eq!(child.status.code(), Some(1), "{said}");
+            assert!(said.contains("last word: memory at 0x40000"), "{said}");
+        }
     }
 }

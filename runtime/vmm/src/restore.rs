@@ -5,6 +5,7 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 
 use thaw_snapshot::{
     BaseError, CpuRecord, MissingFeature, OpenError, PAGE_BYTES, SectionKind, Snapshot, VerifyError,
@@ -19,6 +20,7 @@ use crate::devices::{DeviceRestoreError, DiskAccess, DiskConfig, DiskFiles};
 use crate::fault::{Blame, Fault};
 use crate::machine::{Clocks, DiskBase, Machine, Origin};
 use crate::memory::MemoryError;
+use crate::outbox::Outbox;
 use crate::paging::{self, PagingError};
 use crate::shell::{self, PrepareError, Shape, Shell};
 use crate::state::{self, DiskV1, MachineStateV1, StateError};
@@ -301,7 +303,7 @@ pub fn restore(
     shell: Option<Shell>,
     request: &RestoreRequest,
     files: Vec<File>,
-    agent: UnixStream,
+    (agent, outbox): (UnixStream, &Arc<Outbox>),
     claimed_ns: u64,
 ) -> Result<Machine, RestoreError> {
     let mut files = files.into_iter();
@@ -340,7 +342,10 @@ pub fn restore(
         }
     } else {
         let how = (request.paging, store);
-        let ends = machine.end_sender();
+        let outbox = Arc::clone(outbox);
+        let ends = (machine.end_sender(), move |exit| {
+            outbox.send_last_word(exit);
+        });
         machine.served = paging::serve(&machine.memory, &snapshot, how, request.prefetch, ends)
             .map_err(RestoreError::Paging)?;
     }
