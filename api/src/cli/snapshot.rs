@@ -517,6 +517,43 @@ mod tests {
     }
 
     #[test]
+    fn a_pushed_difference_leaves_a_stub_that_needs_no_base_of_this_home() {
+        let home = tempfile::tempdir().unwrap();
+        let base = home.path().join("bases/python/base.thaw");
+        write(&base, 1, None);
+        let built = home.path().join("snapshots/mine").join(FILE);
+        write(&built, 2, Some(&base));
+        let store = home.path().join("store");
+        let push = |snapshot: &str| {
+            let (snapshot, store) = (snapshot.to_owned(), store.clone());
+            run::push(
+                home.path(),
+                &run::PushArgs { snapshot, store },
+                Format::Json,
+            )
+        };
+        push("mine").unwrap();
+        let stub = Snapshot::open(&store.join("stubs/mine.thaw")).unwrap();
+        stub.verify_own().unwrap();
+        let chunks = thaw_snapshot_store::LocalFolder::new(&store);
+        let chunks = thaw_snapshot_store::Store::new(std::sync::Arc::new(chunks));
+        let memory = chunks.memory(thaw_snapshot_store::memory_of(&stub).unwrap());
+        let mut chunk = vec![0; thaw_snapshot_store::CHUNK_BYTES];
+        assert!(memory.unwrap().read_chunk(0, &mut chunk).unwrap());
+        assert_eq!(chunk[0], 2);
+
+        fs::remove_file(&base).unwrap();
+        let error = push("mine").unwrap_err();
+        assert!(
+            error.to_string().contains("deploy its function"),
+            "{error:#}"
+        );
+        write(&base, 3, None);
+        assert!(push("mine").is_err(), "another base");
+        assert!(push("nobody").is_err());
+    }
+
+    #[test]
     fn a_difference_is_verified_with_the_base_that_home_has() {
         let home = tempfile::tempdir().unwrap();
         let base = home.path().join("bases/python/base.thaw");

@@ -34,10 +34,10 @@ const END_LIMIT: Duration = Duration::from_secs(10);
 #[derive(Args)]
 pub struct PushArgs {
     /// Name of a snapshot built by hand, name of a function, or path of a file.
-    snapshot: String,
+    pub(super) snapshot: String,
     /// Folder of the chunk store; made if it is not there.
     #[arg(long, value_name = "DIR")]
-    store: PathBuf,
+    pub(super) store: PathBuf,
 }
 
 #[derive(Args)]
