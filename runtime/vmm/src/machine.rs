@@ -27,7 +27,7 @@ use crate::end::{self, EndReceiver};
 use crate::fault::{self, Blame, Fault};
 use crate::host::Bare;
 use crate::memory::GuestMemory;
-use crate::paging::{Served, Told};
+use crate::paging::{self, Served, Told};
 use crate::prefetch::{Prefetcher, Recorder, in_order};
 use crate::rewind::Pristine;
 use crate::state::MachineStateV1;
@@ -341,7 +341,14 @@ impl Machine {
     /// The host does not let this process see its own pages.
     pub fn working_set(&mut self) -> io::Result<WorkingSet> {
         match &self.served {
-            Some(served) => Ok(in_order(&served.touches()?, self.memory.bytes())),
+            Some(served) => {
+                let mut touches = served.touches()?;
+                if let Some(origin) = &self.origin {
+                    let original = origin.snapshot.memory_reader().map_err(io::Error::other)?;
+                    paging::tell_writes(&mut touches, &self.memory, &original)?;
+                }
+                Ok(in_order(&touches, self.memory.bytes()))
+            }
             None => self.recorder.look(&self.memory),
         }
     }
