@@ -20,6 +20,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "thaw-lab",
             "thaw-runtime",
             "thaw-snapshot",
+            "thaw-snapshot-store",
         ],
     ),
     ("thaw-api-types", &[]),
@@ -41,7 +42,10 @@ const ARROWS: &[(&str, &[&str])] = &[
         &["thaw-snapshot", "thaw-snapshot-store"],
     ),
     ("thaw-snapshot-store", &["thaw-snapshot"]),
-    ("thaw-vmm", &["thaw-snapshot", "thaw-vmm-control"]),
+    (
+        "thaw-vmm",
+        &["thaw-snapshot", "thaw-snapshot-pager", "thaw-vmm-control"],
+    ),
     ("thaw-vmm-control", &[]),
 ];
 /// Crates that must not have these, directly: what a crate exists to forbid.

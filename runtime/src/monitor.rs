@@ -11,6 +11,7 @@ use command_fds::{CommandFdExt as _, FdMapping};
 use thaw_vmm_control::wire::{self, Read, Receiver, WireError};
 use thaw_vmm_control::{
     AGENT_FD, CONTROL_FD, Event, Exit, FromMonitor, Reply, Request, Rewound, Saved, Status,
+    WorkingSetRun,
 };
 use tokio::io::{AsyncReadExt as _, Interest};
 use tokio::net::UnixStream;
@@ -327,6 +328,17 @@ impl Monitor {
         match self.request(&Request::Rewind, &[channel], limit).await? {
             Reply::Rewound(rewound) => Ok(rewound),
             other => Err(unexpected(&Request::Rewind, &other)),
+        }
+    }
+
+    /// [`Request::WorkingSet`].
+    pub(crate) async fn working_set(
+        &mut self,
+        limit: Duration,
+    ) -> Result<Vec<WorkingSetRun>, HostError> {
+        match self.request(&Request::WorkingSet, &[], limit).await? {
+            Reply::WorkingSet(set) => Ok(set.runs),
+            other => Err(unexpected(&Request::WorkingSet, &other)),
         }
     }
 

@@ -1,13 +1,16 @@
 //! A pool: the sandboxes of one snapshot, and the queue of those who want one, as the caller sees them. What becomes of
 //! them is the node's to decide.
 
+mod record;
+
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use thaw_agent_protocol::{FrameError, PAYLOAD_BYTES_MAX};
 use thaw_snapshot::Snapshot;
+use thaw_vmm_control::Paging;
 use thiserror::Error;
 use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
@@ -29,7 +32,8 @@ pub struct PoolSpec {
     pub name: String,
     /// The snapshot file.
     pub snapshot: PathBuf,
-    /// The snapshot that it is a difference over, if it is one.
+    /// The snapshot that it is a difference over, if it is one; for a stub the folder of the store that has its memory, which is
+    /// then fetched and verified as guests touch it.
     pub base: Option<PathBuf>,
     /// The root file system it was frozen with.
     pub rootfs: PathBuf,
@@ -121,9 +125,14 @@ impl Pool {
             return Err(OpenPoolError::Limits("concurrency_max is 0"));
         }
         let (snapshot, base, shape) = verified(spec.snapshot.clone(), spec.base.clone()).await?;
+        let is_store = spec.base.as_deref().is_some_and(Path::is_dir);
         let files = SnapshotFiles {
             snapshot,
             base,
+            paging: match is_store {
+                true => Paging::Store,
+                false => Paging::Mapped,
+            },
             rootfs: open(&spec.rootfs).await?,
             code: open(&spec.code).await?,
         };
@@ -268,7 +277,10 @@ async fn verified(
         };
         let mut snapshot = Snapshot::open(&path).map_err(|error| unusable(error.into()))?;
         let mut base_file = None;
-        if let Some(base) = base {
+        let is_store = base.as_deref().is_some_and(Path::is_dir);
+        if let Some(store) = base.as_deref().filter(|_| is_store) {
+            base_file = Some(File::open(store).map_err(|error| unusable(error.into()))?);
+        } else if let Some(base) = base {
             let base = Snapshot::open(&base).map_err(|error| unusable(error.into()))?;
             let kept = base.file().try_clone();
             base_file = Some(kept.map_err(|error| unusable(error.into()))?);
@@ -276,7 +288,12 @@ async fn verified(
                 .attach_base(base)
                 .map_err(|error| unusable(error.into()))?;
         }
-        snapshot.verify().map_err(|error| unusable(error.into()))?;
+        // Of a stub, this is all but its memory, which is verified chunk by chunk when it is fetched.
+        match is_store {
+            true => snapshot.verify_own(),
+            false => snapshot.verify(),
+        }
+        .map_err(|error| unusable(error.into()))?;
         let metadata = snapshot
             .metadata()
             .map_err(|error| unusable(error.into()))?;

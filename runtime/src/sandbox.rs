@@ -9,8 +9,8 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use rustix::time::{ClockId, clock_gettime};
 use thaw_agent_protocol::{Generation, HostMessage, Invoke, Thaw};
 use thaw_vmm_control::{
-    Disk, DiskAccess, DiskShape, DiskSource, Failure, Fault, Prefetch, PrepareRequest, Request,
-    RestoreRequest, Rewound, Timings,
+    Disk, DiskAccess, DiskShape, DiskSource, Failure, Fault, Paging, Prefetch, PrepareRequest,
+    Request, RestoreRequest, Rewound, Timings, WorkingSetRun,
 };
 use tokio::time::Instant;
 
@@ -54,8 +54,9 @@ fn restore(run: Run, files: &SnapshotFiles) -> Request {
     Request::Restore(RestoreRequest {
         disks: disks.collect(),
         resume: run == Run::AtOnce,
-        has_base: files.base.is_some(),
+        has_base: files.base.is_some() && files.paging != Paging::Store,
         prefetch: Prefetch::WorkingSet,
+        paging: files.paging,
     })
 }
 
@@ -63,8 +64,10 @@ fn restore(run: Run, files: &SnapshotFiles) -> Request {
 #[derive(Debug)]
 pub(crate) struct SnapshotFiles {
     pub(crate) snapshot: std::fs::File,
-    /// What the snapshot is a difference over.
+    /// What the snapshot is a difference over; or the folder of the store that has its memory.
     pub(crate) base: Option<std::fs::File>,
+    /// How guests' memory is brought in.
+    pub(crate) paging: Paging,
     pub(crate) rootfs: std::fs::File,
     pub(crate) code: std::fs::File,
 }
@@ -75,11 +78,24 @@ impl SnapshotFiles {
         let Self {
             snapshot,
             base,
+            paging: _,
             rootfs,
             code,
         } = self;
         let files = [Some(snapshot), base.as_ref(), Some(rootfs), Some(code)];
         files.into_iter().flatten().map(AsFd::as_fd).collect()
+    }
+
+    /// The same files under new descriptors.
+    pub(crate) fn again(&self) -> std::io::Result<Self> {
+        let again = std::fs::File::try_clone;
+        Ok(Self {
+            snapshot: again(&self.snapshot)?,
+            base: self.base.as_ref().map(again).transpose()?,
+            paging: self.paging,
+            rootfs: again(&self.rootfs)?,
+            code: again(&self.code)?,
+        })
     }
 }
 
@@ -233,6 +249,14 @@ impl Sandbox {
     /// Frames of another generation seen.
     pub(crate) fn stale_frames(&self) -> u64 {
         self.vm.channel.stale_frames()
+    }
+
+    /// What its guest has touched of its memory.
+    pub(crate) async fn working_set(
+        &mut self,
+        config: &RuntimeConfig,
+    ) -> Result<Vec<WorkingSetRun>, HostError> {
+        self.vm.monitor.working_set(config.reply_limit).await
     }
 
     /// Kills the VM and waits until it is gone.

@@ -6,7 +6,9 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::collections::{BTreeMap, HashSet};
-use std::path::PathBuf;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
@@ -17,7 +19,8 @@ use thaw_runtime::{
     InvocationTimings, InvokeError, Measure, Outcome, Pool, PoolSpec, Runtime, RuntimeConfig,
     RuntimeExitCause, Start,
 };
-use thaw_snapshot::{Metadata, Snapshot};
+use thaw_snapshot::{Metadata, Snapshot, set_working_set};
+use thaw_snapshot_store::{LocalFolder, Store};
 use tokio::sync::{Mutex, MutexGuard, OnceCell};
 
 /// A limit that nothing should come near, even emulated.
@@ -314,6 +317,61 @@ async fn a_request_claims_a_shell_that_was_made_ahead() {
     let outcome = invoke(&pool, json!({"do": "greet", "name": "you"})).await;
     assert_eq!(outcome.start, Start::Claimed);
     eprintln!("{:?}", outcome.timings);
+    runtime.shutdown(AMPLE).await;
+    assert!(monitors().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_function_lazily_served_from_a_store_after_it_was_recorded_answers() {
+    let _turn = alone().await;
+    let path = scratch("recorded.thaw");
+    std::fs::copy(snapshot().await, &path).unwrap();
+    let folder = tempfile::tempdir_in("/tmp").unwrap();
+    let runtime = runtime();
+    let spec = |snapshot: &Path, base: Option<&Path>| PoolSpec {
+        name: "stored".into(),
+        snapshot: snapshot.to_owned(),
+        base: base.map(Path::to_owned),
+        rootfs: setting("THAW_TEST_ROOTFS"),
+        code: setting("THAW_TEST_CODE"),
+        ready_count: 0,
+        concurrency_max: 4,
+        queue_max: 64,
+        queue_wait_max: AMPLE,
+    };
+    let pool = runtime.open_pool(spec(&path, None)).await.unwrap();
+    let event = invocation(&json!({"do": "greet", "name": "you"}));
+    let (outcome, set) = pool.record(&event).await.unwrap();
+    assert!(matches!(&outcome.end, End::Response { .. }), "{outcome:?}");
+    eprintln!(
+        "{} pages, {} written, {} runs",
+        set.pages(),
+        set.written_pages(),
+        set.runs().len()
+    );
+    assert!(set.pages() > set.written_pages() && set.written_pages() > 10);
+    pool.close().await;
+    set_working_set(&path, &set).unwrap();
+
+    let stub = folder.path().join("stub.thaw");
+    let file = File::create_new(&stub).unwrap();
+    let store = Store::new(Arc::new(LocalFolder::new(folder.path())));
+    let pushed = store.push(&Snapshot::open(&path).unwrap(), file).unwrap();
+    eprintln!("{pushed:?}");
+    let spec = spec(&stub, Some(folder.path()));
+    let pool = runtime.open_pool(spec).await.unwrap();
+    for _ in 0..3 {
+        greets(&pool).await;
+        assert_eq!(answer(&pool, json!({"do": "write"})).await, json!(["mark"]));
+    }
+    eprintln!("{:?}", pool.stats());
+
+    // What was rewound needs its pages again, and those that are gone end it, by name.
+    std::fs::remove_dir_all(folder.path().join("chunks")).unwrap();
+    let event = json!({"do": "greet", "name": "you"});
+    let outcome = pool.invoke(invocation(&event)).await;
+    let told = format!("{outcome:?}");
+    assert!(told.contains("is not in the store"), "{told}");
     runtime.shutdown(AMPLE).await;
     assert!(monitors().is_empty());
 }

@@ -1,4 +1,6 @@
-//! `thaw snapshot …`: snapshots as files. All but `build` need no KVM and no gateway.
+//! `thaw snapshot …`: snapshots as files. All but `build`, `run` and `record` need no KVM; none needs a gateway.
+
+mod run;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,7 +13,7 @@ use serde_json::{Value, json};
 use thaw_api::engine::{Engine as _, EngineStep, FreezeJob, HostEngine};
 use thaw_api::environment;
 use thaw_runtime::{Runtime, RuntimeConfig};
-use thaw_snapshot::{Snapshot, WorkingSet};
+use thaw_snapshot::{BaseRef, Snapshot, WorkingSet};
 
 use super::deploy::Settings;
 use super::installation::Installation;
@@ -31,6 +33,12 @@ pub enum SnapshotCommand {
     Inspect(Which),
     /// Check every byte of a snapshot, and of the base below it, against its digests.
     Verify(Which),
+    /// Put a snapshot's memory into a chunk store, which keeps equal chunks of all snapshots once.
+    Push(run::PushArgs),
+    /// Invoke a snapshot once, in a VM of its own.
+    Run(run::RunArgs),
+    /// Invoke a snapshot once and record which pages it touches first: its VMs fetch them ahead from then on.
+    Record(run::RecordArgs),
     /// Remove a snapshot built by hand.
     Rm(Which),
 }
@@ -79,6 +87,9 @@ pub fn run(global: &Global, command: &SnapshotCommand) -> anyhow::Result<ExitCod
         SnapshotCommand::Verify(which) => {
             verify(&home, &find(&home, &which.snapshot)?, format)?;
         }
+        SnapshotCommand::Push(args) => run::push(&home, args, format)?,
+        SnapshotCommand::Run(args) => return run::run(global, &home, args),
+        SnapshotCommand::Record(args) => return run::record(global, &home, args),
         SnapshotCommand::Rm(which) => rm(&home, &which.snapshot)?,
     }
     Ok(ExitCode::SUCCESS)
@@ -329,20 +340,25 @@ fn open_with_base(home: &Path, path: &Path) -> anyhow::Result<Snapshot> {
     let Some(named) = snapshot.base()? else {
         return Ok(snapshot);
     };
-    let is_base = |base: &Snapshot| base.content_digest() == named.digest;
-    let mut candidates = files_below(&home.join("bases"), 2).into_iter();
-    let base = candidates
-        .find_map(|path| Snapshot::open(&path).ok().filter(is_base))
-        .with_context(|| {
-            format!(
-                "{} is a difference to base {}, which {} does not have: deploy its function again",
-                path.display(),
-                named.digest,
-                home.join("bases").display()
-            )
-        })?;
-    snapshot.attach_base(base)?;
+    let base = base_file(home, path, &named)?;
+    snapshot.attach_base(Snapshot::open(&base)?)?;
     Ok(snapshot)
+}
+
+/// The file that `home` has of the base that the snapshot at `path` names.
+fn base_file(home: &Path, path: &Path, named: &BaseRef) -> anyhow::Result<PathBuf> {
+    let is_base = |path: &PathBuf| {
+        Snapshot::open(path).is_ok_and(|base| base.content_digest() == named.digest)
+    };
+    let mut candidates = files_below(&home.join("bases"), 2).into_iter();
+    candidates.find(is_base).with_context(|| {
+        format!(
+            "{} is a difference to base {}, which {} does not have: deploy its function again",
+            path.display(),
+            named.digest,
+            home.join("bases").display()
+        )
+    })
 }
 
 /// Files of `folder` and of its folders, `depth` levels of them.
@@ -498,6 +514,43 @@ mod tests {
             "256 pages (1 written), 1.0 MiB, 2 runs, 25.0 % of memory"
         );
         assert_eq!(after["contentDigest"], before["contentDigest"]);
+    }
+
+    #[test]
+    fn a_pushed_difference_leaves_a_stub_that_needs_no_base_of_this_home() {
+        let home = tempfile::tempdir().unwrap();
+        let base = home.path().join("bases/python/base.thaw");
+        write(&base, 1, None);
+        let built = home.path().join("snapshots/mine").join(FILE);
+        write(&built, 2, Some(&base));
+        let store = home.path().join("store");
+        let push = |snapshot: &str| {
+            let (snapshot, store) = (snapshot.to_owned(), store.clone());
+            run::push(
+                home.path(),
+                &run::PushArgs { snapshot, store },
+                Format::Json,
+            )
+        };
+        push("mine").unwrap();
+        let stub = Snapshot::open(&store.join("stubs/mine.thaw")).unwrap();
+        stub.verify_own().unwrap();
+        let chunks = thaw_snapshot_store::LocalFolder::new(&store);
+        let chunks = thaw_snapshot_store::Store::new(std::sync::Arc::new(chunks));
+        let memory = chunks.memory(thaw_snapshot_store::memory_of(&stub).unwrap());
+        let mut chunk = vec![0; thaw_snapshot_store::CHUNK_BYTES];
+        assert!(memory.unwrap().read_chunk(0, &mut chunk).unwrap());
+        assert_eq!(chunk[0], 2);
+
+        fs::remove_file(&base).unwrap();
+        let error = push("mine").unwrap_err();
+        assert!(
+            error.to_string().contains("deploy its function"),
+            "{error:#}"
+        );
+        write(&base, 3, None);
+        assert!(push("mine").is_err(), "another base");
+        assert!(push("nobody").is_err());
     }
 
     #[test]

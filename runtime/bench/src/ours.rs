@@ -184,8 +184,8 @@ impl Monitor {
         let restore = Request::Restore(RestoreRequest {
             disks: Vec::new(),
             resume: true,
-            has_base: false,
             prefetch,
+            ..Default::default()
         });
         self.send(&restore, &[snapshot.as_fd()])
     }

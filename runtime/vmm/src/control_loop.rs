@@ -2,11 +2,12 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, poll};
-use thaw_vmm_control::wire::{self, Read, Receiver, WireError};
+use thaw_vmm_control::wire::{Read, Receiver, WireError};
 use thaw_vmm_control::{Event, Exit, Failure, Fault, FromMonitor, Reply, Request, Status};
 use thiserror::Error;
 
@@ -14,6 +15,7 @@ use crate::boot::boot;
 use crate::fault::{Blame, failure};
 use crate::lifecycle::{Act, Life};
 use crate::machine::Machine;
+use crate::outbox::Outbox;
 use crate::restore::restore;
 use crate::rewind::rewind;
 use crate::save::save;
@@ -56,7 +58,8 @@ impl Blame for Pagemap {
 /// The monitor of one machine.
 #[derive(Debug)]
 pub struct Monitor {
-    control: UnixStream,
+    control: Arc<UnixStream>,
+    outbox: Arc<Outbox>,
     agent: Option<UnixStream>,
     life: Life,
     shell: Option<Shell>,
@@ -73,8 +76,11 @@ enum Next {
 impl Monitor {
     /// A monitor without a machine. Both sockets are blocking.
     pub fn new(control: UnixStream, agent: UnixStream) -> Self {
+        let control = Arc::new(control);
+        let outbox = Arc::new(Outbox::new(Arc::clone(&control)));
         Self {
             control,
+            outbox,
             agent: Some(agent),
             life: Life::Empty,
             shell: None,
@@ -132,20 +138,25 @@ impl Monitor {
     }
 
     fn send(&self, message: &FromMonitor) -> Result<(), ControlError> {
-        wire::send(self.control.as_fd(), message, &[]).map_err(ControlError::Wire)
+        self.outbox.send(message).map_err(ControlError::Wire)
     }
 
     fn report_end(&mut self) -> Result<(), ControlError> {
-        if self.life == Life::Ended {
-            return Ok(());
-        }
+        // Always taken, or waiting for what comes next would end at once, for ever.
         let Some(exit) = self.machine.as_mut().and_then(Machine::ended) else {
             return Ok(());
         };
+        if self.life == Life::Ended {
+            return Ok(());
+        }
         self.life = self.life.ended();
         let Exit { reason, detail, .. } = &exit;
         tracing::info!(?reason, detail, "machine ended");
-        self.send(&FromMonitor::Event(Event::Exited(exit)))
+        let sent = self.send(&FromMonitor::Event(Event::Exited(exit)));
+        if let Some(machine) = &mut self.machine {
+            machine.end_was_reported();
+        }
+        sent
     }
 
     fn answer(&mut self, request: Request, fds: Vec<OwnedFd>) -> Result<Next, ControlError> {
@@ -186,7 +197,8 @@ impl Monitor {
             }
             Request::Restore(request) => {
                 let agent = self.agent.take().ok_or_else(|| failure(&AgentUsed))?;
-                let machine = restore(self.shell.take(), &request, files, agent, now)
+                let streams = (agent, &self.outbox);
+                let machine = restore(self.shell.take(), &request, files, streams, now)
                     .map_err(|error| failure(&error))?;
                 let machine = self.machine.insert(machine);
                 if request.resume {
@@ -257,7 +269,7 @@ impl Monitor {
 mod tests {
     use super::*;
     use std::thread;
-    use thaw_vmm_control::{RestoreRequest, SaveForm, SaveRequest};
+    use thaw_vmm_control::{RestoreRequest, SaveForm, SaveRequest, wire};
 
     fn ask(socket: &UnixStream, receiver: &mut Receiver, request: &Request) -> Reply {
         wire::send(socket, request, &[]).unwrap();

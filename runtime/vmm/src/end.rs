@@ -9,6 +9,7 @@ use thaw_vmm_control::{Exit, ExitReason};
 
 use crate::devices::DeviceFault;
 use crate::fault;
+use crate::paging::{Lost, Told};
 use crate::vcpu::RunError;
 
 /// What a kernel that gives up writes to its console (kernel/panic.c).
@@ -21,9 +22,19 @@ pub enum MachineEnd {
     Vcpu(RunError),
     /// A device.
     Device(DeviceFault),
+    /// Its memory, which was served as it was touched.
+    Memory(Lost),
 }
 
 impl MachineEnd {
+    /// What is to be dropped when the report was sent.
+    pub fn into_told(self) -> Option<Told> {
+        match self {
+            Self::Memory(lost) => Some(lost.told),
+            Self::Vcpu(_) | Self::Device(_) => None,
+        }
+    }
+
     /// The report to the runtime, given the console's tail.
     pub fn exit(&self, console: &[u8]) -> Exit {
         let (reason, detail) = match self {
@@ -32,6 +43,7 @@ impl MachineEnd {
                 (ExitReason::GuestFault, fault::chain(end))
             }
             Self::Device(end) => (ExitReason::HostFault, fault::chain(end)),
+            Self::Memory(lost) => (ExitReason::HostFault, fault::chain(&lost.failure)),
         };
         let panicked = console
             .windows(PANIC_MARK.len())

@@ -18,6 +18,8 @@ pub mod host;
 pub mod lifecycle;
 pub mod machine;
 pub mod memory;
+pub mod outbox;
+pub mod paging;
 pub mod prefetch;
 pub mod rehearsal;
 pub mod restore;

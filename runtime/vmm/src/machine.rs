@@ -22,11 +22,13 @@ use crate::devices::{
     DeviceBuildError, DevicePauseError, DeviceStartError, DeviceThread, Devices, MmioWindow,
     SERIAL_GSI,
 };
+use crate::end::EndSender;
 use crate::end::{self, EndReceiver};
 use crate::fault::{self, Blame, Fault};
 use crate::host::Bare;
 use crate::memory::GuestMemory;
-use crate::prefetch::{Prefetcher, Recorder};
+use crate::paging::{self, Served, Told};
+use crate::prefetch::{Prefetcher, Recorder, in_order};
 use crate::rewind::Pristine;
 use crate::state::MachineStateV1;
 use crate::vcpu::{Vcpu, VcpuContext, VcpuError, monotonic_ns};
@@ -155,8 +157,12 @@ pub struct Machine {
     pub(crate) timings: Timings,
     /// What the first resume after a claim fetches beside the guest.
     pub(crate) prefetch: Prefetch,
+    /// `None` if the kernel maps its memory.
+    pub(crate) served: Option<Served>,
     prefetcher: Option<Prefetcher>,
     recorder: Recorder,
+    end_sender: EndSender,
+    told: Option<Told>,
     device_thread: Option<DeviceThread>,
     first_instruction_ns: Arc<AtomicU64>,
     ends: EndReceiver,
@@ -253,7 +259,7 @@ impl Machine {
         let context = VcpuContext {
             devices: Arc::clone(&devices),
             first_instruction_ns: Arc::clone(&first_instruction_ns),
-            ends: end_sender,
+            ends: end_sender.clone(),
         };
         let vcpus = (0u8..)
             .zip(vcpus)
@@ -272,8 +278,11 @@ impl Machine {
             clocks: Clocks::Set,
             timings,
             prefetch: Prefetch::Off,
+            served: None,
             prefetcher: None,
             recorder: Recorder::default(),
+            end_sender,
+            told: None,
             device_thread,
             first_instruction_ns,
             ends,
@@ -306,7 +315,8 @@ impl Machine {
         }
         self.timings.time_set_ns = Some(monotonic_ns());
         self.vcpus.iter().for_each(Vcpu::run);
-        if std::mem::take(&mut self.prefetch) == Prefetch::WorkingSet {
+        let wants_prefetch = std::mem::take(&mut self.prefetch) == Prefetch::WorkingSet;
+        if wants_prefetch && self.served.is_none() {
             self.start_prefetch();
         }
         Ok(())
@@ -330,7 +340,22 @@ impl Machine {
     /// # Errors
     /// The host does not let this process see its own pages.
     pub fn working_set(&mut self) -> io::Result<WorkingSet> {
-        self.recorder.look(&self.memory)
+        match &self.served {
+            Some(served) => {
+                let mut touches = served.touches()?;
+                if let Some(origin) = &self.origin {
+                    let original = origin.snapshot.memory_reader().map_err(io::Error::other)?;
+                    paging::tell_writes(&mut touches, &self.memory, &original)?;
+                }
+                Ok(in_order(&touches, self.memory.bytes()))
+            }
+            None => self.recorder.look(&self.memory),
+        }
+    }
+
+    /// Hears of ends that come from elsewhere.
+    pub(crate) fn end_sender(&self) -> EndSender {
+        self.end_sender.clone()
     }
 
     /// Steps 10 to 12 of [`vcpu_state`]'s order.
@@ -424,7 +449,14 @@ impl Machine {
     pub fn ended(&mut self) -> Option<Exit> {
         let end = self.ends.take()?;
         self.vcpus.iter().for_each(Vcpu::request_pause);
-        Some(end.exit(&self.console()))
+        let exit = end.exit(&self.console());
+        self.told = end.into_told();
+        Some(exit)
+    }
+
+    /// Its end was reported.
+    pub fn end_was_reported(&mut self) {
+        self.told = None;
     }
 
     /// Ends threads. Nothing more can be asked of the machine.

@@ -84,6 +84,9 @@ pub enum MemoryError {
         /// The file's length.
         file_bytes: u64,
     },
+    /// Pages stay where they are.
+    #[error("pages of guest memory could not be given back")]
+    GiveBack(#[source] io::Error),
     /// The mapping was refused as guest memory.
     #[error("mapping is no guest memory")]
     Region(#[source] MmapRegionError),
@@ -262,6 +265,39 @@ impl GuestMemory {
         }
     }
 
+    /// Replaces all of it by zeros that were never touched: what was mapped or written here is gone. Nobody may access it meanwhile.
+    ///
+    /// # Errors
+    /// `mmap`'s own.
+    pub fn empty(&self) -> Result<(), MemoryError> {
+        let bytes = self.bytes;
+        let length = usize::try_from(bytes).map_err(|_| MemoryError::Size { bytes })?;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
+        // SAFETY: replaces the whole range that `reserve` made and this value owns, which stays mapped, as in `map_layer`.
+        let mapped = unsafe { libc::mmap(self.host.cast(), length, PROTECTION, flags, -1, 0) };
+        if mapped == libc::MAP_FAILED {
+            let source = io::Error::last_os_error();
+            return Err(MemoryError::Reserve { bytes, source });
+        }
+        Ok(())
+    }
+
+    /// Gives `pages` of memory that is served as it is touched ([`crate::paging`]) back to the host: they come anew when they are
+    /// touched again. Nobody may access them meanwhile.
+    ///
+    /// # Errors
+    /// `madvise`'s own.
+    pub fn give_back(&self, pages: Range<u64>) -> Result<(), MemoryError> {
+        let (offset, bytes) = self.place(&pages);
+        // SAFETY: a part of a mapping that is never unmapped (checked by `place`); the caller keeps everybody else away.
+        let result =
+            unsafe { libc::madvise(self.host.add(offset).cast(), bytes, libc::MADV_DONTNEED) };
+        if result != 0 {
+            return Err(MemoryError::GiveBack(io::Error::last_os_error()));
+        }
+        Ok(())
+    }
+
     /// Tells KVM of the memory. Before interrupt chips and vCPUs exist this is several times cheaper than after.
     ///
     /// # Errors
@@ -374,6 +410,11 @@ impl GuestMemory {
     /// A view for loaders and devices.
     pub fn view(&self) -> GuestMemoryMmap {
         self.regions.clone()
+    }
+
+    /// The same as a pointer.
+    pub(crate) fn host_pointer(&self) -> *mut u8 {
+        self.host
     }
 
     /// Where the mapping starts in this process.

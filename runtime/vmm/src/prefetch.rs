@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use rustix::mm::{Advice, madvise};
-use thaw_snapshot::{Access, OpenError, Snapshot, VerifyError};
+use thaw_snapshot::{Access, OpenError, Snapshot, Touch, TouchedRun, VerifyError};
 use thaw_vmm_control::{WORKING_SET_RUNS_MAX, WorkingSet, WorkingSetRun};
 use thiserror::Error;
 
@@ -134,6 +134,20 @@ pub struct Recorder {
     /// Bit n of word m: page 64 m + n was seen.
     seen: Vec<u64>,
     order: Vec<Range<u64>>,
+}
+
+/// The working set of touches that were recorded in their order.
+pub fn in_order(touches: &[Touch], memory_bytes: u64) -> WorkingSet {
+    let set = thaw_snapshot::WorkingSet::from_touches(touches, memory_bytes);
+    let run = |run: &TouchedRun| WorkingSetRun {
+        start: run.pages.start,
+        count: run.pages.count,
+        written: run.access == Access::Write,
+    };
+    let runs = set.runs().iter().take(WORKING_SET_RUNS_MAX).map(run);
+    WorkingSet {
+        runs: runs.collect(),
+    }
 }
 
 /// How a page was used, as pagemap tells.

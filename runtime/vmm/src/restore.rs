@@ -5,11 +5,12 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 
 use thaw_snapshot::{
     BaseError, CpuRecord, MissingFeature, OpenError, PAGE_BYTES, SectionKind, Snapshot, VerifyError,
 };
-use thaw_vmm_control::{Disk, DiskAccess as Access, DiskSource, RestoreRequest, Timings};
+use thaw_vmm_control::{Disk, DiskAccess as Access, DiskSource, Paging, RestoreRequest, Timings};
 use thiserror::Error;
 
 use crate::arch::x86_64::interrupts::{self, InterruptError};
@@ -19,6 +20,8 @@ use crate::devices::{DeviceRestoreError, DiskAccess, DiskConfig, DiskFiles};
 use crate::fault::{Blame, Fault};
 use crate::machine::{Clocks, DiskBase, Machine, Origin};
 use crate::memory::MemoryError;
+use crate::outbox::Outbox;
+use crate::paging::{self, PagingError};
 use crate::shell::{self, PrepareError, Shape, Shell};
 use crate::state::{self, DiskV1, MachineStateV1, StateError};
 use crate::vcpu::monotonic_ns;
@@ -91,6 +94,9 @@ pub enum RestoreError {
     /// Guest memory.
     #[error("guest memory could not be mapped")]
     Memory(#[source] MemoryError),
+    /// Guest memory that is not mapped.
+    #[error("guest memory could not be served as it is touched")]
+    Paging(#[source] PagingError),
     /// A vCPU's state.
     #[error("state of vcpu {vcpu} could not be set")]
     Vcpu {
@@ -135,6 +141,7 @@ impl Blame for RestoreError {
             Self::DiskFile { .. } | Self::Interrupts(InterruptError::Call { .. }) => Fault::Host,
             Self::Prepare(error) => error.fault(),
             Self::Memory(error) => error.fault(),
+            Self::Paging(error) => error.fault(),
             Self::Vcpu {
                 source: VcpuStateError::Call { .. } | VcpuStateError::Msr(_),
                 ..
@@ -296,7 +303,7 @@ pub fn restore(
     shell: Option<Shell>,
     request: &RestoreRequest,
     files: Vec<File>,
-    agent: UnixStream,
+    (agent, outbox): (UnixStream, &Arc<Outbox>),
     claimed_ns: u64,
 ) -> Result<Machine, RestoreError> {
     let mut files = files.into_iter();
@@ -305,9 +312,11 @@ pub fn restore(
         found: 0,
     };
     let file = files.next().ok_or_else(missing)?;
-    let base = match request.has_base {
-        true => Some(files.next().ok_or_else(missing)?),
-        false => None,
+    let (base, store) = match (request.has_base, request.paging) {
+        (true, Paging::Store) => return Err(RestoreError::Paging(PagingError::Descriptors)),
+        (true, _) => (Some(files.next().ok_or_else(missing)?), None),
+        (false, Paging::Store) => (None, files.next()),
+        (false, _) => (None, None),
     };
     let saved = read(file, base)?;
     let decoded_ns = monotonic_ns();
@@ -326,9 +335,19 @@ pub fn restore(
         decoded_ns: Some(decoded_ns),
         ..machine.timings
     };
-    for layer in snapshot.memory_layers().map_err(RestoreError::Read)? {
-        let mapped = machine.memory.map_layer(&layer);
-        mapped.map_err(RestoreError::Memory)?;
+    if request.paging == Paging::Mapped {
+        for layer in snapshot.memory_layers().map_err(RestoreError::Read)? {
+            let mapped = machine.memory.map_layer(&layer);
+            mapped.map_err(RestoreError::Memory)?;
+        }
+    } else {
+        let how = (request.paging, store);
+        let outbox = Arc::clone(outbox);
+        let ends = (machine.end_sender(), move |exit| {
+            outbox.send_last_word(exit);
+        });
+        machine.served = paging::serve(&machine.memory, &snapshot, how, request.prefetch, ends)
+            .map_err(RestoreError::Paging)?;
     }
     timings.memory_mapped_ns = Some(monotonic_ns());
 

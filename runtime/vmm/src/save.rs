@@ -172,6 +172,11 @@ pub fn save(
 fn save_memory(machine: &Machine, writer: &mut Writer, form: SaveForm) -> Result<(), SaveError> {
     let origin = machine.origin.as_ref().map(|origin| &origin.snapshot);
     let stored = match origin {
+        // What was not touched yet is in the store, all of it.
+        Some(_) if machine.served.is_some() => vec![PageRun {
+            start: 0,
+            count: machine.memory.bytes() / PAGE_BYTES,
+        }],
         Some(snapshot) => snapshot.memory_runs().map_err(SaveError::Origin)?,
         None => Vec::new(),
     };

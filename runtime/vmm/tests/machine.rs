@@ -20,5 +20,8 @@ mod difference;
 #[path = "harness/freeze.rs"]
 mod freeze;
 #[cfg(test)]
+#[path = "harness/lazily.rs"]
+mod lazily;
+#[cfg(test)]
 #[path = "harness/rewind.rs"]
 mod rewind;

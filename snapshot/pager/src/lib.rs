@@ -13,5 +13,5 @@ mod source;
 mod userfault;
 
 pub use pager::{Failure, Mode, Pager, PagerConfig, StartError, Stats, WORKERS_MAX};
-pub use source::{Filled, SnapshotSource, Source, SourceError};
+pub use source::{Filled, OpenStoreError, SnapshotSource, Source, SourceError, stored_memory};
 pub use userfault::{Userfault, UserfaultError};

@@ -1,7 +1,12 @@
 //! Where memory comes from.
 
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
 use thaw_snapshot::{MemoryReader, PageRun, Snapshot, VerifyError};
-use thaw_snapshot_store::{CHUNK_BYTES, StoredMemory};
+use thaw_snapshot_store::{
+    CHUNK_BYTES, OpenFolder, Store, StoreError, StoredMemory, StubError, memory_of,
+};
 use thiserror::Error;
 
 /// What a source found.
@@ -88,6 +93,27 @@ impl Source for SnapshotSource {
             .map_err(|error| SourceError::Transient(error.into()))?;
         Ok(Filled::Data)
     }
+}
+
+/// Why the memory of a stub cannot be served.
+#[derive(Debug, Error)]
+pub enum OpenStoreError {
+    /// It says of no memory where it is.
+    #[error("snapshot has no memory in a store")]
+    Stub(#[source] StubError),
+    /// Its list of chunks.
+    #[error("list of the snapshot's chunks could not be read from the store")]
+    Manifest(#[source] StoreError),
+}
+
+/// The memory of `stub` as a source: chunks are fetched from the store in `folder` and verified as they are asked for.
+///
+/// # Errors
+/// See [`OpenStoreError`].
+pub fn stored_memory(stub: &Snapshot, folder: OwnedFd) -> Result<StoredMemory, OpenStoreError> {
+    let id = memory_of(stub).map_err(OpenStoreError::Stub)?;
+    let store = Store::new(Arc::new(OpenFolder::new(folder)));
+    store.memory(id).map_err(OpenStoreError::Manifest)
 }
 
 impl Source for StoredMemory {

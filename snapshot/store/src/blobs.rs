@@ -2,8 +2,10 @@
 
 use std::fs;
 use std::io::{self, Read as _, Write as _};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{Mode, OFlags, openat};
 use thaw_snapshot::PendingFile;
 use thiserror::Error;
 
@@ -96,25 +98,33 @@ impl LocalFolder {
     }
 }
 
+/// Reads what was opened for `name`, at most `bytes_max` bytes.
+fn read_blob(
+    name: BlobName,
+    opened: io::Result<fs::File>,
+    bytes_max: u64,
+) -> Result<Vec<u8>, BlobError> {
+    let failed = |source: io::Error| match source.kind() {
+        io::ErrorKind::NotFound => BlobError::Missing(name),
+        _ => BlobError::Io {
+            name,
+            act: "read",
+            source,
+        },
+    };
+    let mut bytes = Vec::new();
+    // One more than allowed tells that there are more.
+    let mut limited = opened.map_err(failed)?.take(bytes_max.saturating_add(1));
+    limited.read_to_end(&mut bytes).map_err(failed)?;
+    if bytes.len() as u64 > bytes_max {
+        return Err(BlobError::TooLong { name, bytes_max });
+    }
+    Ok(bytes)
+}
+
 impl Blobs for LocalFolder {
     fn get(&self, name: BlobName, bytes_max: u64) -> Result<Vec<u8>, BlobError> {
-        let failed = |source: io::Error| match source.kind() {
-            io::ErrorKind::NotFound => BlobError::Missing(name),
-            _ => BlobError::Io {
-                name,
-                act: "read",
-                source,
-            },
-        };
-        let file = fs::File::open(self.path(name)).map_err(failed)?;
-        let mut bytes = Vec::new();
-        // One more than allowed tells that there are more.
-        let mut limited = file.take(bytes_max.saturating_add(1));
-        limited.read_to_end(&mut bytes).map_err(failed)?;
-        if bytes.len() as u64 > bytes_max {
-            return Err(BlobError::TooLong { name, bytes_max });
-        }
-        Ok(bytes)
+        read_blob(name, fs::File::open(self.path(name)), bytes_max)
     }
 
     fn put(&self, name: BlobName, bytes: &[u8]) -> Result<(), BlobError> {
@@ -137,5 +147,43 @@ impl Blobs for LocalFolder {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()), // nothing was put yet
             Err(error) => Err(error),
         }
+    }
+}
+
+/// The same folder behind a descriptor, for a process that can name no files: blobs are read and never stored.
+#[derive(Debug)]
+pub struct OpenFolder {
+    folder: OwnedFd,
+}
+
+impl OpenFolder {
+    /// Reads blobs below `folder`, an open [`LocalFolder`].
+    pub fn new(folder: OwnedFd) -> Self {
+        Self { folder }
+    }
+}
+
+impl Blobs for OpenFolder {
+    fn get(&self, name: BlobName, bytes_max: u64) -> Result<Vec<u8>, BlobError> {
+        // A blob is never a link, so that none leads out of the folder.
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let opened = openat(&self.folder, name.to_string(), flags, Mode::empty());
+        read_blob(
+            name,
+            opened.map(fs::File::from).map_err(Into::into),
+            bytes_max,
+        )
+    }
+
+    fn put(&self, name: BlobName, _bytes: &[u8]) -> Result<(), BlobError> {
+        Err(BlobError::Io {
+            name,
+            act: "stored",
+            source: io::ErrorKind::ReadOnlyFilesystem.into(),
+        })
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
     }
 }

@@ -7,9 +7,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use proptest::prelude::*;
-use thaw_snapshot::{CpuRecord, Metadata, PAGE_BYTES, PageSource, SectionKind, Snapshot, Writer};
+use thaw_snapshot::{
+    Access, CpuRecord, Metadata, PAGE_BYTES, PageSource, SectionKind, Snapshot, Touch, VerifyError,
+    WorkingSet, Writer,
+};
 use thaw_snapshot_store::{
-    BlobError, BlobName, Blobs, CHUNK_BYTES, LocalFolder, ManifestId, PutSummary, Store, StoreError,
+    BlobError, BlobName, Blobs, CHUNK_BYTES, LocalFolder, ManifestId, OpenFolder, PutSummary,
+    Store, StoreError, StubError, memory_of,
 };
 
 const PAGE: usize = 4096;
@@ -320,4 +324,69 @@ proptest! {
         let again = store.put_memory(&scratch.snapshot("b", &memory, None)).unwrap();
         prop_assert_eq!((again.id, again.new_chunks), (put.id, 0));
     }
+}
+
+#[test]
+fn a_stub_has_all_of_a_snapshot_but_its_memory_which_it_names() {
+    let scratch = Scratch::new();
+    let length = 40;
+    let memory = Pages((0u8..length).map(|page| page % 3).collect());
+    let disk = Pages(vec![0, 0, 7, 0, 9]);
+    let path = scratch.0.path().join("whole");
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(true);
+    let mut writer = Writer::new(options.open(&path).unwrap());
+    let metadata = Metadata {
+        function: "f".into(),
+        ..Metadata::default()
+    };
+    writer.metadata(&metadata).unwrap();
+    writer.cpu(&CpuRecord::default()).unwrap();
+    writer.section(SectionKind::Machine, b"state").unwrap();
+    let bytes = u64::from(length) * PAGE_BYTES;
+    let sections = [
+        (SectionKind::Memory, bytes, &memory),
+        (SectionKind::Disk(2), 5 * PAGE_BYTES, &disk),
+    ];
+    for (kind, bytes, pages) in sections {
+        (writer.sparse_section(kind, bytes, &mut pages.clone())).unwrap();
+    }
+    let touch = Touch {
+        page: 4,
+        access: Access::Write,
+    };
+    let set = WorkingSet::from_touches(&[touch], bytes);
+    writer.working_set(&set).unwrap();
+    writer.finish().unwrap();
+    let whole = Snapshot::open(&path).unwrap();
+
+    let stub_path = scratch.0.path().join("stub");
+    let file = options.open(&stub_path).unwrap();
+    let pushed = scratch.store().push(&whole, file).unwrap();
+    let stub = Snapshot::open(&stub_path).unwrap();
+    stub.verify_own().unwrap();
+    assert_eq!(stub.metadata().unwrap(), metadata);
+    assert_eq!(stub.section(SectionKind::Machine).unwrap(), b"state");
+    assert_eq!(stub.working_set().unwrap(), Some(set));
+    assert_eq!(stub.memory_bytes().unwrap(), bytes);
+    let (ours, theirs) = (stub.disk(2).unwrap(), whole.disk(2).unwrap());
+    assert_eq!((ours.length, &ours.runs), (theirs.length, &theirs.runs));
+    assert!(pushed.stub.stored_bytes < whole.own_memory().unwrap().stored_bytes());
+
+    // Its memory is found by what it names, through a descriptor of the folder, and in no other way.
+    let id = memory_of(&stub).unwrap();
+    assert_eq!(id, pushed.memory.id);
+    let folder = fs::File::open(scratch.root()).unwrap();
+    let store = Store::new(Arc::new(OpenFolder::new(folder.into())));
+    assert_eq!(read_all(&store, id).unwrap(), memory.bytes());
+
+    let other = scratch.snapshot("other", &Pages(vec![5; 40]), None);
+    assert!(store.put_memory(&other).is_err(), "it is read only");
+    assert!(matches!(
+        stub.memory_layers(),
+        Err(VerifyError::BaseMissing(_))
+    ));
+    assert!(matches!(memory_of(&whole), Err(StubError::NoStub)));
+    let difference = scratch.snapshot("difference", &Pages(vec![6; 40]), Some("other"));
+    assert!(matches!(memory_of(&difference), Err(StubError::NoStub)));
 }

@@ -39,8 +39,8 @@ pub enum Request {
     Boot(BootRequest),
     /// Become a shell: make everything of a VM that no snapshot is needed for. No descriptors.
     Prepare(PrepareRequest),
-    /// Make a VM from a snapshot. Descriptors: the snapshot, its base if [`RestoreRequest::has_base`], then one for each disk
-    /// with [`DiskSource::Descriptor`]. A shell of the snapshot's shape is *claimed*; an empty monitor is prepared first.
+    /// Make a VM from a snapshot. Descriptors: the snapshot, its base if [`RestoreRequest::has_base`], the store's folder if
+    /// [`Paging::Store`], then one for each disk with [`DiskSource::Descriptor`]. A shell of the snapshot's shape is *claimed*; an empty monitor is prepared first.
     Restore(RestoreRequest),
     /// Run the VM. Bytes already waiting in the agent channel are in the guest's receive queue before its first instruction.
     Resume,
@@ -54,7 +54,7 @@ pub enum Request {
     Save(SaveRequest),
     /// Ask for the console's tail and the timings so far.
     Status,
-    /// Tell which pages the guest has touched since it was restored.
+    /// Tell which pages the guest has touched since it was restored: in the order of the first touches if [`Paging::Recorded`].
     WorkingSet,
     /// End the VM and the process. The reply is the last message.
     Quit,
@@ -107,6 +107,24 @@ pub struct RestoreRequest {
     /// What is fetched beside the running guest before it asks for it.
     #[serde(default)]
     pub prefetch: Prefetch,
+    /// How its memory is brought in.
+    #[serde(default)]
+    pub paging: Paging,
+}
+
+/// How guest memory is brought in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Paging {
+    /// By the kernel, from a private mapping of the snapshot's file: clones share what they do not write.
+    #[default]
+    Mapped,
+    /// By the monitor, when it is touched, from a chunk store; the snapshot is a stub and has no base. Each chunk is verified.
+    /// A source that fails or does not answer ends the VM ([`ExitReason::HostFault`]), and the process if it cannot say so.
+    Store,
+    /// By the monitor, page by page when it is touched, from the snapshot's files, so that [`Request::WorkingSet`] tells the
+    /// order. Slow: for recording.
+    Recorded,
 }
 
 /// What is fetched beside a running guest.
@@ -343,7 +361,7 @@ pub enum ExitReason {
     Panic,
     /// The guest did what no well-behaved guest does: broke a device's rules, triple fault, KVM internal error.
     GuestFault,
-    /// This machine failed the VM: a KVM call or a disk.
+    /// This machine failed the VM: a KVM call, a disk, or the source of its memory.
     HostFault,
 }
 

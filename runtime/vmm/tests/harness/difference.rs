@@ -11,7 +11,8 @@ use crate::guest::{disk_of, ext4};
 use crate::monitor::Monitor;
 use crate::rewind::wall_clock;
 
-fn open(file: &File) -> Snapshot {
+/// An open snapshot.
+pub fn open(file: &File) -> Snapshot {
     Snapshot::from_file(file.try_clone().unwrap(), "test").unwrap()
 }
 
@@ -22,7 +23,7 @@ fn open_over(base: &File, file: &File) -> Snapshot {
 }
 
 /// Pages in which two memories differ.
-fn differing(one: &Snapshot, other: &Snapshot) -> Vec<PageRun> {
+pub fn differing(one: &Snapshot, other: &Snapshot) -> Vec<PageRun> {
     const CHUNK: usize = 1 << 20;
     let readers = [one, other].map(|snapshot| snapshot.memory_reader().unwrap());
     let mut buffers = [vec![0; CHUNK], vec![0; CHUNK]];
@@ -47,7 +48,7 @@ fn differing(one: &Snapshot, other: &Snapshot) -> Vec<PageRun> {
 }
 
 /// The one page that KVM itself writes whenever the guest's register for its wall clock is set, as by a restore.
-fn is_wall_clock(snapshot: &File, run: &PageRun) -> bool {
+pub fn is_wall_clock(snapshot: &File, run: &PageRun) -> bool {
     (run.start, run.count) == (wall_clock(snapshot) / PAGE_BYTES, 1)
 }
 

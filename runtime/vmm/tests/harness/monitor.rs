@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
+use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -85,10 +86,15 @@ impl Monitor {
         }
     }
 
-    /// One request and its reply; events in between are kept.
-    pub fn ask(&mut self, request: &Request, files: &[&File]) -> Reply {
+    /// A request whose reply nobody waits for.
+    pub fn send(&mut self, request: &Request, files: &[&File]) {
         let fds: Vec<BorrowedFd<'_>> = files.iter().map(|file| file.as_fd()).collect();
         wire::send(&self.control, request, &fds).unwrap();
+    }
+
+    /// One request and its reply; events in between are kept.
+    pub fn ask(&mut self, request: &Request, files: &[&File]) -> Reply {
+        self.send(request, files);
         loop {
             match self.next() {
                 FromMonitor::Reply(reply) => return reply,
@@ -120,6 +126,21 @@ impl Monitor {
                 panic!("no exit, {error}: {}", self.status().console);
             }
         }
+    }
+
+    /// The same, whatever was answered meanwhile.
+    pub fn exit_in_any_case(&mut self) -> Exit {
+        loop {
+            if let FromMonitor::Event(Event::Exited(exit)) = self.next() {
+                return exit;
+            }
+        }
+    }
+
+    /// Waits until the process is gone, which its control socket's end must bring about.
+    pub fn leave(mut self) {
+        self.control.shutdown(Shutdown::Both).unwrap();
+        self.process.wait().unwrap();
     }
 
     /// Console and timings.

@@ -77,7 +77,8 @@ fn ask_to_rewind(monitor: &mut Monitor) -> (Reply, UnixStream) {
     (monitor.ask(&Request::Rewind, &[&theirs]), ours)
 }
 
-fn rewind(monitor: &mut Monitor) -> Rewound {
+/// Puts it back, onto a new agent channel.
+pub fn rewind(monitor: &mut Monitor) -> Rewound {
     match ask_to_rewind(monitor) {
         (Reply::Rewound(rewound), agent) => {
             monitor.agent = agent;
