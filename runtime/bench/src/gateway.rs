@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
@@ -17,6 +17,7 @@ use rustix::thread::{CpuSet, sched_setaffinity};
 use serde::Serialize;
 use serde_json::Value;
 
+use crate::bare;
 use crate::instant::{GATEWAY_CPU, PLAYED_NAME, leave_gateway_cpu};
 
 /// The function that `thaw up --example` deploys.
@@ -49,7 +50,7 @@ pub struct Plan {
 }
 
 /// One step.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Step {
     /// Clients at the same time.
     pub clients: u32,
@@ -65,10 +66,20 @@ pub struct Step {
     pub gateway_cpu_us: f64,
     /// Good answers for each second that the gateway's threads ran.
     pub per_gateway_core_second: f64,
-    /// The same of the load test's process, its start included, microseconds.
+    /// The same of the client, its start included, microseconds.
     pub client_cpu_us: f64,
     /// The same of the monitors, microseconds.
     pub monitors_cpu_us: f64,
+}
+
+impl Step {
+    fn charge(&mut self, spent: &Spent, good: f64) {
+        let each = |spent: Duration| spent.as_secs_f64() / good * 1e6;
+        self.gateway_cpu_us = each(spent.gateway);
+        self.per_gateway_core_second = 1e6 / self.gateway_cpu_us.max(1e-3);
+        self.client_cpu_us = each(spent.clients);
+        self.monitors_cpu_us = each(spent.monitors);
+    }
 }
 
 /// What came out.
@@ -94,6 +105,7 @@ pub fn run(plan: &Plan) -> anyhow::Result<Findings> {
     steps.push(gateway.step(plan, "/healthz", None, 1)?);
     let invoke = format!("/2015-03-31/functions/{FUNCTION}/invocations");
     gateway.step(plan, &invoke, Some(BODY), 1)?;
+    steps.push(gateway.bare_step(plan, &invoke)?);
     for clients in &plan.clients {
         steps.push(gateway.step(plan, &invoke, Some(BODY), *clients)?);
     }
@@ -111,7 +123,7 @@ fn load_average() -> String {
 
 struct Gateway {
     process: Child,
-    url: String,
+    address: String,
 }
 
 impl Gateway {
@@ -142,7 +154,7 @@ impl Gateway {
         let stdout = process.stdout.take().context("no output")?;
         let gateway = Self {
             process,
-            url: format!("http://127.0.0.1:{port}"),
+            address: format!("127.0.0.1:{port}"),
         };
         let (told, is_up) = mpsc::channel();
         thread::spawn(move || {
@@ -171,7 +183,7 @@ impl Gateway {
             load.args(["--data", body, "--expect", "bench"]);
         }
         let told = load
-            .arg(format!("{}{path}", self.url))
+            .arg(format!("http://{}{path}", self.address))
             .stderr(Stdio::inherit())
             .output()
             .context("cannot run the load test")?;
@@ -181,30 +193,52 @@ impl Gateway {
                 String::from_utf8_lossy(&told.stdout)
             )
         })?;
-        let after = Spent::now(&self.process)?;
+        let spent = Spent::now(&self.process)?.since(&before);
         let number = |name: &str| report[name].as_f64().unwrap_or(0.0);
         let good = number("good");
         ensure!(good > 0.0, "no good answer from {path}: {report}");
-        let spent = |of: fn(&Spent) -> Duration| {
-            of(&after).saturating_sub(of(&before)).as_secs_f64() / good * 1e6
-        };
-        let gateway_cpu_us = spent(|spent| spent.gateway);
-        Ok(Step {
+        let mut step = Step {
             clients,
             path: path.to_owned(),
             per_second: number("per_second"),
             starts: report["starts"].clone(),
             errors: report["errors"].clone(),
-            gateway_cpu_us,
-            per_gateway_core_second: 1e6 / gateway_cpu_us.max(1e-3),
-            client_cpu_us: spent(|spent| spent.clients),
-            monitors_cpu_us: spent(|spent| spent.monitors),
-        })
+            ..Step::default()
+        };
+        step.charge(&spent, good);
+        Ok(step)
+    }
+
+    /// One client again, which is this process ([`bare`]).
+    fn bare_step(&self, plan: &Plan, path: &str) -> anyhow::Result<Step> {
+        let before = Spent::now(&self.process)?;
+        let began = Instant::now();
+        let series = bare::run(&self.address, path, BODY, plan.requests)?;
+        let (took, spent) = (began.elapsed(), Spent::now(&self.process)?.since(&before));
+        let ms = |us: f64| us / 1000.0;
+        let starts = series.figures().into_iter().map(|(start, figures)| {
+            let figures = serde_json::json!({
+                "count": figures.count,
+                "p50_ms": ms(figures.p50_us),
+                "p90_ms": ms(figures.p90_us),
+                "p99_ms": ms(figures.p99_us),
+            });
+            (start, figures)
+        });
+        let mut step = Step {
+            clients: 1,
+            path: "the same, bare client".into(),
+            per_second: f64::from(plan.requests) / took.as_secs_f64(),
+            starts: Value::Object(starts.collect()),
+            ..Step::default()
+        };
+        step.charge(&spent, f64::from(plan.requests));
+        Ok(step)
     }
 
     fn end(mut self) -> anyhow::Result<()> {
         kill_process(pid(&self.process)?, Signal::TERM).context("cannot stop the gateway")?;
-        let began = std::time::Instant::now();
+        let began = Instant::now();
         while self.process.try_wait()?.is_none() {
             ensure!(began.elapsed() < END_LIMIT, "the gateway does not stop");
             thread::sleep(Duration::from_millis(10));
@@ -248,7 +282,7 @@ fn pid(process: &Child) -> anyhow::Result<Pid> {
 /// Processor time so far.
 struct Spent {
     gateway: Duration,
-    /// Load tests that have ended: no other child of this process ends before the gateway.
+    /// This process, and load tests that have ended: no other child of it ends before the gateway.
     clients: Duration,
     /// The gateway's children.
     monitors: Duration,
@@ -262,7 +296,7 @@ impl Spent {
             times(&text).with_context(|| format!("cannot understand {path}"))
         };
         let pid = gateway.id().to_string();
-        let (own, clients) = (read(&pid)?, read("self")?.ended_children);
+        let (own, this) = (read(&pid)?, read("self")?);
         let mut monitors = own.ended_children;
         for process in fs::read_dir("/proc")? {
             let name = process?.file_name();
@@ -276,9 +310,17 @@ impl Spent {
         }
         Ok(Self {
             gateway: own.own,
-            clients,
+            clients: this.own + this.ended_children,
             monitors,
         })
+    }
+
+    fn since(&self, earlier: &Self) -> Self {
+        Self {
+            gateway: self.gateway.saturating_sub(earlier.gateway),
+            clients: self.clients.saturating_sub(earlier.clients),
+            monitors: self.monitors.saturating_sub(earlier.monitors),
+        }
     }
 }
 
