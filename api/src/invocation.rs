@@ -11,6 +11,7 @@ use thaw_runtime::{
 
 use crate::clock;
 use crate::engine::{Sandboxes, chain};
+use crate::logs::Write;
 use crate::record::{self, Function, InitCause, InitFailure, Serving, State};
 use crate::state::{App, Live, PoolSlot};
 
@@ -27,6 +28,9 @@ pub const RESPONSE_BYTES_MAX: usize = 6_291_556;
 
 /// The only version there is.
 pub const LATEST: &str = "$LATEST";
+
+/// How long lines wait to be written with others'.
+const LOG_DELAY: Duration = Duration::from_millis(10);
 
 /// Pools of one function that an invocation tries: an update may close one under it.
 const POOLS_MAX: usize = 3;
@@ -54,7 +58,7 @@ pub struct Answer {
     /// Answer or error.
     pub result: FunctionResult,
     /// START, output, END, REPORT.
-    pub log: Vec<u8>,
+    pub log: Bytes,
     /// With [`Measure::On`], when the guest answered.
     pub timings: Option<InvocationTimings>,
     /// How its sandbox was had; `None` when the function's initialisation had failed, and nothing ran.
@@ -134,14 +138,28 @@ async fn serve(app: &Arc<App>, live: &Arc<Live>, request: Request) -> Result<Ans
         let document = String::from_utf8_lossy(document.get(..1024).unwrap_or(document));
         live.set_last_error(Some(format!("{error_type}: {document}")));
     }
-    let (log, text) = (Arc::clone(&live.log), answer.log.clone());
-    let name = live.name.clone();
-    app.tasks.spawn_blocking(move || {
-        if let Err(error) = log.append(&text) {
-            tracing::warn!(function = %name, %error, "log is not written");
+    match live.log.push(answer.log.clone()) {
+        Write::Others => {}
+        Write::Now => write_log(Arc::clone(live)).await,
+        Write::Soon => {
+            let live = Arc::clone(live);
+            app.tasks.spawn(async move {
+                tokio::time::sleep(LOG_DELAY).await;
+                write_log(live).await;
+            });
         }
-    });
+    }
     Ok(answer)
+}
+
+async fn write_log(live: Arc<Live>) {
+    let write = move || {
+        if let Err(error) = live.log.write() {
+            tracing::warn!(function = %live.name, %error, "log is not written");
+        }
+    };
+    // Fails only if it panics, which is told by then.
+    let _ = tokio::task::spawn_blocking(write).await;
 }
 
 /// Runs in the function's pool; in its successor when an update closes it first.
@@ -292,7 +310,7 @@ fn sort(request: &Request, serving: &Serving, outcome: Outcome) -> Result<Answer
     };
     Ok(Answer {
         result,
-        log: report.text(),
+        log: report.text().into(),
         timings: outcome.timings,
         start: Some(outcome.start),
     })
@@ -346,7 +364,7 @@ fn init_failed(request: &Request, serving: &Serving, failure: &InitFailure) -> A
             error_type: error_type.clone(),
             document,
         },
-        log: report.text(),
+        log: report.text().into(),
         timings: None,
         start: None,
     }

@@ -321,8 +321,9 @@ impl Sandbox {
 
     /// Puts identity and request into the channel: they lie in the guest's receive queue before its first instruction.
     fn hand_over(&mut self, invocation: &Invocation) -> Result<(), InvokeError> {
+        let (fresh, entropy) = fresh_identity().map_err(host)?;
         let generation = match self.generation {
-            Generation(0) => fresh_generation().map_err(host)?,
+            Generation(0) => fresh,
             // The same life goes on; its agent takes none but a higher one.
             Generation(used) => Generation(used.saturating_add(1)),
         };
@@ -333,7 +334,7 @@ impl Sandbox {
         let thaw = Thaw {
             unix_time_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
             hostname: hostname(generation),
-            entropy: random::<ENTROPY_BYTES>().map_err(host)?.to_vec(),
+            entropy,
         };
         let deadline = now.saturating_add(invocation.timeout);
         let invoke = Invoke {
@@ -450,10 +451,15 @@ fn host(error: HostError) -> InvokeError {
     InvokeError::Host(error.into())
 }
 
-/// A number that no other life of any sandbox has; 0 is the life before the freeze.
-fn fresh_generation() -> Result<Generation, HostError> {
-    let number = u64::from_le_bytes(random()?);
-    Ok(Generation(number.max(1)))
+/// A number that no other life of any sandbox has (0 is the life before the freeze), and bytes for its generator: drawn at
+/// once, as a request waits.
+fn fresh_identity() -> Result<(Generation, Vec<u8>), HostError> {
+    let drawn: [u8; 8 + ENTROPY_BYTES] = random()?;
+    let (number, entropy) = drawn.split_at(8);
+    let number = number
+        .iter()
+        .fold(0, |all, byte| all << 8 | u64::from(*byte));
+    Ok((Generation(number.max(1)), entropy.to_vec()))
 }
 
 fn hostname(generation: Generation) -> String {
@@ -511,9 +517,15 @@ mod tests {
 
     #[test]
     fn every_life_has_its_own_generation_and_entropy() {
-        let (one, two) = (fresh_generation().unwrap(), fresh_generation().unwrap());
-        assert!(one != two && one.0 != 0);
-        assert_ne!(random::<64>().unwrap(), random::<64>().unwrap());
+        let (one, two) = (fresh_identity().unwrap(), fresh_identity().unwrap());
+        assert!(one.0 != two.0 && one.0.0 != 0);
+        assert_ne!(one.1, two.1);
+        assert_eq!(one.1.len(), ENTROPY_BYTES);
+        let number = one.0.0.to_be_bytes();
+        assert!(
+            !one.1.windows(8).any(|bytes| bytes == number),
+            "the generation is no secret"
+        );
         assert_eq!(hostname(Generation(0xabcd_0123_4567_89ef)), "thaw-abcd0123");
     }
 }

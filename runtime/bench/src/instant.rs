@@ -14,10 +14,10 @@ use rustix::thread::{CpuSet, sched_setaffinity};
 use thaw_agent_protocol::{
     AgentMessage, Decoder, Generation, HostMessage, Message as _, Reply as Answer,
 };
-use thaw_snapshot::{CpuRecord, PAGE_BYTES, PageSource, SectionKind, Writer};
+use thaw_snapshot::{CpuRecord, PAGE_BYTES, PageSource, SectionKind, Snapshot, Writer};
 use thaw_vmm_control::wire::{self, Read, Receiver};
 use thaw_vmm_control::{
-    AGENT_FD, CONTROL_FD, Reply, Request, Rewound, SaveRequest, Saved, Status, WorkingSet,
+    AGENT_FD, CONTROL_FD, Reply, Request, Rewound, SaveForm, SaveRequest, Saved, Status, WorkingSet,
 };
 
 /// Name under which the gateway starts its monitors.
@@ -50,6 +50,8 @@ struct Monitor {
     receiver: Receiver,
     agent: UnixStream,
     decoder: Decoder,
+    /// What it was restored from: a difference is saved over it.
+    origin: Option<File>,
 }
 
 /// Plays until the gateway closes the control socket.
@@ -65,6 +67,7 @@ pub fn play() -> anyhow::Result<()> {
         receiver: Receiver::new(),
         agent: agent.into(),
         decoder: Decoder::new(),
+        origin: None,
     };
     while let Some((request, fds)) = monitor.request()? {
         monitor.serve(request, fds)?;
@@ -88,8 +91,13 @@ impl Monitor {
         match request {
             Request::Boot(_) => self.boot(),
             Request::Prepare(_) | Request::Pause => self.reply(Reply::Done),
-            Request::Restore(restore) if restore.resume => self.run(),
-            Request::Restore(_) => self.reply(Reply::Done),
+            Request::Restore(restore) => {
+                self.origin = fds.into_iter().next().map(File::from);
+                match restore.resume {
+                    true => self.run(),
+                    false => self.reply(Reply::Done),
+                }
+            }
             Request::Resume => self.run(),
             Request::Rewind => {
                 let [agent] = <[OwnedFd; 1]>::try_from(fds)
@@ -101,7 +109,11 @@ impl Monitor {
             Request::Save(save) => {
                 let [file] = <[OwnedFd; 1]>::try_from(fds)
                     .map_err(|fds| anyhow::anyhow!("save with {} descriptors", fds.len()))?;
-                let saved = write_snapshot(file.into(), save)?;
+                let base = match save.form {
+                    SaveForm::Whole => None,
+                    SaveForm::Difference => self.origin.take(),
+                };
+                let saved = write_snapshot(file.into(), base, save)?;
                 self.reply(Reply::Saved(saved))
             }
             Request::Status => self.reply(Reply::Status(Status::default())),
@@ -113,31 +125,37 @@ impl Monitor {
         }
     }
 
+    /// A base is frozen at the agent's first word.
     fn boot(&mut self) -> anyhow::Result<()> {
         self.reply(Reply::Done)?;
         let hello = AgentMessage::Hello {
             agent_version: env!("CARGO_PKG_VERSION").into(),
         };
-        self.say(hello, Generation(0))?;
-        let (_, HostMessage::Configure(_)) = self.hear()? else {
-            bail!("no configuration after the hello");
-        };
-        self.say(AgentMessage::Ready, Generation(0))
+        self.say(vec![(hello, Generation(0))])
     }
 
-    /// The invocation lies in the channel already: it is answered with its own payload.
+    /// What is to be done lies in the channel or comes at once: a function is ready, an invocation answered with its own
+    /// payload, all in one write as the agent does.
     fn run(&mut self) -> anyhow::Result<()> {
         self.reply(Reply::Done)?;
+        let mut words = Vec::new();
         loop {
             match self.hear()? {
-                (generation, HostMessage::Thaw(_)) => self.say(AgentMessage::Thawed, generation)?,
+                (generation, HostMessage::Thaw(_)) => {
+                    words.push((AgentMessage::Thawed, generation));
+                }
+                (generation, HostMessage::Configure(_)) => {
+                    words.push((AgentMessage::Ready, generation));
+                    return self.say(words);
+                }
                 (generation, HostMessage::Invoke(invoke)) => {
                     let answer = Answer {
                         request_id: invoke.request_id,
                         content_type: Some("application/json".into()),
                         payload: invoke.payload,
                     };
-                    return self.say(AgentMessage::Response(answer), generation);
+                    words.push((AgentMessage::Response(answer), generation));
+                    return self.say(words);
                 }
                 (_, other) => bail!("{other:?} while an invocation is waited for"),
             }
@@ -148,9 +166,11 @@ impl Monitor {
         wire::send(&self.control, &reply, &[]).context("the gateway is gone")
     }
 
-    fn say(&mut self, message: AgentMessage, generation: Generation) -> anyhow::Result<()> {
+    fn say(&mut self, words: Vec<(AgentMessage, Generation)>) -> anyhow::Result<()> {
         let mut bytes = Vec::new();
-        message.encode(generation, &mut bytes)?;
+        for (message, generation) in words {
+            message.encode(generation, &mut bytes)?;
+        }
         self.agent
             .write_all(&bytes)
             .context("the agent channel is closed")
@@ -183,7 +203,7 @@ impl PageSource for NoMemory {
     }
 }
 
-fn write_snapshot(file: File, save: SaveRequest) -> anyhow::Result<Saved> {
+fn write_snapshot(file: File, base: Option<File>, save: SaveRequest) -> anyhow::Result<Saved> {
     let mut writer = Writer::new(file);
     writer.metadata(&serde_json::from_value(save.metadata)?)?;
     let cpu = CpuRecord {
@@ -193,7 +213,13 @@ fn write_snapshot(file: File, save: SaveRequest) -> anyhow::Result<Saved> {
     };
     writer.cpu(&cpu)?;
     writer.section(SectionKind::Machine, b"none")?;
-    writer.sparse_section(SectionKind::Memory, PAGE_BYTES, &mut NoMemory)?;
+    match base {
+        Some(base) => {
+            let base = Snapshot::from_file(base, "base")?;
+            writer.memory_difference(&mut NoMemory, &base, 1)?;
+        }
+        None => writer.sparse_section(SectionKind::Memory, PAGE_BYTES, &mut NoMemory)?,
+    }
     let summary = writer.finish()?;
     Ok(Saved {
         file_bytes: summary.file_bytes,

@@ -7,6 +7,7 @@
 //! Always holds: sides are interleaved, never one after the other; cold, claimed, rewound and warm are never in one figure;
 //! a side that was not measured is null with a reason, not left out.
 
+mod bare;
 mod echo;
 mod firecracker;
 mod floor;
