@@ -131,7 +131,11 @@ async fn only_a_measurement_may_use_a_vm_again_as_it_is() {
     let stage = Stage::with("stays-warm", |config| config.recycle = Recycle::Reuse);
     let pool = stage.lazy_pool().await;
     assert_eq!(start(&pool).await, Start::Cold);
-    assert_eq!(start(&pool).await, Start::Warm);
+    // Before it is back, a request is served by another, and so may be the next.
+    let began = std::time::Instant::now();
+    while start(&pool).await != Start::Warm {
+        assert!(began.elapsed() < super::AMPLE, "nothing is used again");
+    }
     stage.strike().await;
     let stage = Stage::with("well", |config| config.recycle = Recycle::Replace);
     let pool = stage.lazy_pool().await;
