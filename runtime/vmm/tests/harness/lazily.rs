@@ -1,7 +1,7 @@
 //! Guests whose memory comes out of a store as they touch it, and stores that are slow, damaged or hang.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::Write as _;
+use std::io::{Seek as _, SeekFrom, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -344,6 +344,8 @@ fn a_guest_lazily_recorded_tells_its_touches_and_is_served_by_them() {
     assert_eq!(WorkingSet::from_touches(&again, 256 << 20), set);
     let file = NamedTempFile::new().unwrap();
     let mut copy = file.reopen().unwrap();
+    // Other tests have the same file, and with it the place where it is read.
+    (&frozen.snapshot).seek(SeekFrom::Start(0)).unwrap();
     std::io::copy(&mut &frozen.snapshot, &mut copy).unwrap();
     set_working_set(file.path(), &set).unwrap();
     let stored = push(&File::open(file.path()).unwrap());
