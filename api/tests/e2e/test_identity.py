@@ -204,6 +204,7 @@ def test_ids_have_the_form_that_programs_expect(clones):
         for ids in (clone["before"], clone["ids"]):
             assert len(ids["machine-id"]) == 32 and int(ids["machine-id"], 16)
             assert len(ids["boot-id"]) == 36 and len(ids["boot-id"].split("-")) == 5
+            assert len(ids["generation"]) == 32 and int(ids["generation"], 16)
 
 
 def test_50_clones_run_the_functions_own_hook_once_and_after_the_reseeding(clones):
