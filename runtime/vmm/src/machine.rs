@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvm_ioctls::{IoEventAddress, VmFd};
 use thaw_snapshot::Snapshot;
-use thaw_vmm_control::{Exit, Prefetch, Timings, WorkingSet};
+use thaw_vmm_control::{Exit, Timings, WorkingSet};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -24,11 +24,11 @@ use crate::devices::{
 };
 use crate::end::EndSender;
 use crate::end::{self, EndReceiver};
-use crate::fault::{self, Blame, Fault};
+use crate::fault::{Blame, Fault};
 use crate::host::Bare;
 use crate::memory::GuestMemory;
 use crate::paging::{self, Served, Told};
-use crate::prefetch::{Prefetcher, Recorder, in_order};
+use crate::prefetch::{Prefetcher, Recorder, Rest, in_order};
 use crate::rewind::Pristine;
 use crate::state::MachineStateV1;
 use crate::vcpu::{Vcpu, VcpuContext, VcpuError, monotonic_ns};
@@ -156,7 +156,7 @@ pub struct Machine {
     pub(crate) clocks: Clocks,
     pub(crate) timings: Timings,
     /// What the first resume after a claim fetches beside the guest.
-    pub(crate) prefetch: Prefetch,
+    pub(crate) to_fetch: Rest,
     /// `None` if the kernel maps its memory.
     pub(crate) served: Option<Served>,
     prefetcher: Option<Prefetcher>,
@@ -277,7 +277,7 @@ impl Machine {
             origin: None,
             clocks: Clocks::Set,
             timings,
-            prefetch: Prefetch::Off,
+            to_fetch: Rest::default(),
             served: None,
             prefetcher: None,
             recorder: Recorder::default(),
@@ -315,23 +315,16 @@ impl Machine {
         }
         self.timings.time_set_ns = Some(monotonic_ns());
         self.vcpus.iter().for_each(Vcpu::run);
-        let wants_prefetch = std::mem::take(&mut self.prefetch) == Prefetch::WorkingSet;
-        if wants_prefetch && self.served.is_none() {
-            self.start_prefetch();
-        }
+        self.start_prefetch();
         Ok(())
     }
 
     /// The guest runs without it too, only slower.
     fn start_prefetch(&mut self) {
-        let Some(origin) = &self.origin else {
-            return;
-        };
-        match Prefetcher::start(&origin.snapshot, &self.memory) {
-            Ok(prefetcher) => self.prefetcher = Some(prefetcher),
-            Err(error) => {
-                tracing::warn!(error = fault::chain(&error), "working set is not fetched")
-            }
+        match Prefetcher::start(std::mem::take(&mut self.to_fetch), &self.memory) {
+            Ok(None) => {}
+            Ok(started) => self.prefetcher = started,
+            Err(error) => tracing::warn!(%error, "no thread for the rest of the working set"),
         }
     }
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use thaw_snapshot::{
     BaseError, CpuRecord, MissingFeature, OpenError, PAGE_BYTES, SectionKind, Snapshot, VerifyError,
 };
-use thaw_vmm_control::{Disk, DiskAccess as Access, DiskSource, Paging, RestoreRequest, Timings};
+use thaw_vmm_control::{Disk, DiskAccess as Access, DiskSource, Paging, Prefetch, RestoreRequest, Timings};
 use thiserror::Error;
 
 use crate::arch::x86_64::interrupts::{self, InterruptError};
@@ -22,6 +22,7 @@ use crate::machine::{Clocks, DiskBase, Machine, Origin};
 use crate::memory::MemoryError;
 use crate::outbox::Outbox;
 use crate::paging::{self, PagingError};
+use crate::prefetch;
 use crate::shell::{self, PrepareError, Shape, Shell};
 use crate::state::{self, DiskV1, MachineStateV1, StateError};
 use crate::vcpu::monotonic_ns;
@@ -340,6 +341,10 @@ pub fn restore(
             let mapped = machine.memory.map_layer(&layer);
             mapped.map_err(RestoreError::Memory)?;
         }
+        if request.prefetch == Prefetch::WorkingSet {
+            let rest = prefetch::copy_ahead(&snapshot, &machine.memory);
+            machine.to_fetch = rest.map_err(RestoreError::Read)?;
+        }
     } else {
         let how = (request.paging, store);
         let outbox = Arc::clone(outbox);
@@ -368,7 +373,6 @@ pub fn restore(
     machine.disk_bases = disk_bases;
     machine.timings = timings;
     machine.clocks = Clocks::Frozen;
-    machine.prefetch = request.prefetch;
     machine.origin = Some(Origin {
         state,
         tsc_khz: cpu.tsc_khz,
