@@ -1,7 +1,7 @@
-//! The working set of a guest: fetched beside it while it runs, and told of it afterwards.
+//! The working set of a guest: fetched before it runs and beside it, and told of it afterwards.
 //!
 //! Fetching changes no byte of memory: pages that will be read are mapped from the page cache, pages that will be written are
-//! copied ahead. So it needs no agreement with the guest, with a pause or with a save; it only must not outlast the VM.
+//! copied ahead, the first of them before the guest runs. So it needs no agreement with the guest, with a pause or with a save; it only must not outlast the VM.
 //!
 //! What was touched is read from `/proc/self/pagemap` (Documentation/admin-guide/mm/pagemap.rst). A page that is there and is not
 //! the file's own was written. A page that is the file's was read, or lies beside one that was: the kernel maps up to 16 pages
@@ -35,26 +35,35 @@ const BATCH: u64 = 4096;
 /// Pages, and how they are fetched.
 type Piece = (Range<u64>, Access);
 
-/// The working set in pieces of at most [`FETCH_PAGES`]: first what will be written, then the rest, each in the order of first
-/// touches. A page that is mapped for reading first would have to be mapped twice.
-fn pieces(set: &thaw_snapshot::WorkingSet) -> Vec<Piece> {
-    let mut pieces = Vec::new();
+/// The working set in pieces of at most [`FETCH_PAGES`], each kind in the order of first touches: what is copied before the guest
+/// runs, up to [`COPY_PAGES`] that it will write, and the rest. A page that is mapped for reading first would have to be mapped
+/// twice, so writes come first there too.
+fn pieces(set: &thaw_snapshot::WorkingSet) -> (Vec<Piece>, Vec<Piece>) {
+    let (mut now, mut later) = (Vec::new(), Vec::new());
+    let mut left = COPY_PAGES;
     for access in [Access::Write, Access::Read] {
         for run in set.runs().iter().filter(|run| run.access == access) {
             let end = run.pages.start + run.pages.count;
             let mut at = run.pages.start;
             while at < end {
-                let next = end.min(at + FETCH_PAGES);
-                pieces.push((at..next, access));
+                let is_now = access == Access::Write && left > 0;
+                let most = if is_now { left } else { FETCH_PAGES };
+                let next = end.min(at + FETCH_PAGES.min(most));
+                if is_now {
+                    left -= next - at;
+                    now.push((at..next, access));
+                } else {
+                    later.push((at..next, access));
+                }
                 at = next;
             }
         }
     }
-    pieces
+    (now, later)
 }
 
-/// Copies ahead what the guest will write, at most [`COPY_PAGES`] or so: a page costs a third of what it costs when the guest
-/// touches it, and less than when both happen at the same time. The rest of the set is the result, for [`Prefetcher::start`].
+/// Copies ahead the first pages that the guest will write: copying one costs a third of what its first touch costs, and both at
+/// the same time hinder each other. The rest of the set is the result, for [`Prefetcher::start`].
 ///
 /// # Errors
 /// The snapshot's section is unreadable or damaged.
@@ -62,20 +71,11 @@ pub fn copy_ahead(snapshot: &Snapshot, memory: &GuestMemory) -> Result<Rest, Ver
     let Some(set) = snapshot.working_set()? else {
         return Ok(Rest::default());
     };
-    let mut pieces = pieces(&set);
-    let mut copied = 0;
-    let count = pieces
-        .iter()
-        .take_while(|(pages, access)| {
-            let is_now = *access == Access::Write && copied < COPY_PAGES;
-            copied += pages.end - pages.start;
-            is_now
-        })
-        .count();
-    for piece in pieces.drain(..count) {
+    let (now, later) = pieces(&set);
+    for piece in now {
         fetch(memory.host_address(), memory.bytes(), piece);
     }
-    Ok(Rest(pieces))
+    Ok(Rest(later))
 }
 
 /// What of a working set is still to be fetched.
@@ -244,6 +244,7 @@ impl Recorder {
 mod tests {
     use super::*;
     use std::io::Write as _;
+    use thaw_snapshot::PageRun;
     use vm_memory::{Bytes, GuestAddress};
 
     const R: Option<Access> = Some(Access::Read);
@@ -255,6 +256,36 @@ mod tests {
             count,
             written,
         }
+    }
+
+    #[test]
+    fn so_many_pages_are_copied_first_and_the_rest_is_fetched_writes_before_reads() {
+        let run = |start, count, access| TouchedRun {
+            pages: PageRun { start, count },
+            access,
+        };
+        let runs = vec![
+            run(500, 100, Access::Read),
+            run(10, 1, Access::Write),
+            run(1000, 300, Access::Write),
+            run(20, 2, Access::Write),
+        ];
+        let set = thaw_snapshot::WorkingSet::new(runs, 64 << 20).unwrap();
+        let (now, later) = pieces(&set);
+        let pages = |pieces: &[Piece]| -> Vec<u64> {
+            pieces.iter().flat_map(|(pages, _)| pages.clone()).collect()
+        };
+        assert_eq!(now[0].0, 10..11);
+        assert!(now.iter().all(|(_, access)| *access == Access::Write));
+        let first: Vec<u64> = [10].into_iter().chain(1000..1255).collect();
+        assert_eq!(pages(&now), first);
+        let rest: Vec<u64> = (1255..1300).chain(20..22).chain(500..600).collect();
+        assert_eq!(pages(&later), rest);
+        let longest = now
+            .iter()
+            .chain(&later)
+            .map(|(pages, _)| pages.end - pages.start);
+        assert!(longest.max() <= Some(FETCH_PAGES));
     }
 
     #[test]
@@ -306,8 +337,16 @@ mod tests {
         let read = recorder.look(&memory).unwrap();
         assert!(read.runs.iter().any(|run| !run.written));
 
-        fetch(memory.host_address(), memory.bytes(), (50..52, Access::Write));
-        fetch(memory.host_address(), memory.bytes(), (60..61, Access::Read));
+        fetch(
+            memory.host_address(),
+            memory.bytes(),
+            (50..52, Access::Write),
+        );
+        fetch(
+            memory.host_address(),
+            memory.bytes(),
+            (60..61, Access::Read),
+        );
         assert_eq!(written(&mut recorder), [40, 50, 51]);
         let content: Vec<u8> = [40, 50, 51, 60]
             .iter()

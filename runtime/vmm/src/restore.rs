@@ -10,7 +10,9 @@ use std::sync::Arc;
 use thaw_snapshot::{
     BaseError, CpuRecord, MissingFeature, OpenError, PAGE_BYTES, SectionKind, Snapshot, VerifyError,
 };
-use thaw_vmm_control::{Disk, DiskAccess as Access, DiskSource, Paging, Prefetch, RestoreRequest, Timings};
+use thaw_vmm_control::{
+    Disk, DiskAccess as Access, DiskSource, Paging, Prefetch, RestoreRequest, Timings,
+};
 use thiserror::Error;
 
 use crate::arch::x86_64::interrupts::{self, InterruptError};
@@ -342,8 +344,9 @@ pub fn restore(
             mapped.map_err(RestoreError::Memory)?;
         }
         if request.prefetch == Prefetch::WorkingSet {
-            let rest = prefetch::copy_ahead(&snapshot, &machine.memory);
-            machine.to_fetch = rest.map_err(RestoreError::Read)?;
+            machine.to_fetch = prefetch::copy_ahead(&snapshot, &machine.memory)
+                .inspect_err(|error| tracing::warn!(%error, "working set is not fetched"))
+                .unwrap_or_default();
         }
     } else {
         let how = (request.paging, store);

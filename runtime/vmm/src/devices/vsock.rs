@@ -48,6 +48,9 @@ const PACKETS_PER_ROUND: usize = 64;
 /// Rounds before other devices get their turn.
 const ROUNDS_PER_TURN: usize = 8;
 
+/// Host bytes that are read at once. Every idle clone pays for this buffer; a long message takes a few reads more.
+const INBOUND_BYTES: usize = 16 * 1024;
+
 /// The device: the channel, the host's socket and a scratch packet.
 #[derive(Debug)]
 pub(super) struct Vsock {
@@ -75,9 +78,9 @@ impl Vsock {
             channel: Channel::new(guest_cid),
             stream: None,
             hangup: false,
-            scratch: Vec::with_capacity(PAYLOAD_BYTES_MAX),
+            scratch: Vec::new(),
             scratch_used: 0,
-            inbound: vec![0; PAYLOAD_BYTES_MAX].into_boxed_slice(),
+            inbound: vec![0; INBOUND_BYTES].into_boxed_slice(),
             inbound_used: 0,
             faults,
             clock,
@@ -263,7 +266,7 @@ impl Vsock {
         }
         let mut moved = false;
         while let Some(stream) = &mut self.stream {
-            let room = self.channel.room_for_guest().min(PAYLOAD_BYTES_MAX);
+            let room = self.channel.room_for_guest().min(INBOUND_BYTES);
             if room == 0 {
                 break;
             }
