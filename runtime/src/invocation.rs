@@ -164,6 +164,9 @@ pub struct InvocationTimings {
     pub agent_byte_to_response: Duration,
     /// What was done ahead of the request: from the monitor's `Restore` to a paused, ready VM. Not part of `total`.
     pub restore: Duration,
+    /// What the agent did to make the clone unique, as it tells; it is part of the durations around it. Never more than the
+    /// guest ran. None from agents of older snapshots.
+    pub identity: Option<Duration>,
     /// From [`crate::Pool::invoke`] to the whole response.
     pub total: Duration,
 }
