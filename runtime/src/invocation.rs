@@ -117,6 +117,19 @@ pub enum InvokeError {
 }
 
 impl InvokeError {
+    /// Whether this host refuses the snapshot itself: no attempt will succeed, but one frozen here would. It was taken on another
+    /// processor, for instance.
+    #[must_use]
+    pub fn refuses_snapshot(&self) -> bool {
+        let Self::Host(error) = self else {
+            return false;
+        };
+        matches!(
+            &**error,
+            HostError::Refused { request: "restore", source } if source.fault == Fault::Caller
+        )
+    }
+
     /// Whose fault it is.
     #[must_use]
     pub fn fault(&self) -> Fault {
