@@ -309,11 +309,14 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
         thaw: &Thaw,
     ) -> Result<(), DriverError> {
         self.writer.adopt(generation);
+        let began = std::time::Instant::now();
         self.machine.adopt(thaw)?;
+        let unique_after_ns = u64::try_from(began.elapsed().as_nanos()).ok();
         // Queued, not sent: an invocation that came with the thaw goes first, see `live`. Should the runtime not fetch it,
         // the word goes alone.
         self.output_due = Instant::now().checked_add(FIRST_OUTPUT_DELAY);
-        self.writer.queue(AgentMessage::Thawed)?;
+        self.writer
+            .queue(AgentMessage::Thawed { unique_after_ns })?;
         Ok(())
     }
 

@@ -32,6 +32,8 @@ const INIT_LOG_BYTES_MAX: usize = 64 * 1024;
 const PREPARE_RETRY_FIRST: Duration = Duration::from_secs(2);
 const PREPARE_RETRY_MAX: Duration = Duration::from_secs(60);
 
+type Pool = Arc<dyn Sandboxes>;
+
 /// Removes what a crash left behind: folders without a function, revisions that nothing refers to, half-written files.
 ///
 /// # Errors
@@ -183,17 +185,55 @@ async fn reopen(app: Arc<App>, live: Arc<Live>) {
             "the snapshot was frozen with other images than this machine has now".to_owned()
         }
     };
+    freeze_anew(&app, &live, revision.clone(), reason).await;
+}
+
+/// Freezes what serves from its stored code; requests wait for it meanwhile.
+async fn freeze_anew(app: &Arc<App>, live: &Arc<Live>, revision: Revision, reason: String) {
     tracing::warn!(function = %live.name, %reason, "function is frozen again");
     live.progress.begin();
-    let revision = revision.clone();
-    match freeze(&app, &live, &revision).await {
-        Ok((outcome, pool)) => finish(&app, &live, revision, outcome, pool).await,
+    match freeze(app, live, &revision).await {
+        Ok((outcome, pool)) => finish(app, live, revision, outcome, pool).await,
         Err(reason) => {
             live.set_last_error(Some(reason.clone()));
-            live.pool.send_replace(PoolSlot::Failed(reason.clone()));
-            failed_event(&live, reason);
+            live.pool.send_if_modified(|slot| {
+                // An update may have been quicker.
+                let waiting = matches!(slot, PoolSlot::Opening);
+                if waiting {
+                    *slot = PoolSlot::Failed(reason.clone());
+                }
+                waiting
+            });
+            failed_event(live, reason);
         }
     }
+}
+
+/// Takes out of service the pool whose snapshot this machine refuses, and freezes the function again: once for a revision, so
+/// that one that is refused again is not frozen for ever. Tells whether another pool than `refused` is there or to come.
+pub fn replace_refused(app: &Arc<App>, live: &Arc<Live>, refused: &Pool, reason: String) -> bool {
+    let record = live.record();
+    let Some(Serving { revision, .. }) = &record.serving else {
+        return false;
+    };
+    let is_refused =
+        |slot: &PoolSlot| matches!(slot, PoolSlot::Open(pool) if Arc::ptr_eq(pool, refused));
+    let is_taken = live.pool.send_if_modified(|slot| {
+        let taken = is_refused(slot) && live.freezes_again(&revision.id);
+        if taken {
+            *slot = PoolSlot::Opening;
+        }
+        taken
+    });
+    if is_taken {
+        let (app, live, refused) = (Arc::clone(app), Arc::clone(live), Arc::clone(refused));
+        let revision = revision.clone();
+        app.tasks.clone().spawn(async move {
+            refused.close().await;
+            freeze_anew(&app, &live, revision, reason).await;
+        });
+    }
+    is_taken || !is_refused(&live.pool.borrow())
 }
 
 /// Freezes a function's target in the background and lets it serve.
@@ -210,8 +250,6 @@ async fn deploy(app: Arc<App>, live: Arc<Live>) {
         Err(reason) => fail(&app, &live, reason).await,
     }
 }
-
-type Pool = Arc<dyn Sandboxes>;
 
 /// Freezes one revision and opens its pool. The error is this machine's, in words for people.
 async fn freeze(

@@ -10,14 +10,17 @@ use thaw_runtime::{
 };
 
 use crate::clock;
+use crate::deploy;
 use crate::engine::{Sandboxes, chain};
 use crate::logs::Write;
 use crate::record::{self, Function, InitCause, InitFailure, Serving, State};
 use crate::state::{App, Live, PoolSlot};
 
+pub mod complaints;
 pub mod fault;
 pub mod report;
 
+use complaints::Telling;
 use report::{Report, Status};
 
 /// Lambda's limit for a synchronous request, bytes.
@@ -109,13 +112,31 @@ pub async fn run(app: &Arc<App>, live: &Arc<Live>, request: Request) -> Result<A
         .spawn(async move {
             let answer = serve(&app, &live, request).await;
             if let Err(Refusal::Host(reason)) = &answer {
-                tracing::error!(function = %live.name, %reason, "invocation failed on this machine");
+                complain(&app, &live, reason);
                 live.set_last_error(Some(reason.clone()));
             }
             answer
         })
         .await
         .unwrap_or_else(|_| Err(Refusal::Host("the invocation's task died".to_owned())))
+}
+
+/// Logs that this machine failed an invocation: what fails each request would fill the log.
+fn complain(app: &App, live: &Arc<Live>, reason: &str) {
+    match live.complaints().hear(reason, Instant::now()) {
+        Telling::Now => {
+            tracing::error!(function = %live.name, %reason, "invocation failed on this machine");
+        }
+        Telling::After(wait, reason) => {
+            let live = Arc::clone(live);
+            app.tasks.spawn(async move {
+                tokio::time::sleep(wait).await;
+                let count = live.complaints().take(&reason, Instant::now());
+                tracing::error!(function = %live.name, count, %reason, "more invocations failed on this machine");
+            });
+        }
+        Telling::Counted => {}
+    }
 }
 
 async fn serve(app: &Arc<App>, live: &Arc<Live>, request: Request) -> Result<Answer, Refusal> {
@@ -193,6 +214,12 @@ async fn attempt(
                 waiting,
             }) => return Err(throttled(reason, running, waiting)),
             Err(InvokeError::TooLarge(_)) => return Err(Refusal::TooLarge),
+            Err(error)
+                if error.refuses_snapshot()
+                    && deploy::replace_refused(app, live, &pool, chain(&error)) =>
+            {
+                closed = Some(pool);
+            }
             Err(error @ InvokeError::Host(_)) => return Err(Refusal::Host(chain(&error))),
         }
     }

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
 use tokio::net::TcpListener;
@@ -18,6 +18,7 @@ use tokio_util::task::TaskTracker;
 use crate::deploy;
 use crate::engine::{Engine, Sandboxes};
 use crate::gateway::{GatewayConfig, Limits, StartError};
+use crate::invocation::complaints::Complaints;
 use crate::logs::Log;
 use crate::progress::Progress;
 use crate::record::Function;
@@ -91,6 +92,9 @@ pub struct Live {
     pub log: Arc<Log>,
     record: RwLock<Arc<Function>>,
     last_error: Mutex<Option<String>>,
+    complaints: Mutex<Complaints>,
+    /// The revision that was frozen again because its snapshot was refused.
+    frozen_again: Mutex<Option<String>>,
     job: Mutex<Option<AbortHandle>>,
 }
 
@@ -309,6 +313,8 @@ impl Live {
             log: Arc::new(log),
             record: RwLock::new(Arc::new(record)),
             last_error: Mutex::new(None),
+            complaints: Mutex::default(),
+            frozen_again: Mutex::new(None),
             job: Mutex::new(None),
         }
     }
@@ -323,6 +329,24 @@ impl Live {
     fn show(&self, record: Function) {
         let mut slot = self.record.write().unwrap_or_else(PoisonError::into_inner);
         *slot = Arc::new(record);
+    }
+
+    /// Notes that this revision is frozen again as its snapshot was refused; `false` if it was before.
+    #[must_use]
+    pub fn freezes_again(&self, revision: &str) -> bool {
+        let mut last = (self.frozen_again.lock()).unwrap_or_else(PoisonError::into_inner);
+        let is_new = last.as_deref() != Some(revision);
+        if is_new {
+            *last = Some(revision.to_owned());
+        }
+        is_new
+    }
+
+    /// What was logged of this machine's failures.
+    pub fn complaints(&self) -> MutexGuard<'_, Complaints> {
+        self.complaints
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The newest failure since the gateway started.

@@ -35,7 +35,7 @@ pub fn measure(headers: &HeaderMap) -> Measure {
 }
 
 /// `Server-Timing`, milliseconds: `restore` was done ahead of the request and is no part of `total`, which is the
-/// gateway's own, from the request's head to the response.
+/// gateway's own, from the request's head to the response. `identity`, the guest's own word, lies within the others.
 #[must_use]
 pub fn header(timings: &InvocationTimings, total: Duration) -> HeaderValue {
     let metrics = [
@@ -46,8 +46,10 @@ pub fn header(timings: &InvocationTimings, total: Duration) -> HeaderValue {
         ("restore", timings.restore),
         ("total", total),
     ];
+    let identity = timings.identity.map(|took| ("identity", took));
     let text: Vec<String> = metrics
-        .iter()
+        .into_iter()
+        .chain(identity)
         .map(|(name, took)| format!("{name};dur={:.3}", took.as_secs_f64() * 1000.0))
         .collect();
     // Names and numbers always make a header.
@@ -85,6 +87,12 @@ mod tests {
             value,
             "queue;dur=1.500, claim;dur=0.000, first-byte;dur=0.000, function;dur=0.000, restore;dur=0.000, total;dur=12.000"
         );
+        let timings = InvocationTimings {
+            identity: Some(Duration::from_micros(250)),
+            ..timings
+        };
+        let value = header(&timings, Duration::ZERO);
+        assert!(value.to_str().unwrap().ends_with(", identity;dur=0.250"));
     }
 
     #[test]

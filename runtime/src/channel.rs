@@ -187,12 +187,17 @@ mod tests {
             .await
             .unwrap();
         theirs
-            .write_all(&bytes(AgentMessage::Thawed, 9))
+            .write_all(&bytes(
+                AgentMessage::Thawed {
+                    unique_after_ns: None,
+                },
+                9,
+            ))
             .await
             .unwrap();
         assert!(matches!(
             channel.next().await,
-            Incoming::Message(AgentMessage::Thawed)
+            Incoming::Message(AgentMessage::Thawed { .. })
         ));
         assert_eq!(channel.stale_frames(), 2);
     }
@@ -216,7 +221,12 @@ mod tests {
                 decoder.feed(&chunk[..count]);
                 if let Some(frame) = decoder.next_frame().unwrap() {
                     theirs
-                        .write_all(&bytes(AgentMessage::Thawed, 0))
+                        .write_all(&bytes(
+                            AgentMessage::Thawed {
+                                unique_after_ns: None,
+                            },
+                            0,
+                        ))
                         .await
                         .unwrap();
                     return frame;
@@ -225,7 +235,7 @@ mod tests {
         });
         assert!(matches!(
             channel.next().await,
-            Incoming::Message(AgentMessage::Thawed)
+            Incoming::Message(AgentMessage::Thawed { .. })
         ));
         assert_eq!(peer.await.unwrap().body, payload);
     }

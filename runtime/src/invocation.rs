@@ -117,6 +117,19 @@ pub enum InvokeError {
 }
 
 impl InvokeError {
+    /// Whether this host refuses the snapshot itself: no attempt will succeed, but one frozen here would. It was taken on another
+    /// processor, for instance.
+    #[must_use]
+    pub fn refuses_snapshot(&self) -> bool {
+        let Self::Host(error) = self else {
+            return false;
+        };
+        matches!(
+            &**error,
+            HostError::Refused { request: "restore", source } if source.fault == Fault::Caller
+        )
+    }
+
     /// Whose fault it is.
     #[must_use]
     pub fn fault(&self) -> Fault {
@@ -164,6 +177,9 @@ pub struct InvocationTimings {
     pub agent_byte_to_response: Duration,
     /// What was done ahead of the request: from the monitor's `Restore` to a paused, ready VM. Not part of `total`.
     pub restore: Duration,
+    /// What the agent did to make the clone unique, as it tells; it is part of the durations around it. Never more than the
+    /// guest ran. None from agents of older snapshots.
+    pub identity: Option<Duration>,
     /// From [`crate::Pool::invoke`] to the whole response.
     pub total: Duration,
 }

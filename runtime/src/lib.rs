@@ -41,4 +41,4 @@ pub use pool::{OpenPoolError, Pool, PoolSpec, PoolStats};
 pub use schedule::{Recycle, Start};
 pub use service::{Runtime, RuntimeConfig, RuntimeStats, StartError};
 pub use thaw_agent_protocol::{Configure, RuntimeExit, RuntimeExitCause};
-pub use thaw_vmm_control::{ExitReason, Fault};
+pub use thaw_vmm_control::{ExitReason, Failure, Fault};

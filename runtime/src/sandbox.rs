@@ -306,7 +306,12 @@ impl Sandbox {
             answered,
         };
         let timings = if invocation.measure == Measure::On && answer {
-            self.timings(moments, config).await
+            let identity = life.unique_after().map(|took| took.min(duration));
+            let timings = self.timings(moments, config).await;
+            timings.map(|timings| InvocationTimings {
+                identity,
+                ..timings
+            })
         } else {
             None
         };
@@ -443,6 +448,7 @@ fn between(host: Moments, monitor: &Timings) -> Option<InvocationTimings> {
         first_instruction_to_agent_byte: first_byte.since(first_instruction),
         agent_byte_to_response: host.answered.since(first_byte),
         restore: restored.since(restore_began),
+        identity: None,
         total: host.answered.since(host.asked),
     })
 }
@@ -509,6 +515,7 @@ mod tests {
                 first_instruction_to_agent_byte: ms(11),
                 agent_byte_to_response: ms(11),
                 restore: ms(7),
+                identity: None,
                 total: ms(30),
             })
         );

@@ -11,8 +11,8 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use thaw_runtime::{
-    End, ExitReason, FreezeError, FreezeStep, HostError, INVOCATION_LOG_BYTES_MAX, InvokeError,
-    OpenPoolError, PoolSpec, ThrottleReason,
+    End, ExitReason, FreezeError, FreezeStep, HostError, INVOCATION_LOG_BYTES_MAX, Invocation,
+    InvokeError, Measure, OpenPoolError, PoolSpec, ThrottleReason,
 };
 
 use stage::{AMPLE, Stage, host, invocation, invoke, is_answer, monitors};
@@ -177,6 +177,20 @@ async fn an_answer_of_another_generation_is_never_taken() {
     assert!(is_answer(&invoke(&pool).await, b"{}"));
     // Thawed, a line of output, and the answer.
     assert_eq!(pool.stats().stale_frames, 3);
+    stage.strike().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_cannot_say_that_it_took_longer_than_it_ran() {
+    let stage = Stage::new("well");
+    let pool = stage.pool().await;
+    let outcome = pool.invoke(Invocation {
+        measure: Measure::On,
+        ..invocation(b"{}")
+    });
+    let outcome = outcome.await.unwrap();
+    // It says 2^64 - 1 nanoseconds.
+    assert_eq!(outcome.timings.unwrap().identity, Some(outcome.duration));
     stage.strike().await;
 }
 

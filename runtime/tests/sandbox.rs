@@ -231,6 +231,8 @@ async fn a_function_answers_and_its_time_is_accounted_for() {
             + timings.agent_byte_to_response;
         assert_eq!(parts, total);
         assert!(restore > Duration::ZERO);
+        let identity = timings.identity.unwrap();
+        assert!(identity > Duration::ZERO && identity < outcome.duration);
     }
     runtime.shutdown(AMPLE).await;
     assert!(monitors().is_empty());

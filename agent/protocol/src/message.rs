@@ -157,7 +157,10 @@ pub enum AgentMessage {
     InitError(InitError),
     /// The clone is unique; clocks, the kernel's generator, names and ids are set. Comes before any other message of its
     /// generation, not necessarily at once: a short invocation's answer travels in the same write.
-    Thawed,
+    Thawed {
+        /// What that took, nanoseconds of the guest's monotonic clock. Agents of older snapshots do not tell.
+        unique_after_ns: Option<u64>,
+    },
     /// Output of the runtime, at most 64 KiB a message; the bytes are the body of the frame.
     Log {
         /// Where it came from.
@@ -220,6 +223,12 @@ struct HelloHead {
 #[derive(Serialize, Deserialize)]
 struct LogHead {
     stream: LogStream,
+}
+
+#[derive(Serialize, Deserialize)]
+struct ThawedHead {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    unique_after_ns: Option<u64>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -322,7 +331,12 @@ impl Message for AgentMessage {
                 let payload = std::mem::take(&mut error.payload);
                 frame(INIT_ERROR, generation, &error, payload)
             }
-            Self::Thawed => frame(THAWED, generation, &Empty {}, Vec::new()),
+            Self::Thawed { unique_after_ns } => frame(
+                THAWED,
+                generation,
+                &ThawedHead { unique_after_ns },
+                Vec::new(),
+            ),
             Self::Log { stream, bytes } => frame(LOG, generation, &LogHead { stream }, bytes),
             Self::Response(mut reply) => {
                 let payload = std::mem::take(&mut reply.payload);
@@ -350,7 +364,9 @@ impl Message for AgentMessage {
                     ..error
                 }))
             }
-            THAWED => head::<Empty>(&frame).map(|_| Self::Thawed),
+            THAWED => head::<ThawedHead>(&frame).map(|h| Self::Thawed {
+                unique_after_ns: h.unique_after_ns,
+            }),
             LOG => {
                 let LogHead { stream } = head(&frame)?;
                 Ok(Self::Log {
@@ -412,7 +428,9 @@ mod tests {
             agent_version: "0.1.0".into(),
         });
         round_trip(AgentMessage::Ready);
-        round_trip(AgentMessage::Thawed);
+        round_trip(AgentMessage::Thawed {
+            unique_after_ns: Some(u64::MAX),
+        });
         round_trip(AgentMessage::InitError(InitError {
             error_type: "Runtime.ImportModuleError".into(),
             payload: b"{}".to_vec(),
@@ -447,6 +465,22 @@ mod tests {
             HostMessage::from_frame(frame),
             Err(MessageError::Kind(READY))
         ));
+    }
+
+    #[test]
+    fn an_older_agents_thawed_tells_no_time() {
+        let frame = Frame {
+            kind: THAWED,
+            generation: Generation(3),
+            head: b"{}".to_vec(),
+            body: vec![],
+        };
+        assert_eq!(
+            AgentMessage::from_frame(frame).unwrap(),
+            AgentMessage::Thawed {
+                unique_after_ns: None
+            }
+        );
     }
 
     #[test]

@@ -27,7 +27,12 @@ fn assert_fatal(mut sandbox: Sandbox, words: &str) {
 fn a_thaw_changes_the_generation_of_every_later_frame() {
     let (mut sandbox, _client) = frozen();
     sandbox.thaw(77);
-    assert_eq!(sandbox.receive(), (Generation(77), AgentMessage::Thawed));
+    let (generation, message) = sandbox.receive();
+    let AgentMessage::Thawed { unique_after_ns } = message else {
+        panic!("not thawed: {message:?}");
+    };
+    assert_eq!(generation, Generation(77));
+    assert!(unique_after_ns.is_some());
     let thaw = sandbox.thaws.try_recv().unwrap();
     assert_eq!(thaw.hostname, "clone-77");
     assert_eq!(thaw.entropy, [7; 64]);
@@ -44,7 +49,7 @@ fn an_invocation_before_any_thaw_ends_the_sandbox() {
 fn an_invocation_of_another_clone_ends_the_sandbox() {
     let (mut sandbox, _client) = frozen();
     sandbox.thaw(2);
-    assert_eq!(sandbox.message(), AgentMessage::Thawed);
+    sandbox.hear_thawed();
     sandbox.invoke(1, "r1", b"{}");
     assert_fatal(sandbox, "generation 1 refused in generation 2");
 }
@@ -66,7 +71,7 @@ fn a_clone_that_cannot_be_made_unique_ends_the_sandbox() {
 fn a_second_thaw_to_the_same_generation_ends_the_sandbox() {
     let (mut sandbox, _client) = frozen();
     sandbox.thaw(2);
-    assert_eq!(sandbox.message(), AgentMessage::Thawed);
+    sandbox.hear_thawed();
     sandbox.thaw(2);
     assert_fatal(sandbox, "thaw to generation 2 refused");
 }
@@ -86,7 +91,7 @@ fn a_frozen_sandbox_writes_nothing_even_if_its_runtime_does() {
     assert_eq!(sandbox.message(), AgentMessage::Ready);
     sandbox.assert_silent(Duration::from_millis(100));
     sandbox.thaw(1);
-    assert_eq!(sandbox.message(), AgentMessage::Thawed);
+    sandbox.hear_thawed();
     sandbox.log_until(thaw_agent_protocol::LogStream::Stdout, "tick");
 }
 

@@ -46,7 +46,7 @@ fn output_written_before_an_answer_arrives_before_it() {
     assert_eq!(sandbox.log_text(), "");
     sandbox.thaw(1);
     sandbox.invoke(1, "r1", b"{}");
-    assert_eq!(sandbox.message(), AgentMessage::Thawed);
+    sandbox.hear_thawed();
     assert!(matches!(sandbox.message(), AgentMessage::Response(_)));
     let log = sandbox.log_text();
     assert!(log.contains("line 1 of"));
@@ -60,7 +60,7 @@ fn a_runtime_that_exits_during_an_invocation_is_reported_with_its_code() {
     assert_eq!(sandbox.message(), AgentMessage::Ready);
     sandbox.thaw(1);
     sandbox.invoke(1, "r1", b"{}");
-    assert_eq!(sandbox.message(), AgentMessage::Thawed);
+    sandbox.hear_thawed();
     assert_eq!(
         sandbox.message(),
         AgentMessage::RuntimeExit(RuntimeExit {
@@ -157,7 +157,7 @@ fn a_runtime_writing_without_end_neither_fills_memory_nor_blocks_answers() {
     assert_eq!(sandbox.message(), AgentMessage::Ready);
     sandbox.thaw(1);
     sandbox.invoke(1, "r1", b"{}");
-    assert_eq!(sandbox.message(), AgentMessage::Thawed);
+    sandbox.hear_thawed();
     assert_eq!(client.finish().status, 200);
     client.start("POST", &response_path("r1"), "", b"{}");
     assert!(matches!(sandbox.message(), AgentMessage::Response(_)));

@@ -87,7 +87,7 @@ fn thaw(sandbox: &mut Sandbox) {
         sandbox.log_text()
     );
     sandbox.thaw(1);
-    assert_eq!(sandbox.message(), AgentMessage::Thawed);
+    sandbox.hear_thawed();
 }
 
 fn response(sandbox: &mut Sandbox) -> Value {

@@ -253,6 +253,15 @@ impl Sandbox {
         }
     }
 
+    /// The next message is the word that the clone is unique.
+    pub fn hear_thawed(&mut self) {
+        let message = self.message();
+        assert!(
+            matches!(message, AgentMessage::Thawed { .. }),
+            "{message:?}"
+        );
+    }
+
     /// Output of one stream until it contains `text`.
     pub fn log_until(&mut self, wanted: LogStream, text: &str) -> String {
         let mut seen = Vec::new();

@@ -1,8 +1,8 @@
 //! `thaw bench`: what a pristine machine costs, from bare KVM calls to a function's answer over HTTP, in one run.
 //!
-//! Two parts. [`hello`] calls examples/hello on claimed, rewound and warm sandboxes through gateways of its own, in turns;
+//! Two parts, and one that is asked for by name. [`hello`] calls examples/hello on claimed, rewound and warm sandboxes through gateways of its own, in turns;
 //! [`restore`] lets `thaw-bench` measure the floor, the monitor, and Firecracker if it is named. That one writes the report
-//! of both.
+//! of both. `--part idle` lets it keep many clones alive at once.
 
 mod hello;
 mod restore;
@@ -19,7 +19,7 @@ use super::installation::Installation;
 use super::output::{self, Format};
 use super::progress::Steps;
 use super::up::prepare_images;
-use super::venue::{InLab, LabChoice, Venue};
+use super::venue::{InLab, LAB_MEMORY_MIB_ASKED, LabChoice, Venue};
 
 #[derive(Args)]
 pub struct BenchArgs {
@@ -32,6 +32,9 @@ pub struct BenchArgs {
     /// Clones alive at once when memory is looked at.
     #[arg(long, default_value_t = 8)]
     clones: u32,
+    /// Clones alive at once with `--part idle`.
+    #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    idle_clones: u32,
     /// What to measure.
     #[arg(long, value_enum, default_value_t = Part::All)]
     part: Part,
@@ -44,6 +47,9 @@ pub struct BenchArgs {
     /// A lab with nested paging instead of shadow page tables: nearer to metal, but QEMU 7.2 does it wrongly now and then.
     #[arg(long)]
     nested_paging: bool,
+    /// The lab's memory, MiB; by default half of this machine's, at least 3072 and at most 12288.
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(LAB_MEMORY_MIB_ASKED))]
+    lab_memory: Option<u32>,
     /// Set when this process was started inside the lab by another one; the reason.
     #[arg(long, hide = true)]
     in_lab: bool,
@@ -52,12 +58,14 @@ pub struct BenchArgs {
 /// What to measure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Part {
-    /// Both parts; only so is every ratio there.
+    /// Function and restore; only so is every ratio there.
     All,
     /// A function over HTTP, and nothing below.
     Function,
     /// Virtual machines, without a gateway.
     Restore,
+    /// Many idle clones alive at once: their memory, and that each answers.
+    Idle,
 }
 
 pub fn run(global: &Global, args: &BenchArgs) -> anyhow::Result<ExitCode> {
@@ -74,11 +82,16 @@ pub fn run(global: &Global, args: &BenchArgs) -> anyhow::Result<ExitCode> {
         if let Venue::Lab(_) = venue {
             let mut in_lab = InLab::this_command(&home, &installation);
             in_lab.writable.push(out);
+            in_lab.memory_mib = args.lab_memory;
             in_lab.paging = InLab::paging(args.nested_paging);
             return in_lab.run(&mut steps);
         }
     }
     let samples = match args.part {
+        Part::Idle => {
+            let json = out.join("idle.json");
+            return programs.run_idle(&home, args.idle_clones, &json, global.format());
+        }
         Part::Restore => None,
         Part::All | Part::Function => {
             Some(function_part(global, &home, &installation, args, &out)?)

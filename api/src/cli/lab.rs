@@ -8,7 +8,7 @@ use clap::Args;
 
 use super::Global;
 use super::progress::Steps;
-use super::venue::{InLab, WhenLost};
+use super::venue::{InLab, LAB_MEMORY_MIB_ASKED, WhenLost};
 
 #[derive(Args)]
 pub struct LabArgs {
@@ -21,6 +21,9 @@ pub struct LabArgs {
     /// Nested paging instead of shadow page tables: nearer to metal, but QEMU 7.2 does it wrongly now and then.
     #[arg(long)]
     nested_paging: bool,
+    /// The lab's memory, MiB; by default half of this machine's, at least 3072 and at most 12288.
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(LAB_MEMORY_MIB_ASKED))]
+    memory: Option<u32>,
     /// Program and arguments.
     #[arg(last = true, required = true)]
     command: Vec<OsString>,
@@ -38,6 +41,7 @@ pub fn run(global: &Global, args: &LabArgs) -> anyhow::Result<ExitCode> {
         writable,
         ports: args.port.clone(),
         paging: InLab::paging(args.nested_paging),
+        memory_mib: args.memory,
         when_lost: WhenLost::Fail,
     }
     .run(&mut Steps::new())

@@ -93,6 +93,7 @@ pub fn run(global: &Global, args: &UpArgs) -> anyhow::Result<ExitCode> {
                 writable: Vec::new(),
                 ports: vec![args.listen.port()],
                 paging: Paging::default(),
+                memory_mib: None,
                 when_lost: WhenLost::StartAgain,
             }
             .run(&mut steps)

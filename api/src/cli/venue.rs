@@ -15,6 +15,8 @@ use super::progress::Steps;
 /// Memory of the lab, MiB: half of this machine's within these bounds. It is taken as it is used; where the lab's kernel has
 /// to reclaim memory in the middle of many sandboxes, emulation becomes slow and brittle.
 const LAB_MEMORY_MIB: std::ops::RangeInclusive<u64> = 3072..=12288;
+/// Memory that a lab can be asked to have, MiB.
+pub const LAB_MEMORY_MIB_ASKED: std::ops::RangeInclusive<i64> = 1024..=1_048_576;
 /// How often a gateway's lab is started again after it was lost. Its state is on disk, so a restart costs the requests
 /// that were running.
 const LAB_RESTARTS_MAX: u32 = 3;
@@ -85,6 +87,8 @@ pub struct InLab<'a> {
     pub ports: Vec<u16>,
     /// How its guests are paged.
     pub paging: Paging,
+    /// Its memory, MiB; by default some of this machine's.
+    pub memory_mib: Option<u32>,
     /// What to do if the lab itself dies.
     pub when_lost: WhenLost,
 }
@@ -101,6 +105,7 @@ impl<'a> InLab<'a> {
             writable: Vec::new(),
             ports: Vec::new(),
             paging: Paging::default(),
+            memory_mib: None,
             when_lost: WhenLost::Fail,
         }
     }
@@ -113,7 +118,7 @@ impl<'a> InLab<'a> {
         let lab = Lab::new(self.home.join("lab")).with_paging(self.paging);
         lab.build(&mut |step| steps.begin(&format!("lab: {step}")))
             .context("cannot build the lab")?;
-        let memory_mib = lab_memory_mib();
+        let memory_mib = self.memory_mib.unwrap_or_else(lab_memory_mib);
         let saved = lab.save(memory_mib, LAB_CPU_COUNT, &mut |step| {
             steps.begin(&format!("lab: {step}"));
         });

@@ -2,6 +2,7 @@
 //! choose how a freeze ends, the event chooses how an invocation ends.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -9,21 +10,28 @@ use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
 use thaw_api::engine::{Artifact, Engine, EngineError, EngineStep, FreezeJob, Sandboxes};
 use thaw_runtime::{
-    End, ExitReason, FreezeError, InitFailure, Invocation, InvocationTimings, InvokeError, Measure,
-    OpenPoolError, Outcome, PoolSpec, PoolStats, RuntimeExit, RuntimeExitCause, RuntimeStats,
-    Start, ThrottleReason,
+    End, ExitReason, Failure, Fault, FreezeError, HostError, InitFailure, Invocation,
+    InvocationTimings, InvokeError, Measure, OpenPoolError, Outcome, PoolSpec, PoolStats,
+    RuntimeExit, RuntimeExitCause, RuntimeStats, Start, ThrottleReason,
 };
 use tokio::sync::watch;
 
 pub struct Machine {
     held: watch::Sender<bool>,
+    freezes: AtomicUsize,
 }
 
 impl Machine {
     pub fn new() -> Self {
         Self {
             held: watch::Sender::new(false),
+            freezes: AtomicUsize::new(0),
         }
+    }
+
+    /// Freezes begun so far.
+    pub fn freezes(&self) -> usize {
+        self.freezes.load(Ordering::SeqCst)
     }
 
     /// Freezes stop half-way from now on.
@@ -47,6 +55,7 @@ impl Engine for Machine {
         step: &'a mut (dyn FnMut(EngineStep) + Send),
     ) -> BoxFuture<'a, Result<Artifact, EngineError>> {
         async move {
+            self.freezes.fetch_add(1, Ordering::SeqCst);
             step(EngineStep::Images);
             let _ = self.held.subscribe().wait_for(|held| !held).await;
             step(EngineStep::Booting);
@@ -63,7 +72,10 @@ impl Engine for Machine {
             if has("disk-full") {
                 return Err(EngineError::Freeze(FreezeError::DiskFull { path: snapshot }));
             }
-            std::fs::write(&snapshot, b"frozen").expect("the revision's folder is there");
+            let foreign =
+                has("foreign-for-ever") || has("foreign-at-first") && !snapshot.exists();
+            let content = if foreign { FOREIGN } else { "frozen" };
+            std::fs::write(&snapshot, content).expect("the revision's folder is there");
             Ok(Artifact {
                 code: job.zip,
                 rootfs: snapshot.clone(),
@@ -86,10 +98,14 @@ impl Engine for Machine {
 
     fn open_pool(
         &self,
-        _spec: PoolSpec,
+        spec: PoolSpec,
     ) -> BoxFuture<'_, Result<Arc<dyn Sandboxes>, OpenPoolError>> {
-        async {
-            let pool: Arc<dyn Sandboxes> = Arc::new(Echo);
+        async move {
+            let snapshot = std::fs::read(spec.snapshot).expect("a snapshot that was frozen");
+            let pool: Arc<dyn Sandboxes> = match snapshot == FOREIGN.as_bytes() {
+                true => Arc::new(Refusing),
+                false => Arc::new(Echo),
+            };
             Ok(pool)
         }
         .boxed()
@@ -105,6 +121,32 @@ impl Engine for Machine {
     }
 
     fn shutdown(&self, _deadline: Duration) -> BoxFuture<'_, ()> {
+        async {}.boxed()
+    }
+}
+
+/// Content of a snapshot that another processor took.
+const FOREIGN: &str = "foreign";
+
+/// Of such a snapshot.
+struct Refusing;
+
+impl Sandboxes for Refusing {
+    fn invoke(&self, _invocation: Invocation) -> BoxFuture<'_, Result<Outcome, InvokeError>> {
+        let source = Failure {
+            message: "this host's cpu lacks what the snapshot was taken with".to_owned(),
+            fault: Fault::Caller,
+        };
+        let request = "restore";
+        let refused = InvokeError::Host(Arc::new(HostError::Refused { request, source }));
+        async { Err(refused) }.boxed()
+    }
+
+    fn stats(&self) -> PoolStats {
+        PoolStats::default()
+    }
+
+    fn close(&self) -> BoxFuture<'_, ()> {
         async {}.boxed()
     }
 }

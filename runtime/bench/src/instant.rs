@@ -142,7 +142,12 @@ impl Monitor {
         loop {
             match self.hear()? {
                 (generation, HostMessage::Thaw(_)) => {
-                    words.push((AgentMessage::Thawed, generation));
+                    words.push((
+                        AgentMessage::Thawed {
+                            unique_after_ns: None,
+                        },
+                        generation,
+                    ));
                 }
                 (generation, HostMessage::Configure(_)) => {
                     words.push((AgentMessage::Ready, generation));

@@ -1,7 +1,7 @@
 //! `thaw-bench`: what restoring a VM costs, beside the bare KVM calls and beside Firecracker, in one run.
 //!
 //! Owns: measuring. Must not know: functions, the pool; what it is given of those (`--function`) it only prints.
-//! Start at [`restore::run`]; `thaw bench` calls it, in the lab where this machine's own KVM is no good. [`gateway::run`]
+//! Start at [`restore::run`]; `thaw bench` calls it and [`idle::run`], in the lab where this machine's own KVM is no good. [`gateway::run`]
 //! measures the gateway without any guest, on the machine itself.
 //!
 //! Always holds: sides are interleaved, never one after the other; cold, claimed, rewound and warm are never in one figure;
@@ -12,6 +12,7 @@ mod echo;
 mod firecracker;
 mod floor;
 mod gateway;
+mod idle;
 mod instant;
 mod memory;
 mod ours;
@@ -43,6 +44,8 @@ struct Cli {
 enum Command {
     /// Floor, claim, rewind, warm, and Firecracker if it is named, interleaved.
     Restore(RestoreArgs),
+    /// Many clones of one snapshot alive at once: their memory, and that each answers.
+    Idle(IdleArgs),
     /// The gateway's own share of a request: `thaw up` on one processor, over monitors that answer at once.
     Gateway(GatewayArgs),
 }
@@ -64,6 +67,31 @@ struct GatewayArgs {
     /// Print JSON instead of text.
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Args)]
+struct IdleArgs {
+    /// Guest kernel, ELF vmlinux.
+    #[arg(long)]
+    kernel: PathBuf,
+    /// Initramfs with thaw-bench-guest as /init.
+    #[arg(long)]
+    initramfs: PathBuf,
+    /// Thaw's monitor.
+    #[arg(long)]
+    vmm: PathBuf,
+    /// Existing folder for the snapshot.
+    #[arg(long, value_name = "DIR")]
+    work: PathBuf,
+    /// Clones alive at once.
+    #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    clones: u32,
+    /// Memory of a guest, MiB.
+    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(64..=2048))]
+    memory_mib: u32,
+    /// Write JSON here.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
 }
 
 #[derive(Args)]
@@ -103,10 +131,28 @@ struct RestoreArgs {
     svg: Option<PathBuf>,
 }
 
+fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
+    fs::canonicalize(path).with_context(|| format!("there is no {}", path.display()))
+}
+
+fn idle_command(args: IdleArgs) -> anyhow::Result<ExitCode> {
+    let work = tempfile::tempdir_in(absolute(&args.work)?).context("cannot make a folder")?;
+    let report = idle::run(&idle::Plan {
+        kernel: absolute(&args.kernel)?,
+        initramfs: absolute(&args.initramfs)?,
+        vmm: absolute(&args.vmm)?,
+        work: work.path().to_owned(),
+        clones: args.clones,
+        memory_mib: args.memory_mib,
+    })?;
+    if let Some(path) = &args.json {
+        write(path, &serde_json::to_string_pretty(&report)?)?;
+    }
+    print!("{}", report.text());
+    Ok(ExitCode::SUCCESS)
+}
+
 fn restore_command(args: RestoreArgs) -> anyhow::Result<ExitCode> {
-    let absolute = |path: &Path| {
-        fs::canonicalize(path).with_context(|| format!("there is no {}", path.display()))
-    };
     let vmm = match &args.vmm {
         Some(vmm) => vmm.clone(),
         None => std::env::current_exe()?.with_file_name("thaw-vmm"),
@@ -146,9 +192,6 @@ fn restore_command(args: RestoreArgs) -> anyhow::Result<ExitCode> {
 
 fn gateway_command(args: GatewayArgs) -> anyhow::Result<ExitCode> {
     let this = std::env::current_exe().context("cannot tell where this program is")?;
-    let absolute = |path: &Path| {
-        fs::canonicalize(path).with_context(|| format!("there is no {}", path.display()))
-    };
     let plan = gateway::Plan {
         installation: this
             .parent()
@@ -193,6 +236,7 @@ fn main() -> anyhow::Result<ExitCode> {
     }
     match Cli::parse().command {
         Command::Restore(args) => restore_command(args),
+        Command::Idle(args) => idle_command(args),
         Command::Gateway(args) => gateway_command(args),
     }
 }

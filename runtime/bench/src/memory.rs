@@ -39,14 +39,24 @@ impl Memory {
         })
     }
 
+    /// All of several together.
+    pub fn sum(all: &[Self]) -> Self {
+        let sum = |field: fn(&Self) -> u64| all.iter().map(field).sum();
+        Self {
+            pss_kib: sum(|memory| memory.pss_kib),
+            private_dirty_kib: sum(|memory| memory.private_dirty_kib),
+            rss_kib: sum(|memory| memory.rss_kib),
+        }
+    }
+
     /// The mean of several.
     pub fn mean(all: &[Self]) -> Self {
         let count = u64::try_from(all.len()).unwrap_or(u64::MAX).max(1);
-        let mean = |field: fn(&Self) -> u64| all.iter().map(field).sum::<u64>() / count;
+        let sum = Self::sum(all);
         Self {
-            pss_kib: mean(|memory| memory.pss_kib),
-            private_dirty_kib: mean(|memory| memory.private_dirty_kib),
-            rss_kib: mean(|memory| memory.rss_kib),
+            pss_kib: sum.pss_kib / count,
+            private_dirty_kib: sum.private_dirty_kib / count,
+            rss_kib: sum.rss_kib / count,
         }
     }
 }

@@ -176,6 +176,20 @@ impl Monitor {
         self.finish()
     }
 
+    /// Gives it the snapshot and leaves it paused, as a pool keeps one.
+    ///
+    /// # Errors
+    /// The monitor refuses.
+    pub fn restore(&mut self, snapshot: &File) -> anyhow::Result<()> {
+        let restore = Request::Restore(RestoreRequest {
+            disks: Vec::new(),
+            resume: false,
+            prefetch: Prefetch::WorkingSet,
+            ..Default::default()
+        });
+        self.done(&restore, &[snapshot.as_fd()])
+    }
+
     /// [`Self::claim`] without waiting for the reply: the guest's answer may come first.
     ///
     /// # Errors

@@ -53,6 +53,12 @@ pub const SIDES: &[(&str, &str)] = &[
     ("hello_claimed", "hello, claimed: HTTP"),
     ("hello_rewound", "hello, rewound, rewind included: HTTP"),
     ("hello_warm", "hello, warm: HTTP"),
+    ("identity_claimed", "identity, claimed: made unique"),
+    ("identity_agent_claimed", "  by the agent"),
+    ("identity_hooks_claimed", "  by the runtime's hooks"),
+    ("identity_rewound", "identity, rewound: made unique"),
+    ("identity_agent_rewound", "  by the agent"),
+    ("identity_hooks_rewound", "  by the runtime's hooks"),
 ];
 
 const FLOOR_READY: &[&str] = &["floor_ready", "floor_ready_split"];

@@ -295,7 +295,7 @@ impl Freeze<'_> {
         {
             AgentMessage::Ready => Ok(()),
             // A restored base has become a clone of its own, as it was told to.
-            AgentMessage::Thawed => Box::pin(self.ready(limit, deadline)).await,
+            AgentMessage::Thawed { .. } => Box::pin(self.ready(limit, deadline)).await,
             AgentMessage::InitError(error) => Err(FreezeError::Init(InitFailure {
                 error_type: error.error_type,
                 document: error.payload,

@@ -1,5 +1,7 @@
 //! The life of one sandbox as a plain state machine: what the VM says goes in, how the invocation ended comes out, once.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use thaw_agent_protocol::{AgentMessage, RESPONSE_BYTES_MAX};
 use thaw_vmm_control::{Exit, ExitReason, Failure, Fault, Reply};
@@ -14,6 +16,7 @@ pub(crate) struct Life {
     request_id: String,
     begin: Begin,
     has_begun: bool,
+    unique_after: Option<Duration>,
     log: Tail,
     state: State,
 }
@@ -85,6 +88,7 @@ impl Life {
             request_id,
             begin,
             has_begun: begin == Begin::Continue,
+            unique_after: None,
             log: Tail::new(INVOCATION_LOG_BYTES_MAX),
             state: match begin {
                 Begin::Claim | Begin::Resume => State::Beginning,
@@ -96,6 +100,11 @@ impl Life {
     /// Whether the guest is known to run or to have run.
     pub(crate) fn has_begun(&self) -> bool {
         self.has_begun
+    }
+
+    /// How long the agent says that it took to make the clone unique: a guest's word, any number.
+    pub(crate) fn unique_after(&self) -> Option<Duration> {
+        self.unique_after
     }
 
     /// The output so far.
@@ -159,8 +168,9 @@ impl Life {
         let thawed = self.state == State::Thawed;
         match message {
             // The reply to `Resume` may be overtaken by the guest, on the other socket.
-            AgentMessage::Thawed => {
+            AgentMessage::Thawed { unique_after_ns } => {
                 self.state = State::Thawed;
+                self.unique_after = unique_after_ns.map(Duration::from_nanos);
                 Step::Continue
             }
             AgentMessage::Log { bytes, .. } => {
@@ -274,7 +284,9 @@ mod tests {
     fn thawed() -> Life {
         let mut life = Life::new("r".into(), Begin::Resume);
         life.step(Input::Vm(VmEvent::Reply(Reply::Done)));
-        life.step(agent(AgentMessage::Thawed));
+        life.step(agent(AgentMessage::Thawed {
+            unique_after_ns: None,
+        }));
         life
     }
 
@@ -321,7 +333,9 @@ mod tests {
     #[test]
     fn an_answer_may_overtake_the_reply_to_resume() {
         let mut life = Life::new("r".into(), Begin::Resume);
-        life.step(agent(AgentMessage::Thawed));
+        life.step(agent(AgentMessage::Thawed {
+            unique_after_ns: None,
+        }));
         life.step(Input::Vm(VmEvent::Reply(Reply::Done)));
         assert!(matches!(
             end(life.step(agent(answer("r", 1)))),
@@ -393,7 +407,9 @@ mod tests {
     fn make(kind: u8) -> Input {
         let text = String::new;
         match kind {
-            0 => agent(AgentMessage::Thawed),
+            0 => agent(AgentMessage::Thawed {
+                unique_after_ns: None,
+            }),
             1 => agent(AgentMessage::Ready),
             2 => agent(answer("r", 3)),
             3 => agent(answer("q", 3)),

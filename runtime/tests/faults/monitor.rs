@@ -15,7 +15,7 @@ use thaw_agent_protocol::{
 use thaw_vmm_control::wire::{Read, Receiver, send};
 use thaw_vmm_control::{
     AGENT_FD, CONTROL_FD, Event, Exit, ExitReason, Failure, Fault, Reply, Request, Rewound, Saved,
-    Status,
+    Status, Timings,
 };
 
 fn main() {
@@ -105,6 +105,13 @@ impl Monitor {
                 }
                 (_, Request::Status) => self.reply(Reply::Status(Status {
                     console: "console of the guest".into(),
+                    timings: Timings {
+                        claimed_ns: Some(1),
+                        state_set_ns: Some(2),
+                        first_instruction_ns: Some(3),
+                        first_agent_byte_ns: Some(4),
+                        ..Timings::default()
+                    },
                     ..Status::default()
                 })),
                 (_, Request::Quit) => exit(0),
@@ -147,7 +154,12 @@ impl Monitor {
         let [agent] = <[OwnedFd; 1]>::try_from(fds).expect("one agent channel");
         let mut old = std::mem::replace(&mut self.agent, agent.into());
         self.decoder = Decoder::new();
-        let _ = old.write_all(&frame(&AgentMessage::Thawed, self.generation));
+        let _ = old.write_all(&frame(
+            &AgentMessage::Thawed {
+                unique_after_ns: None,
+            },
+            self.generation,
+        ));
         self.old.push(old);
         self.reply(Reply::Rewound(Rewound::default()));
     }
@@ -214,7 +226,8 @@ impl Monitor {
     }
 
     fn answer(&mut self, invoke: Invoke, generation: u64) {
-        self.say(AgentMessage::Thawed, generation);
+        let unique_after_ns = Some(u64::MAX);
+        self.say(AgentMessage::Thawed { unique_after_ns }, generation);
         self.log("hello from the function\n", generation);
         let reply = Answer {
             request_id: invoke.request_id,

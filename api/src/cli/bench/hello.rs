@@ -3,6 +3,9 @@
 //! *Rewound* and *warm* are measured by two requests back to back to a gateway with room for one sandbox: the second waits
 //! until the first one's sandbox can be had again, so that the rewind is in its time. How a sandbox was really had is what
 //! the gateway says (`x-thaw-start`): an answer of another kind than was meant goes to that kind's figures.
+//!
+//! What of a time made the clone unique (*identity*) are two parts on the guest's own clock: the agent's, which it tells with
+//! its word that the clone is unique, and that of the hooks in the function's runtime, which the function tells in its answer.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
 use hdrhistogram::Histogram;
+use serde::Deserialize;
 use thaw_api::engine::HostEngine;
 use thaw_api::gateway::{Gateway, GatewayConfig};
 use thaw_runtime::{Recycle, Runtime, RuntimeConfig};
@@ -26,6 +30,16 @@ use crate::cli::up::{stop_signal, wait_healthy};
 use crate::cli::{deploy, output, package};
 
 const HELLO: &str = include_str!("../../../../examples/hello/app.py");
+/// Its handler in the bench's, which also tells what the runtime's hooks took in this clone.
+const WITH_HOOKS_TIME: &str = r#"
+hello = handler
+
+
+def handler(event, context):
+    import __main__
+
+    return {"answer": hello(event, context), "hooks_ns": __main__.Client.hooks_ns}
+"#;
 const NAME: &str = "bench-hello";
 /// Longest latency that is told apart, microseconds: ten minutes.
 const LATENCY_MAX_US: u64 = 600_000_000;
@@ -42,15 +56,33 @@ const WARM: &str = "warm";
 /// Parts that the gateway itself times, for each invocation anew.
 const GATEWAYS: [&str; 3] = ["queue", "total", "http"];
 
+/// What the agent did to make the clone unique, in `Server-Timing`.
+const AGENTS: &str = "identity";
+/// What the hooks of the function's runtime did.
+const HOOKS: &str = "identity-hooks";
+/// Both.
+const IDENTITY: &str = "identity-whole";
+
 /// Rows of the table, in the order in which things happen: name in `Server-Timing`, words.
-const PARTS: [(&str, &str); 7] = [
+const PARTS: [(&str, &str); 10] = [
     ("queue", "wait for a sandbox"),
     ("claim", "claim → guest's first instruction"),
     ("first-byte", "first instruction → agent's first byte"),
     ("function", "agent's first byte → response"),
     ("restore", "done ahead: restore"),
+    (IDENTITY, "identity: the clone made unique"),
+    (AGENTS, "… by the agent"),
+    (HOOKS, "… by the runtime's hooks"),
     ("total", "whole, in the gateway"),
     ("http", "whole, as the HTTP client sees it"),
+];
+
+/// Sides of the report: name before the start's, part.
+const SIDES: [(&str, &str); 4] = [
+    ("hello", "http"),
+    ("identity", IDENTITY),
+    ("identity_agent", AGENTS),
+    ("identity_hooks", HOOKS),
 ];
 
 /// What the gateways stand on.
@@ -152,7 +184,8 @@ impl Stage<'_> {
 
 async fn deploy_hello(client: &Client, steps: &mut Steps) -> anyhow::Result<()> {
     let source = tempfile::tempdir().context("cannot make a folder")?;
-    fs::write(source.path().join("app.py"), HELLO).context("cannot write the example")?;
+    let code = format!("{HELLO}{WITH_HOOKS_TIME}");
+    fs::write(source.path().join("app.py"), code).context("cannot write the example")?;
     let deployment = Deployment::python(NAME, package::zip_of(source.path())?);
     client.deploy(&deployment).await?;
     let last = deploy::follow(client, NAME, steps).await?;
@@ -205,10 +238,33 @@ async fn call(client: &Client) -> anyhow::Result<Call> {
     let timing = answer.timing.context("the gateway sent no Server-Timing")?;
     let mut parts = server_timing(&timing);
     parts.push(("http".to_owned(), http));
+    parts.extend(identity(&parts, &answer.payload)?);
     let start = answer
         .start
         .context("the gateway does not say how the sandbox was had")?;
     Ok(Call { start, parts })
+}
+
+/// What the bench's function tells.
+#[derive(Deserialize)]
+struct Told {
+    hooks_ns: u64,
+}
+
+/// The hooks' part of making the clone unique, and the whole of it.
+fn identity(
+    parts: &[(String, Duration)],
+    payload: &[u8],
+) -> anyhow::Result<[(String, Duration); 2]> {
+    let told: Told = serde_json::from_slice(payload)
+        .context("the function does not tell what the hooks took")?;
+    let hooks = Duration::from_nanos(told.hooks_ns);
+    let agents = parts.iter().find(|(part, _)| part == AGENTS);
+    let (_, agents) = agents.context("the agent does not tell how long it took to be unique")?;
+    Ok([
+        (HOOKS.to_owned(), hooks),
+        (IDENTITY.to_owned(), hooks + *agents),
+    ])
 }
 
 /// `name;dur=1.5, …` with milliseconds (W3C Server Timing).
@@ -236,12 +292,19 @@ impl Samples {
         Ok(())
     }
 
-    /// Whole times as the client saw them, by side: `hello_claimed`, `hello_rewound`, `hello_warm`, …
+    /// Whole times as the client saw them, by side: `hello_claimed`, `hello_rewound`, `hello_warm`, …; and what of them made
+    /// the clone unique: `identity_claimed`, `identity_agent_claimed`, `identity_hooks_claimed`, …
     pub fn sides(&self) -> BTreeMap<String, Vec<u64>> {
-        let whole = |(start, parts): (&String, &BTreeMap<String, Vec<u64>>)| {
-            Some((format!("hello_{start}"), parts.get("http")?.clone()))
-        };
-        self.0.iter().filter_map(whole).collect()
+        let mut sides = BTreeMap::new();
+        for (start, parts) in &self.0 {
+            for (name, part) in SIDES {
+                let is_told = start != WARM || GATEWAYS.contains(&part);
+                if let Some(samples) = parts.get(part).filter(|_| is_told) {
+                    sides.insert(format!("{name}_{start}"), samples.clone());
+                }
+            }
+        }
+        sides
     }
 
     /// For people: a table for each way in which a sandbox was had.
@@ -291,6 +354,30 @@ mod tests {
                 ("queue".into(), Duration::from_micros(500)),
                 ("claim".into(), Duration::from_millis(12))
             ]
+        );
+    }
+
+    #[test]
+    fn identity_is_the_agents_part_and_the_hooks() {
+        let parts = server_timing("identity;dur=0.25");
+        let told = identity(&parts, br#"{"answer":1,"hooks_ns":500000}"#).unwrap();
+        let expected = [(HOOKS, 500), (IDENTITY, 750)]
+            .map(|(part, micros)| (part.to_owned(), Duration::from_micros(micros)));
+        assert_eq!(told, expected);
+        assert!(identity(&parts, br#"{"hooks_ns":null}"#).is_err());
+        assert!(identity(&[], br#"{"hooks_ns":1}"#).is_err());
+        let mut samples = Samples::default();
+        for start in ["claimed", WARM] {
+            let (start, parts) = (start.to_owned(), expected.to_vec());
+            samples.add(Call { start, parts }).unwrap();
+        }
+        let sides = samples.sides();
+        assert_eq!(sides["identity_claimed"], [750]);
+        assert_eq!(sides["identity_hooks_claimed"], [500]);
+        assert_eq!(
+            sides.len(),
+            2,
+            "a sandbox that is used again has its first life's hooks"
         );
     }
 

@@ -76,20 +76,8 @@ impl Programs {
     /// # Errors
     /// It cannot be started or failed.
     pub fn run(&self, home: &Path, order: &Order, format: Format) -> anyhow::Result<ExitCode> {
-        let (kernel, initramfs) = self.prepare(home, &mut Steps::new())?;
-        let mut command = Command::new(&self.bench);
-        command.arg("restore");
-        let named = [
-            ("--kernel", &kernel),
-            ("--initramfs", &initramfs),
-            ("--vmm", &self.vmm),
-            ("--json", &order.json),
-            ("--svg", &order.svg),
-        ];
-        for (name, path) in named {
-            command.arg(name).arg(path);
-        }
-        command.arg("--work").arg(home);
+        let mut command = self.command("restore", home, &order.json)?;
+        command.arg("--svg").arg(&order.svg);
         command.args(["--rounds", &order.rounds.to_string()]);
         command.args(["--clones", &order.clones.to_string()]);
         let optional = [
@@ -101,6 +89,50 @@ impl Programs {
                 command.arg(name).arg(path);
             }
         }
+        self.tell(command, &[&order.json, &order.svg], format)
+    }
+
+    /// Keeps that many clones alive at once, and writes what they cost to `json`.
+    ///
+    /// # Errors
+    /// As [`Self::run`]; the machine's memory will not do.
+    pub fn run_idle(
+        &self,
+        home: &Path,
+        clones: u32,
+        json: &Path,
+        format: Format,
+    ) -> anyhow::Result<ExitCode> {
+        let mut command = self.command("idle", home, json)?;
+        command.args(["--clones", &clones.to_string()]);
+        self.tell(command, &[json], format)
+    }
+
+    /// What every part is told.
+    fn command(&self, part: &str, home: &Path, json: &Path) -> anyhow::Result<Command> {
+        let (kernel, initramfs) = self.prepare(home, &mut Steps::new())?;
+        let mut command = Command::new(&self.bench);
+        command.arg(part);
+        let named = [
+            ("--kernel", kernel.as_path()),
+            ("--initramfs", initramfs.as_path()),
+            ("--vmm", self.vmm.as_path()),
+            ("--json", json),
+            ("--work", home),
+        ];
+        for (name, path) in named {
+            command.arg(name).arg(path);
+        }
+        Ok(command)
+    }
+
+    /// Runs it; the first of the files that it writes is JSON.
+    fn tell(
+        &self,
+        mut command: Command,
+        written: &[&Path],
+        format: Format,
+    ) -> anyhow::Result<ExitCode> {
         if format == Format::Json {
             command.stdout(Stdio::null());
         }
@@ -108,16 +140,18 @@ impl Programs {
             .status()
             .with_context(|| format!("cannot start {}", self.bench.display()))?;
         ensure!(status.success(), "thaw-bench failed, {status}");
-        match format {
-            Format::Json => {
-                let text = fs::read_to_string(&order.json).context("thaw-bench wrote no report")?;
+        match (format, written.first()) {
+            (Format::Json, Some(json)) => {
+                let text = fs::read_to_string(json).context("thaw-bench wrote no report")?;
                 println!("{text}");
             }
-            Format::Text => println!(
-                "written: {} and {}",
-                order.json.display(),
-                order.svg.display()
-            ),
+            _ => {
+                let names: Vec<String> = written
+                    .iter()
+                    .map(|path| path.display().to_string())
+                    .collect();
+                println!("written: {}", names.join(" and "));
+            }
         }
         Ok(ExitCode::SUCCESS)
     }

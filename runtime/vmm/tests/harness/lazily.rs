@@ -126,6 +126,51 @@ fn a_guest_lazily_served_from_a_store_is_the_frozen_one() {
     unused.quit();
 }
 
+#[test]
+fn a_guest_lazily_served_without_the_right_to_userfaultfd_is_refused_and_told_what_helps() {
+    let everybodys = "/proc/sys/vm/unprivileged_userfaultfd";
+    if let Ok(value) = fs::read_to_string(everybodys) {
+        assert_eq!(
+            value.trim(),
+            "0",
+            "{everybodys}: everybody has the right on this host"
+        );
+    }
+    let (frozen, stored) = (frozen(1), whole());
+    let request = |paging| {
+        Request::Restore(RestoreRequest {
+            disks: frozen.disks.clone(),
+            paging,
+            ..Default::default()
+        })
+    };
+    let place = tempfile::tempdir_in("/tmp").unwrap();
+    let mut monitor = Monitor::start_without_privileges(place.path());
+    let folder = File::open(stored.folder.path()).unwrap();
+    let files = [&stored.stub, &folder, &frozen.shared];
+    let Reply::Failed(failure) = monitor.ask(&request(Paging::Store), &files) else {
+        panic!("restored");
+    };
+    assert_eq!(failure.fault, Fault::Host);
+    for part in [
+        "userfaultfd for faults of the kernel is not permitted",
+        "run as root",
+        everybodys,
+        "/dev/userfaultfd",
+    ] {
+        assert!(failure.message.contains(part), "{}", failure.message);
+    }
+    monitor.quit();
+    // It is this right alone that such a monitor lacks.
+    let mut mapped = Monitor::start_without_privileges(place.path());
+    mapped.done(
+        &request(Paging::Mapped),
+        &[&frozen.snapshot, &frozen.shared],
+    );
+    answers(&mut mapped);
+    mapped.quit();
+}
+
 /// Runs a guest whose memory does not come, to its end.
 fn end_of(mut monitor: Monitor) -> Exit {
     let began = Instant::now();

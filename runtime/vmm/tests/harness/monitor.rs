@@ -1,11 +1,13 @@
 //! A real `thaw-vmm` process, driven over its control protocol, with the test guest at the other end of the agent channel.
 
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io::{self, Read as _, Write as _};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Child, Command};
 use std::time::Duration;
 
@@ -15,6 +17,7 @@ use thaw_vmm_control::{
     Reply, Request, RestoreRequest, SaveForm, SaveRequest, Status,
 };
 
+const MONITOR: &str = env!("CARGO_BIN_EXE_thaw-vmm");
 /// Longest wait for anything: an emulated host is slow.
 const PATIENCE: Duration = Duration::from_secs(90);
 
@@ -40,13 +43,30 @@ fn above(fd: BorrowedFd<'_>) -> OwnedFd {
 impl Monitor {
     /// Starts a monitor without a machine.
     pub fn start() -> Self {
+        Self::start_by(Command::new(MONITOR))
+    }
+
+    /// The same with none of root's capabilities and no /dev/userfaultfd; /dev/kvm is its user's, root's, all the same.
+    pub fn start_without_privileges(folder: &Path) -> Self {
+        let closed = folder.join("closed");
+        let closing = File::create(&closed).unwrap();
+        closing.set_permissions(Permissions::from_mode(0)).unwrap();
+        let mut command = Command::new("unshare");
+        let steps =
+            "if [ -e /dev/userfaultfd ]; then mount --bind \"$1\" /dev/userfaultfd || exit; fi
+            exec setpriv --bounding-set=-all --inh-caps=-all \"$2\"";
+        command.args(["--mount", "sh", "-c", steps, "sh"]);
+        command.arg(&closed).arg(MONITOR);
+        Self::start_by(command)
+    }
+
+    fn start_by(mut command: Command) -> Self {
         let (control, control_theirs) = UnixStream::pair().unwrap();
         let (agent, agent_theirs) = UnixStream::pair().unwrap();
         let theirs = [
             (above(control_theirs.as_fd()), CONTROL_FD),
             (above(agent_theirs.as_fd()), AGENT_FD),
         ];
-        let mut command = Command::new(env!("CARGO_BIN_EXE_thaw-vmm"));
         // SAFETY: only async-signal-safe calls between fork and exec.
         unsafe {
             command.pre_exec(move || {
