@@ -3,7 +3,9 @@
 
 mod desk;
 mod lease;
+mod lesson;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -20,6 +22,7 @@ use crate::vm::chain;
 use crate::{HostError, InvokeError, PoolSpec, RuntimeConfig};
 
 pub(crate) use self::lease::{Lease, RunError};
+pub(crate) use self::lesson::{Learning, Lesson, learning, touched};
 
 /// Whom a sandbox, or the news that there is none, is sent to.
 pub(crate) type Grant = oneshot::Sender<Result<Lease, InvokeError>>;
@@ -48,6 +51,8 @@ pub(crate) struct Node {
     tokio: Handle,
     began: Instant,
     desk: Mutex<Desk>,
+    /// This host does not let monitors note touches.
+    is_unobservable: AtomicBool,
     alarm: watch::Sender<Option<Instant>>,
 }
 
@@ -57,7 +62,10 @@ pub(crate) struct Member {
     pub(crate) id: FunctionId,
     pub(crate) spec: PoolSpec,
     pub(crate) shape: Shape,
-    pub(crate) files: SnapshotFiles,
+    /// Those of the next claim.
+    pub(crate) files: Mutex<Arc<SnapshotFiles>>,
+    /// Of its working set.
+    pub(crate) learning: Learning,
     /// Ends claims ahead of demand.
     pub(crate) stop_claims: CancellationToken,
     /// Ends invocations.
@@ -78,6 +86,15 @@ impl Member {
                 tracing::error!(pool = self.spec.name, "VMs are left in a closed pool");
             }
         }
+        self.learning.close().await;
+    }
+
+    pub(crate) fn files(&self) -> Arc<SnapshotFiles> {
+        Arc::clone(&self.files.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn set_files(&self, files: SnapshotFiles) {
+        *self.files.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(files);
     }
 }
 
@@ -103,6 +120,7 @@ impl Node {
             stop: CancellationToken::new(),
             began: Instant::now(),
             desk: Mutex::new(Desk::new(rules)),
+            is_unobservable: AtomicBool::new(false),
             alarm,
             tokio,
         });
@@ -206,12 +224,7 @@ impl Node {
                 let _ = grant.send(Err(error));
             }
             Deed::Destroy(id, sandbox) => {
-                self.tokio.spawn(async move {
-                    if let Some(sandbox) = sandbox {
-                        sandbox.end().await;
-                    }
-                    node.apply(Input::Reaped(id));
-                });
+                self.tokio.spawn(node.destroy(id, sandbox));
             }
             Deed::Gone(member) => {
                 member.gone.send_replace(true);
@@ -266,13 +279,63 @@ impl Node {
     async fn try_claim(
         &self,
         held: &mut Option<Sandbox>,
-        member: &Member,
+        member: &Arc<Member>,
     ) -> Result<(), HostError> {
         let sandbox = match held {
             Some(shell) => shell,
             none => none.insert(Sandbox::spawn(&self.spawner).await?),
         };
-        sandbox.claim(&member.files, &self.config).await
+        sandbox.learn(self.lesson(member));
+        let claimed = sandbox.claim(&member.files(), &self.config).await;
+        match claimed {
+            Err(error) if sandbox.is_learning() => {
+                self.without_lesson(sandbox).await?;
+                sandbox.claim(&member.files(), &self.config).await?;
+                self.note_unobservable(member, &error);
+                Ok(())
+            }
+            claimed => claimed,
+        }
+    }
+
+    /// For a sandbox of `member` that is about to be claimed.
+    fn lesson(&self, member: &Arc<Member>) -> Option<Lesson> {
+        let may_learn = !self.is_unobservable.load(Ordering::Relaxed) && !self.stop.is_cancelled();
+        may_learn.then(|| Lesson::of(member)).flatten()
+    }
+
+    /// Puts another monitor in the place of one whose claim for a lesson failed: nothing of the guest has run.
+    async fn without_lesson(&self, sandbox: &mut Sandbox) -> Result<(), HostError> {
+        let fresh = Sandbox::spawn(&self.spawner).await?;
+        std::mem::replace(sandbox, fresh).end().await;
+        Ok(())
+    }
+
+    /// A monitor would not note touches, and could do without: that is the host's, and the same for all functions.
+    fn note_unobservable(&self, member: &Member, error: &HostError) {
+        let is_refused = matches!(error, HostError::Refused { .. });
+        if is_refused && !self.is_unobservable.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                pool = member.spec.name,
+                error = chain(error),
+                "no working sets are learned on this host: functions run, but touch their memory page by page; start anew once that is mended"
+            );
+        }
+    }
+
+    async fn destroy(self: Arc<Self>, id: VmId, sandbox: Option<Sandbox>) {
+        let mut learned = None;
+        if let Some(mut sandbox) = sandbox {
+            let lesson = sandbox.take_lesson();
+            if let Some(lesson) = lesson.filter(|_| !self.stop.is_cancelled()) {
+                learned = Some((lesson, sandbox.working_set(&self.config).await));
+            }
+            sandbox.end().await;
+        }
+        self.apply(Input::Reaped(id));
+        if let Some((lesson, told)) = learned {
+            lesson.keep(told).await;
+        }
     }
 
     fn claim_failed(

@@ -17,6 +17,7 @@ use tokio::time::Instant;
 use self::life::{Begin, Input, Life, Step};
 use crate::channel::AgentChannel;
 use crate::monitor::{Spawner, socket_pair};
+use crate::node::Lesson;
 use crate::schedule::{Shape, Start};
 use crate::vm::{Vm, after};
 use crate::{
@@ -44,7 +45,7 @@ enum Run {
     Later,
 }
 
-fn restore(run: Run, files: &SnapshotFiles) -> Request {
+fn restore(run: Run, files: &SnapshotFiles, paging: Paging) -> Request {
     let disks = DISK_IDS.iter().zip(DISKS);
     let disks = disks.map(|(id, (access, source))| Disk {
         id: (*id).into(),
@@ -54,9 +55,9 @@ fn restore(run: Run, files: &SnapshotFiles) -> Request {
     Request::Restore(RestoreRequest {
         disks: disks.collect(),
         resume: run == Run::AtOnce,
-        has_base: files.base.is_some() && files.paging != Paging::Store,
+        has_base: files.base.is_some() && paging != Paging::Store,
         prefetch: Prefetch::WorkingSet,
-        paging: files.paging,
+        paging,
     })
 }
 
@@ -107,6 +108,8 @@ pub(crate) struct Sandbox {
     stage: Stage,
     /// The generation of its newest life.
     generation: Generation,
+    /// Its monitor notes what is touched, or is to.
+    lesson: Option<Lesson>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -175,6 +178,7 @@ impl Sandbox {
             vm: Vm::new(monitor, channel),
             stage: Stage::Shell,
             generation: Generation(0),
+            lesson: None,
         })
     }
 
@@ -199,16 +203,38 @@ impl Sandbox {
         files: &SnapshotFiles,
         config: &RuntimeConfig,
     ) -> Result<(), HostError> {
+        let request = restore(Run::Later, files, self.paging(files));
         let monitor = &mut self.vm.monitor;
-        monitor
-            .command(
-                &restore(Run::Later, files),
-                &files.fds(),
-                config.restore_limit,
-            )
-            .await?;
+        let claimed = monitor
+            .command(&request, &files.fds(), config.restore_limit)
+            .await;
+        if claimed.is_err() {
+            self.lesson.iter_mut().for_each(Lesson::begin);
+        }
+        claimed?;
         self.stage = Stage::Pristine;
         Ok(())
+    }
+
+    /// Says before the claim that its monitor is to note what is touched. It is not to be rewound then.
+    pub(crate) fn learn(&mut self, lesson: Option<Lesson>) {
+        self.lesson = lesson;
+    }
+
+    pub(crate) fn is_learning(&self) -> bool {
+        self.lesson.is_some()
+    }
+
+    /// The lesson, if the function has answered in it: [`Self::working_set`] tells what it taught.
+    pub(crate) fn take_lesson(&mut self) -> Option<Lesson> {
+        self.lesson.take_if(|lesson| lesson.is_answered())
+    }
+
+    fn paging(&self, files: &SnapshotFiles) -> Paging {
+        match self.lesson {
+            Some(_) => Paging::Recorded,
+            None => files.paging,
+        }
     }
 
     /// Puts it back to its snapshot, paused, with a new agent channel: nothing that its last life said can come any more.
@@ -280,11 +306,13 @@ impl Sandbox {
             Stage::Used => Begin::Continue,
         };
         self.stage = Stage::Used;
+        self.lesson.iter_mut().for_each(Lesson::begin);
         self.hand_over(invocation).map_err(NotRun::Perhaps)?;
+        let paging = self.paging(files);
         let monitor = &mut self.vm.monitor;
         match begin {
             Begin::Claim => {
-                let request = restore(Run::AtOnce, files);
+                let request = restore(Run::AtOnce, files, paging);
                 monitor.send(&request, &files.fds()).await?;
             }
             Begin::Resume => monitor.send(&Request::Resume, &[]).await?,
@@ -298,6 +326,9 @@ impl Sandbox {
             error => error.into(),
         })?;
         let answered = Moment::now();
+        if let (Some(lesson), End::Response { .. }) = (&mut self.lesson, &end) {
+            lesson.answer();
+        }
         let end = self.with_console(end, config).await;
         let answer = matches!(end, End::Response { .. } | End::FunctionError { .. });
         let moments = Moments {

@@ -16,7 +16,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use thaw_runtime::{
     BaseRequest, Configure, End, FreezeError, FreezeRequest, FreezeStep, Invocation,
-    InvocationTimings, InvokeError, Measure, Outcome, Pool, PoolSpec, Runtime, RuntimeConfig,
+    InvocationTimings, InvokeError, Learn, Measure, Outcome, Pool, PoolSpec, Runtime, RuntimeConfig,
     RuntimeExitCause, Start,
 };
 use thaw_snapshot::{Metadata, Snapshot, set_working_set};
@@ -146,6 +146,7 @@ async fn pool(ready_count: usize) -> (Runtime, Pool) {
         concurrency_max: 4,
         queue_max: 64,
         queue_wait_max: AMPLE,
+        learn: Learn::Nothing,
     };
     let pool = runtime.open_pool(spec).await.unwrap();
     (runtime, pool)
@@ -338,6 +339,7 @@ async fn a_function_lazily_served_from_a_store_after_it_was_recorded_answers() {
         concurrency_max: 4,
         queue_max: 64,
         queue_wait_max: AMPLE,
+        learn: Learn::Nothing,
     };
     let pool = runtime.open_pool(spec(&path, None)).await.unwrap();
     let event = invocation(&json!({"do": "greet", "name": "you"}));

@@ -97,22 +97,33 @@ impl Lease {
                 node.apply(Input::Claimed(vm, claimed_at.elapsed()));
             }
         };
-        let result = sandbox
-            .run(
-                invocation,
-                &member.files,
-                (asked, claimed_at),
-                &node.config,
-                &mut begun,
-            )
+        if sandbox.is_shell() {
+            sandbox.learn(node.lesson(member));
+        }
+        let (files, moments) = (member.files(), (asked, claimed_at));
+        let mut result = sandbox
+            .run(invocation, &files, moments, &node.config, &mut begun)
             .await;
+        if let Err(NotRun::Surely(error)) = &result
+            && sandbox.is_learning()
+            && node.without_lesson(sandbox).await.is_ok()
+        {
+            let again = sandbox
+                .run(invocation, &files, moments, &node.config, &mut begun)
+                .await;
+            if again.is_ok() {
+                node.note_unobservable(member, error);
+            }
+            result = again;
+        }
         match result {
             Ok(mut outcome) => {
                 outcome.start = *start;
                 if matches!(
                     outcome.end,
                     End::Response { .. } | End::FunctionError { .. }
-                ) {
+                ) && !sandbox.is_learning()
+                {
                     self.fate = Fate::Used(Verdict::Clean);
                 }
                 Ok(outcome)

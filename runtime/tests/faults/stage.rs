@@ -8,7 +8,7 @@ use bytes::Bytes;
 use tempfile::TempDir;
 use thaw_runtime::{
     Configure, End, Fault, FreezeError, FreezeRequest, FreezeStep, Frozen, Invocation, InvokeError,
-    Measure, Outcome, Pool, PoolSpec, Runtime, RuntimeConfig,
+    Learn, Measure, Outcome, Pool, PoolSpec, Runtime, RuntimeConfig,
 };
 use thaw_snapshot::{CpuRecord, Metadata, SectionKind, Writer};
 
@@ -72,6 +72,7 @@ impl Stage {
             concurrency_max: 2,
             queue_max: 8,
             queue_wait_max: AMPLE,
+            learn: Learn::Nothing,
         }
     }
 
