@@ -161,15 +161,17 @@ impl Node {
         grant: Grant,
     ) -> Ticket {
         let mut ticket = Ticket(0);
-        self.apply_with(|desk| {
+        self.apply_all(|desk| {
             ticket = Ticket(desk.number());
             desk.callers.insert(ticket, (function, grant));
-            Input::Ask {
+            let ask = Input::Ask {
                 ticket,
                 function,
                 deadline,
                 turn,
-            }
+            };
+            let lesson = desk.idle_lesson(function).map(Input::Prefer);
+            lesson.into_iter().chain([ask])
         });
         ticket
     }
@@ -188,10 +190,20 @@ impl Node {
 
     /// Feeds the schedule what `prepare` makes of the desk, in one step.
     fn apply_with(self: &Arc<Self>, prepare: impl FnOnce(&mut Desk) -> Input) {
+        self.apply_all(|desk| [prepare(desk)]);
+    }
+
+    /// The same for inputs one after another, with nothing between them.
+    fn apply_all<I: IntoIterator<Item = Input>>(
+        self: &Arc<Self>,
+        prepare: impl FnOnce(&mut Desk) -> I,
+    ) {
         let deeds = {
             let mut desk = self.desk();
-            let input = prepare(&mut desk);
-            let effects = desk.schedule.step(self.now(), input);
+            let mut effects = Vec::new();
+            for input in prepare(&mut desk) {
+                effects.extend(desk.schedule.step(self.now(), input));
+            }
             let (deeds, wake) = desk.deeds(effects);
             if let Some(at) = wake {
                 // Under the lock, so that the newest time is the last.

@@ -225,6 +225,11 @@ impl Sandbox {
         self.lesson.is_some()
     }
 
+    /// It is about to be destroyed: a lesson without a result is over.
+    pub(crate) fn forget_lesson(&mut self) {
+        self.lesson.take_if(|lesson| !lesson.is_answered());
+    }
+
     /// The lesson, if the function has answered in it: [`Self::working_set`] tells what it taught.
     pub(crate) fn take_lesson(&mut self) -> Option<Lesson> {
         self.lesson.take_if(|lesson| lesson.is_answered())

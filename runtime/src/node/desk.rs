@@ -121,9 +121,6 @@ impl Desk {
     fn hand(&mut self, ticket: Ticket, vm: VmId, start: Start) -> Deed {
         let caller = self.callers.remove(&ticket);
         let (function, grant) = caller.expect("a caller takes its ticket out of the queue first");
-        if start == Start::Claimed && self.member(function).learning.is_recording() {
-            self.prefer_lesson(function, vm);
-        }
         let parts = Parts {
             member: self.member(function),
             vm,
@@ -133,19 +130,14 @@ impl Desk {
         Deed::Hand(grant, parts)
     }
 
-    /// Of sandboxes that were claimed and never ran, none is more than another: the one with the lesson is used first.
-    fn prefer_lesson(&mut self, function: FunctionId, vm: VmId) {
-        let has_lesson = |id: &VmId| self.held.get(id).is_some_and(Sandbox::is_learning);
-        let ready = self.schedule.ready(function);
-        let Some(other) = ready.into_iter().find(has_lesson) else {
-            return;
-        };
-        if self.held.get(&vm).is_none_or(Sandbox::is_shell) {
-            return;
+    /// A function's ready sandbox that waits for the first request, to learn from it.
+    pub(super) fn idle_lesson(&self, function: FunctionId) -> Option<VmId> {
+        let entry = self.members.get(&function)?;
+        if !entry.member.learning.is_recording() {
+            return None;
         }
-        let both = (self.held.remove(&vm), self.held.remove(&other));
-        self.held.extend(both.1.map(|sandbox| (vm, sandbox)));
-        self.held.extend(both.0.map(|sandbox| (other, sandbox)));
+        let has_lesson = |id: &VmId| self.held.get(id).is_some_and(Sandbox::is_learning);
+        self.schedule.ready(function).into_iter().find(has_lesson)
     }
 
     fn member(&self, function: FunctionId) -> Arc<Member> {

@@ -159,8 +159,12 @@ impl Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         let (vm, start) = (self.parts.vm, self.parts.start);
-        let sandbox = self.parts.sandbox.take();
+        let mut sandbox = self.parts.sandbox.take();
         let fate = std::mem::replace(&mut self.fate, Fate::Lost);
+        if !matches!(fate, Fate::Untouched) {
+            // Now, so that the sandbox that takes its place may have it.
+            sandbox.iter_mut().for_each(Sandbox::forget_lesson);
+        }
         if let Fate::ClaimFailed(error) = fate {
             return self
                 .node

@@ -14,8 +14,8 @@ use thaw_agent_protocol::{
 };
 use thaw_vmm_control::wire::{Read, Receiver, send};
 use thaw_vmm_control::{
-    AGENT_FD, CONTROL_FD, Event, Exit, ExitReason, Failure, Fault, Reply, Request, Rewound, Saved,
-    Status,
+    AGENT_FD, CONTROL_FD, Event, Exit, ExitReason, Failure, Fault, Paging, Reply, Request, Rewound,
+    Saved, Status, WorkingSet, WorkingSetRun,
 };
 
 fn main() {
@@ -34,6 +34,7 @@ fn main() {
         decoder: Decoder::new(),
         generation: 0,
         old: Vec::new(),
+        is_recorded: false,
         script,
     }
     .play();
@@ -57,6 +58,8 @@ struct Monitor {
     generation: u64,
     /// Agent streams of lives that are over.
     old: Vec<UnixStream>,
+    /// It was told to note what is touched.
+    is_recorded: bool,
     script: String,
 }
 
@@ -64,6 +67,9 @@ impl Monitor {
     fn play(mut self) {
         loop {
             let (request, fds) = self.request();
+            if let Request::Restore(restore) = &request {
+                self.is_recorded = restore.paging == Paging::Recorded;
+            }
             match (self.script.as_str(), &request) {
                 ("hangs-in-restore", Request::Restore(_)) => {}
                 ("dies-in-restore", Request::Restore(_)) => {
@@ -73,6 +79,11 @@ impl Monitor {
                 ("refuses-restore", Request::Restore(_)) => {
                     self.fail("host lacks avx512", Fault::Host)
                 }
+                ("refuses-recording", Request::Restore(_)) if self.is_recorded => {
+                    self.note("refused");
+                    self.fail("userfaultfd is not permitted", Fault::Host);
+                }
+                ("dies-when-recording", Request::Restore(_)) if self.is_recorded => exit(1),
                 ("garbage-in-restore", Request::Restore(_)) => {
                     self.control.write_all(&[0xff; 64]).expect("garbage");
                 }
@@ -92,7 +103,15 @@ impl Monitor {
                     self.reply(Reply::Done);
                 }
                 (_, Request::Resume) => self.resume(),
+                (_, Request::Rewind) if self.is_recorded => {
+                    self.fail("what is recorded is not rewound", Fault::Caller);
+                }
                 (_, Request::Rewind) => self.rewind(fds),
+                ("forgets-touches", Request::WorkingSet) => {
+                    self.note("asked");
+                    self.fail("touches were lost", Fault::Host);
+                }
+                (_, Request::WorkingSet) if self.is_recorded => self.tell_touches(),
                 (_, Request::WorkingSet) => self.fail("nothing is known of it", Fault::Caller),
                 (_, Request::Save(_)) => {
                     let [file] = <[OwnedFd; 1]>::try_from(fds).expect("one file");
@@ -211,6 +230,26 @@ impl Monitor {
             }
             _ => self.answer(invoke, generation),
         }
+    }
+
+    fn tell_touches(&self) {
+        let runs = [(7, 2, false), (3, 1, true)].map(|(start, count, written)| WorkingSetRun {
+            start,
+            count,
+            written,
+        });
+        self.reply(Reply::WorkingSet(WorkingSet {
+            runs: runs.to_vec(),
+        }));
+    }
+
+    /// A line in a file beside the program, for the test to count.
+    fn note(&self, what: &str) {
+        let program = PathBuf::from(std::env::args_os().next().expect("a name"));
+        let path = program.with_extension(what);
+        let file = File::options().append(true).create(true).open(path);
+        file.and_then(|mut file| file.write_all(b"\n"))
+            .expect("a line");
     }
 
     fn answer(&mut self, invoke: Invoke, generation: u64) {
