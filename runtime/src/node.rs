@@ -312,7 +312,7 @@ impl Node {
 
     /// For a sandbox of `member` that is about to be claimed.
     fn lesson(&self, member: &Arc<Member>) -> Option<Lesson> {
-        let may_learn = !self.is_unobservable.load(Ordering::Relaxed) && !self.stop.is_cancelled();
+        let may_learn = !self.is_unobservable.load(Ordering::Relaxed);
         may_learn.then(|| Lesson::of(member)).flatten()
     }
 
@@ -339,7 +339,7 @@ impl Node {
         let mut learned = None;
         if let Some(mut sandbox) = sandbox {
             let lesson = sandbox.take_lesson();
-            if let Some(lesson) = lesson.filter(|_| !self.stop.is_cancelled()) {
+            if let Some(lesson) = lesson.filter(Lesson::is_open) {
                 learned = Some((lesson, sandbox.working_set(&self.config).await));
             }
             sandbox.end().await;

@@ -190,6 +190,11 @@ impl Lesson {
         self.progress == Progress::Answered
     }
 
+    /// Whether the function is still there to make use of it.
+    pub(crate) fn is_open(&self) -> bool {
+        !self.member.stop_claims.is_cancelled()
+    }
+
     /// Stores what the sandbox's monitor told, and lets later claims use it. A failure is told on the log: it harms nobody.
     pub(crate) async fn keep(self, told: Result<Vec<WorkingSetRun>, HostError>) {
         let member = Arc::clone(&self.member);
