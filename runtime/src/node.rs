@@ -5,7 +5,6 @@ mod desk;
 mod lease;
 mod lesson;
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -51,8 +50,6 @@ pub(crate) struct Node {
     tokio: Handle,
     began: Instant,
     desk: Mutex<Desk>,
-    /// This host does not let monitors note touches.
-    is_unobservable: AtomicBool,
     alarm: watch::Sender<Option<Instant>>,
 }
 
@@ -120,7 +117,6 @@ impl Node {
             stop: CancellationToken::new(),
             began: Instant::now(),
             desk: Mutex::new(Desk::new(rules)),
-            is_unobservable: AtomicBool::new(false),
             alarm,
             tokio,
         });
@@ -161,17 +157,15 @@ impl Node {
         grant: Grant,
     ) -> Ticket {
         let mut ticket = Ticket(0);
-        self.apply_all(|desk| {
+        self.apply_with(|desk| {
             ticket = Ticket(desk.number());
             desk.callers.insert(ticket, (function, grant));
-            let ask = Input::Ask {
+            Input::Ask {
                 ticket,
                 function,
                 deadline,
                 turn,
-            };
-            let lesson = desk.idle_lesson(function).map(Input::Prefer);
-            lesson.into_iter().chain([ask])
+            }
         });
         ticket
     }
@@ -190,20 +184,10 @@ impl Node {
 
     /// Feeds the schedule what `prepare` makes of the desk, in one step.
     fn apply_with(self: &Arc<Self>, prepare: impl FnOnce(&mut Desk) -> Input) {
-        self.apply_all(|desk| [prepare(desk)]);
-    }
-
-    /// The same for inputs one after another, with nothing between them.
-    fn apply_all<I: IntoIterator<Item = Input>>(
-        self: &Arc<Self>,
-        prepare: impl FnOnce(&mut Desk) -> I,
-    ) {
         let deeds = {
             let mut desk = self.desk();
-            let mut effects = Vec::new();
-            for input in prepare(&mut desk) {
-                effects.extend(desk.schedule.step(self.now(), input));
-            }
+            let input = prepare(&mut desk);
+            let effects = desk.schedule.step(self.now(), input);
             let (deeds, wake) = desk.deeds(effects);
             if let Some(at) = wake {
                 // Under the lock, so that the newest time is the last.
@@ -297,55 +281,17 @@ impl Node {
             Some(shell) => shell,
             none => none.insert(Sandbox::spawn(&self.spawner).await?),
         };
-        sandbox.learn(self.lesson(member));
-        let claimed = sandbox.claim(&member.files(), &self.config).await;
-        match claimed {
-            Err(error) if sandbox.is_learning() => {
-                self.without_lesson(sandbox).await?;
-                sandbox.claim(&member.files(), &self.config).await?;
-                self.note_unobservable(member, &error);
-                Ok(())
-            }
-            claimed => claimed,
-        }
-    }
-
-    /// For a sandbox of `member` that is about to be claimed.
-    fn lesson(&self, member: &Arc<Member>) -> Option<Lesson> {
-        let may_learn = !self.is_unobservable.load(Ordering::Relaxed);
-        may_learn.then(|| Lesson::of(member)).flatten()
-    }
-
-    /// Puts another monitor in the place of one whose claim for a lesson failed: nothing of the guest has run.
-    async fn without_lesson(&self, sandbox: &mut Sandbox) -> Result<(), HostError> {
-        let fresh = Sandbox::spawn(&self.spawner).await?;
-        std::mem::replace(sandbox, fresh).end().await;
-        Ok(())
-    }
-
-    /// A monitor would not note touches, and could do without: that is the host's, and the same for all functions.
-    fn note_unobservable(&self, member: &Member, error: &HostError) {
-        let is_refused = matches!(error, HostError::Refused { .. });
-        if is_refused && !self.is_unobservable.swap(true, Ordering::Relaxed) {
-            tracing::warn!(
-                pool = member.spec.name,
-                error = chain(error),
-                "no working sets are learned on this host: functions run, but touch their memory page by page; start anew once that is mended"
-            );
-        }
+        sandbox.claim(&member.files(), &self.config).await
     }
 
     async fn destroy(self: Arc<Self>, id: VmId, sandbox: Option<Sandbox>) {
-        let mut learned = None;
+        let mut taught = None;
         if let Some(mut sandbox) = sandbox {
-            let lesson = sandbox.take_lesson();
-            if let Some(lesson) = lesson.filter(Lesson::is_open) {
-                learned = Some((lesson, sandbox.working_set(&self.config).await));
-            }
+            taught = sandbox.taught(&self.config).await;
             sandbox.end().await;
         }
         self.apply(Input::Reaped(id));
-        if let Some((lesson, told)) = learned {
+        if let Some((lesson, told)) = taught {
             lesson.keep(told).await;
         }
     }
@@ -375,6 +321,7 @@ impl Node {
     }
 
     async fn rewind(self: Arc<Self>, id: VmId, mut sandbox: Sandbox, member: Arc<Member>) {
+        let taught = sandbox.taught(&self.config).await;
         let began = Instant::now();
         let rewound = sandbox.rewind(&self.config).await;
         self.apply_with(|desk| {
@@ -394,6 +341,9 @@ impl Node {
                 }
             }
         });
+        if let Some((lesson, told)) = taught {
+            lesson.keep(told).await;
+        }
     }
 }
 

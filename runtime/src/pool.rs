@@ -57,10 +57,9 @@ pub enum Learn {
     /// Nothing; the snapshot stays as it is.
     #[default]
     Nothing,
-    /// Which pages of memory the first invocation that is answered touches, in their order, if the snapshot has no working set
-    /// yet. That invocation takes longer, by some microseconds a page. The set is stored with the snapshot, in a new file of the
-    /// same name, which needs room for both at once; later VMs are restored from that. Nothing is learned from a stub, nor on a host
-    /// that does not let this user have userfaultfd, which is told once on the log.
+    /// Which pages of memory the first invocation that succeeds has touched, if the snapshot has no working set yet; looked at after
+    /// its answer. The set is stored with the snapshot, in a new file of the same name, which needs room for both at once; later VMs
+    /// are restored from that. Nothing is learned of a stub.
     WorkingSet,
 }
 

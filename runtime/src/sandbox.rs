@@ -45,7 +45,7 @@ enum Run {
     Later,
 }
 
-fn restore(run: Run, files: &SnapshotFiles, paging: Paging) -> Request {
+fn restore(run: Run, files: &SnapshotFiles) -> Request {
     let disks = DISK_IDS.iter().zip(DISKS);
     let disks = disks.map(|(id, (access, source))| Disk {
         id: (*id).into(),
@@ -55,9 +55,9 @@ fn restore(run: Run, files: &SnapshotFiles, paging: Paging) -> Request {
     Request::Restore(RestoreRequest {
         disks: disks.collect(),
         resume: run == Run::AtOnce,
-        has_base: files.base.is_some() && paging != Paging::Store,
+        has_base: files.base.is_some() && files.paging != Paging::Store,
         prefetch: Prefetch::WorkingSet,
-        paging,
+        paging: files.paging,
     })
 }
 
@@ -108,7 +108,7 @@ pub(crate) struct Sandbox {
     stage: Stage,
     /// The generation of its newest life.
     generation: Generation,
-    /// Its monitor notes what is touched, or is to.
+    /// What its guest has touched is to be asked for before it is rewound or destroyed.
     lesson: Option<Lesson>,
 }
 
@@ -203,43 +203,16 @@ impl Sandbox {
         files: &SnapshotFiles,
         config: &RuntimeConfig,
     ) -> Result<(), HostError> {
-        let request = restore(Run::Later, files, self.paging(files));
         let monitor = &mut self.vm.monitor;
-        let claimed = monitor
-            .command(&request, &files.fds(), config.restore_limit)
-            .await;
-        if claimed.is_err() {
-            self.lesson.iter_mut().for_each(Lesson::begin);
-        }
-        claimed?;
+        monitor
+            .command(
+                &restore(Run::Later, files),
+                &files.fds(),
+                config.restore_limit,
+            )
+            .await?;
         self.stage = Stage::Pristine;
         Ok(())
-    }
-
-    /// Says before the claim that its monitor is to note what is touched. It is not to be rewound then.
-    pub(crate) fn learn(&mut self, lesson: Option<Lesson>) {
-        self.lesson = lesson;
-    }
-
-    pub(crate) fn is_learning(&self) -> bool {
-        self.lesson.is_some()
-    }
-
-    /// It is about to be destroyed: a lesson without a result is over.
-    pub(crate) fn forget_lesson(&mut self) {
-        self.lesson.take_if(|lesson| !lesson.is_answered());
-    }
-
-    /// The lesson, if the function has answered in it: [`Self::working_set`] tells what it taught.
-    pub(crate) fn take_lesson(&mut self) -> Option<Lesson> {
-        self.lesson.take_if(|lesson| lesson.is_answered())
-    }
-
-    fn paging(&self, files: &SnapshotFiles) -> Paging {
-        match self.lesson {
-            Some(_) => Paging::Recorded,
-            None => files.paging,
-        }
     }
 
     /// Puts it back to its snapshot, paused, with a new agent channel: nothing that its last life said can come any more.
@@ -261,6 +234,19 @@ impl Sandbox {
         self.stage = Stage::Pristine;
         self.generation = Generation(0);
         Ok(rewound)
+    }
+
+    pub(crate) fn learn(&mut self, lesson: Option<Lesson>) {
+        self.lesson = lesson;
+    }
+
+    /// The lesson, if its first life is to teach one, with what the monitor tells of that.
+    pub(crate) async fn taught(
+        &mut self,
+        config: &RuntimeConfig,
+    ) -> Option<(Lesson, Result<Vec<WorkingSetRun>, HostError>)> {
+        let lesson = self.lesson.take().filter(Lesson::is_open)?;
+        Some((lesson, self.working_set(config).await))
     }
 
     pub(crate) fn is_shell(&self) -> bool {
@@ -311,13 +297,11 @@ impl Sandbox {
             Stage::Used => Begin::Continue,
         };
         self.stage = Stage::Used;
-        self.lesson.iter_mut().for_each(Lesson::begin);
         self.hand_over(invocation).map_err(NotRun::Perhaps)?;
-        let paging = self.paging(files);
         let monitor = &mut self.vm.monitor;
         match begin {
             Begin::Claim => {
-                let request = restore(Run::AtOnce, files, paging);
+                let request = restore(Run::AtOnce, files);
                 monitor.send(&request, &files.fds()).await?;
             }
             Begin::Resume => monitor.send(&Request::Resume, &[]).await?,
@@ -331,9 +315,6 @@ impl Sandbox {
             error => error.into(),
         })?;
         let answered = Moment::now();
-        if let (Some(lesson), End::Response { .. }) = (&mut self.lesson, &end) {
-            lesson.answer();
-        }
         let end = self.with_console(end, config).await;
         let answer = matches!(end, End::Response { .. } | End::FunctionError { .. });
         let moments = Moments {

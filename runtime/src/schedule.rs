@@ -134,8 +134,6 @@ pub(crate) enum Input {
     Claimed(VmId, Duration),
     /// A claim has failed. If it was for a request, nothing of the request ran, and its caller may ask again.
     ClaimFailed(VmId),
-    /// A ready sandbox is to be used before the function's others.
-    Prefer(VmId),
     /// A caller returns what it was granted, untouched.
     GaveBack(VmId),
     /// A caller is done with its sandbox.
@@ -350,7 +348,6 @@ impl Schedule {
             Input::PrepareFailed(id) => self.prepare_failed(id),
             Input::Claimed(id, took) => self.claimed(id, took),
             Input::ClaimFailed(id) => self.claim_failed(id),
-            Input::Prefer(id) => self.prefer(id),
             Input::GaveBack(id) => self.gave_back(id),
             Input::Finished(id, verdict) => self.finished(id, verdict),
             Input::Rewound(id, took) => self.rewound(id, took),
@@ -516,13 +513,6 @@ impl Schedule {
             self.timers.insert((until, Timer::Retry(function)));
         }
         self.destroy(id);
-    }
-
-    fn prefer(&mut self, id: VmId) {
-        let vm = self.lift(id);
-        assert_eq!(vm.phase, Phase::Ready, "what is not ready was preferred");
-        // The newest is used next.
-        self.place(id, vm);
     }
 
     fn gave_back(&mut self, id: VmId) {

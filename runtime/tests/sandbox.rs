@@ -346,7 +346,8 @@ async fn a_function_lazily_served_from_a_store_after_it_was_recorded_answers() {
     let (outcome, set) = pool.record(&event).await.unwrap();
     assert!(matches!(&outcome.end, End::Response { .. }), "{outcome:?}");
     eprintln!(
-        "{} pages, {} written, {} runs",
+        "answered after {:?}: {} pages, {} written, {} runs",
+        outcome.duration,
         set.pages(),
         set.written_pages(),
         set.runs().len()

@@ -130,16 +130,6 @@ impl Desk {
         Deed::Hand(grant, parts)
     }
 
-    /// A function's ready sandbox that waits for the first request, to learn from it.
-    pub(super) fn idle_lesson(&self, function: FunctionId) -> Option<VmId> {
-        let entry = self.members.get(&function)?;
-        if !entry.member.learning.is_recording() {
-            return None;
-        }
-        let has_lesson = |id: &VmId| self.held.get(id).is_some_and(Sandbox::is_learning);
-        self.schedule.ready(function).into_iter().find(has_lesson)
-    }
-
     fn member(&self, function: FunctionId) -> Arc<Member> {
         let entry = self.members.get(&function);
         let entry = entry.expect("a function stays until the schedule says that it is gone");

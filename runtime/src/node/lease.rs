@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Member, Node};
+use super::{Lesson, Member, Node};
 use crate::sandbox::{Moment, NotRun, Sandbox};
 use crate::schedule::{Input, Start, Verdict, VmId};
 use crate::{End, HostError, Invocation, InvokeError, Outcome, PoolStats};
@@ -97,33 +97,25 @@ impl Lease {
                 node.apply(Input::Claimed(vm, claimed_at.elapsed()));
             }
         };
-        if sandbox.is_shell() {
-            sandbox.learn(node.lesson(member));
-        }
-        let (files, moments) = (member.files(), (asked, claimed_at));
-        let mut result = sandbox
-            .run(invocation, &files, moments, &node.config, &mut begun)
+        let result = sandbox
+            .run(
+                invocation,
+                &member.files(),
+                (asked, claimed_at),
+                &node.config,
+                &mut begun,
+            )
             .await;
-        if let Err(NotRun::Surely(error)) = &result
-            && sandbox.is_learning()
-            && node.without_lesson(sandbox).await.is_ok()
-        {
-            let again = sandbox
-                .run(invocation, &files, moments, &node.config, &mut begun)
-                .await;
-            if again.is_ok() {
-                node.note_unobservable(member, error);
-            }
-            result = again;
-        }
         match result {
             Ok(mut outcome) => {
                 outcome.start = *start;
+                if matches!(outcome.end, End::Response { .. }) {
+                    sandbox.learn(Lesson::of(member));
+                }
                 if matches!(
                     outcome.end,
                     End::Response { .. } | End::FunctionError { .. }
-                ) && !sandbox.is_learning()
-                {
+                ) {
                     self.fate = Fate::Used(Verdict::Clean);
                 }
                 Ok(outcome)
@@ -159,12 +151,8 @@ impl Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         let (vm, start) = (self.parts.vm, self.parts.start);
-        let mut sandbox = self.parts.sandbox.take();
+        let sandbox = self.parts.sandbox.take();
         let fate = std::mem::replace(&mut self.fate, Fate::Lost);
-        if !matches!(fate, Fate::Untouched) {
-            // Now, so that the sandbox that takes its place may have it.
-            sandbox.iter_mut().for_each(Sandbox::forget_lesson);
-        }
         if let Fate::ClaimFailed(error) = fate {
             return self
                 .node

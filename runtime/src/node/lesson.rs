@@ -1,9 +1,13 @@
-//! What a function's first invocations teach: which pages of its snapshot they touch, in their order.
+//! What a function's first invocation teaches: which pages of its snapshot it touches.
 //!
-//! Of a function whose snapshot has no working set, one sandbox at a time is claimed in such a way that its monitor notes touches
-//! (userfaultfd): a *lesson*. The first request goes to it if it can, gets its answer like any other, only later by its page faults,
-//! and the sandbox is destroyed. After that, with the request long answered, the set is written beside the old snapshot, takes its
-//! name, and is verified; later claims are made from it, earlier ones keep the file that they have. The schedule knows nothing of this.
+//! Of a function whose snapshot has no working set, the sandbox of the first request that succeeds is looked at, when that has
+//! its answer, before it is rewound or destroyed: its monitor reads what is mapped (`/proc/self/pagemap`). That costs the request
+//! nothing, needs no privilege, and changes nothing of how it runs. The set is written into a copy of the snapshot, which takes
+//! its name and is verified; later claims are made from it, earlier ones keep the file that they have.
+//!
+//! What was written is known to the page. What was read is not, as the kernel maps up to [`AROUND_PAGES`] pages around one that is
+//! touched: of each such window one page is kept, and fetching that brings in the same window. No order is seen; a set is
+//! in ascending order, which takes the fewest calls to fetch.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,9 +24,10 @@ use super::Member;
 use crate::HostError;
 use crate::vm::chain;
 
-/// Lessons of a function that come to nothing, as it fails or times out, before nothing is learned of it: each costs a request
-/// some of its time.
+/// Lessons of a function that come to nothing before no more are taken.
 const LESSONS_MAX: u32 = 3;
+/// Pages that the kernel maps around one that is read: `fault_around_bytes`, mm/memory.c, 64 KiB, aligned.
+const AROUND_PAGES: u64 = 16;
 /// Longest wait, when a function closes, for a set that is being written.
 const STORE_LIMIT: Duration = Duration::from_secs(30);
 
@@ -31,9 +36,9 @@ const STORE_LIMIT: Duration = Duration::from_secs(30);
 enum Stage {
     /// Its snapshot has no working set; so many lessons are left.
     Wanted(u32),
-    /// A sandbox of it notes touches.
+    /// One of its sandboxes is to be looked at.
     Recording(u32),
-    /// What it noted is being written.
+    /// What was seen is being written.
     Storing(u32),
     /// The snapshot has a set, or is to have none.
     Over,
@@ -100,15 +105,10 @@ impl Learning {
         })
     }
 
-    pub(crate) fn is_recording(&self) -> bool {
-        matches!(*self.stage.borrow(), Stage::Recording(_))
-    }
-
-    /// The sandbox is gone without a result. One that ran nothing has cost no request anything.
-    fn give_back(&self, progress: Progress) {
-        self.change(|stage| match (stage, progress) {
-            (Stage::Recording(left), Progress::Idle) => Some(Stage::Wanted(left)),
-            (Stage::Recording(left), _) => Some(Stage::again(left - 1)),
+    /// The sandbox is gone without a result.
+    fn give_back(&self) {
+        self.change(|stage| match stage {
+            Stage::Recording(left) => Some(Stage::again(left - 1)),
             _ => None,
         });
     }
@@ -143,51 +143,24 @@ impl Learning {
     }
 }
 
-/// What has become of a lesson's sandbox.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Progress {
-    /// Nothing ran in it.
-    Idle,
-    /// A request was put into it, or its claim failed.
-    Begun,
-    /// The function answered.
-    Answered,
-}
-
-/// The right, and the duty, of one sandbox to note what is touched. Dropped without a result it is another's turn.
+/// The right, and the duty, to tell what one sandbox has touched. Dropped without a result it is another's turn.
 #[derive(Debug)]
 pub(crate) struct Lesson {
     member: Arc<Member>,
-    progress: Progress,
 }
 
 impl Drop for Lesson {
     fn drop(&mut self) {
-        self.member.learning.give_back(self.progress);
+        self.member.learning.give_back();
     }
 }
 
 impl Lesson {
-    /// One for a sandbox of `member` that is about to be claimed, if one is wanted and no other has it.
+    /// One for a sandbox of `member` that has answered, if one is wanted and no other has it.
     pub(crate) fn of(member: &Arc<Member>) -> Option<Self> {
         member.learning.begin().then(|| Self {
             member: Arc::clone(member),
-            progress: Progress::Idle,
         })
-    }
-
-    /// From now on it counts.
-    pub(crate) fn begin(&mut self) {
-        self.progress = Progress::Begun;
-    }
-
-    /// The function answered: what was touched is worth keeping.
-    pub(crate) fn answer(&mut self) {
-        self.progress = Progress::Answered;
-    }
-
-    pub(crate) fn is_answered(&self) -> bool {
-        self.progress == Progress::Answered
     }
 
     /// Whether the function is still there to make use of it.
@@ -228,8 +201,10 @@ impl Lesson {
 /// Writes the set into a new file that takes the snapshot's name, and verifies that as one is verified when its pool is opened.
 fn store(member: &Member, runs: &[WorkingSetRun]) -> Result<WorkingSet, LearnError> {
     let memory_bytes = u64::from(member.shape.memory_mib) << 20;
-    let set = WorkingSet::new(runs.iter().map(touched).collect(), memory_bytes)
-        .map_err(LearnError::Pages)?;
+    let all = WorkingSet::new(runs.iter().map(touched).collect(), memory_bytes);
+    let all = all.map_err(LearnError::Pages)?;
+    let runs = all.runs().iter().copied().flat_map(thinned).collect();
+    let set = WorkingSet::new(runs, memory_bytes).map_err(LearnError::Pages)?;
     if set.runs().is_empty() {
         return Err(LearnError::Nothing);
     }
@@ -250,6 +225,21 @@ fn store(member: &Member, runs: &[WorkingSetRun]) -> Result<WorkingSet, LearnErr
     files.snapshot = (amended.file().try_clone()).map_err(LearnError::Descriptor)?;
     member.set_files(files);
     Ok(set)
+}
+
+/// Of what was read one page for each window that is mapped at once; all of what was written.
+fn thinned(TouchedRun { pages, access }: TouchedRun) -> Vec<TouchedRun> {
+    if access == Access::Write {
+        return vec![TouchedRun { pages, access }];
+    }
+    let end = pages.start.saturating_add(pages.count);
+    let next = |page: &u64| Some((page / AROUND_PAGES + 1) * AROUND_PAGES);
+    let windows = std::iter::successors(Some(pages.start), next).take_while(|page| *page < end);
+    let one = |start| TouchedRun {
+        pages: PageRun { start, count: 1 },
+        access,
+    };
+    windows.map(one).collect()
 }
 
 pub(crate) fn touched(run: &WorkingSetRun) -> TouchedRun {
@@ -284,14 +274,26 @@ mod tests {
     }
 
     #[test]
-    fn one_sandbox_at_a_time_has_the_lesson_and_idle_ones_cost_nothing() {
-        let learning = Learning::wanted();
-        for _ in 0..10 * LESSONS_MAX {
-            assert!(learning.begin());
-            assert!(!learning.begin() && learning.is_recording());
-            learning.give_back(Progress::Idle);
-        }
-        assert_eq!(stage(&learning), Stage::Wanted(LESSONS_MAX));
+    fn of_what_was_read_one_page_a_window_is_kept_and_all_of_what_was_written() {
+        let thin = |start, count, written| {
+            let run = WorkingSetRun {
+                start,
+                count,
+                written,
+            };
+            let runs = thinned(touched(&run));
+            assert!(
+                runs.iter()
+                    .all(|run| (run.access == Access::Write) == written)
+            );
+            let pages = runs.iter().map(|run| (run.pages.start, run.pages.count));
+            pages.collect::<Vec<_>>()
+        };
+        assert_eq!(thin(5, 40, true), [(5, 40)]);
+        assert_eq!(thin(5, 1, false), [(5, 1)]);
+        assert_eq!(thin(5, 11, false), [(5, 1)]);
+        assert_eq!(thin(5, 12, false), [(5, 1), (16, 1)]);
+        assert_eq!(thin(16, 33, false), [(16, 1), (32, 1), (48, 1)]);
     }
 
     #[test]
@@ -300,7 +302,7 @@ mod tests {
         for lesson in 0..LESSONS_MAX {
             assert!(learning.begin(), "lesson {lesson}");
             match lesson % 2 {
-                0 => learning.give_back(Progress::Begun),
+                0 => learning.give_back(),
                 _ => {
                     assert!(learning.store());
                     learning.stored(false);
@@ -317,7 +319,7 @@ mod tests {
         assert!(!learning.store(), "nobody recorded");
         assert!(learning.begin() && learning.store());
         // The sandbox's own end, which comes after.
-        learning.give_back(Progress::Answered);
+        learning.give_back();
         assert!(!learning.begin());
         learning.stored(true);
         assert!(!learning.begin() && !learning.store());
@@ -342,7 +344,7 @@ mod tests {
         let idle = Learning::wanted();
         assert!(idle.begin());
         idle.close().await;
-        idle.give_back(Progress::Idle);
+        idle.give_back();
         assert!(!idle.store() && !idle.begin());
     }
 }

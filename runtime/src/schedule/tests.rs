@@ -125,14 +125,6 @@ fn refusals(effects: &[Effect]) -> Vec<(u64, Refusal)> {
 }
 
 #[test]
-fn a_preferred_sandbox_is_used_next() {
-    let mut bench = Bench::with(rules(), &[(ONE, limits(3, 9, 9))]);
-    let ready = bench.schedule.ready(ONE);
-    assert!(bench.feed(Input::Prefer(ready[0])).is_empty());
-    assert_eq!(bench.run(1, ONE).0, ready[0]);
-}
-
-#[test]
 fn callers_are_served_in_the_order_they_came() {
     let mut bench = Bench::with(rules(), &[(ONE, limits(1, 1, 2))]);
     let (vm, start) = bench.run(1, ONE);

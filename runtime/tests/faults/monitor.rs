@@ -14,8 +14,8 @@ use thaw_agent_protocol::{
 };
 use thaw_vmm_control::wire::{Read, Receiver, send};
 use thaw_vmm_control::{
-    AGENT_FD, CONTROL_FD, Event, Exit, ExitReason, Failure, Fault, Paging, Reply, Request, Rewound,
-    Saved, Status, WorkingSet, WorkingSetRun,
+    AGENT_FD, CONTROL_FD, Event, Exit, ExitReason, Failure, Fault, Reply, Request, Rewound, Saved,
+    Status, WorkingSet, WorkingSetRun,
 };
 
 fn main() {
@@ -34,7 +34,6 @@ fn main() {
         decoder: Decoder::new(),
         generation: 0,
         old: Vec::new(),
-        is_recorded: false,
         script,
     }
     .play();
@@ -58,8 +57,6 @@ struct Monitor {
     generation: u64,
     /// Agent streams of lives that are over.
     old: Vec<UnixStream>,
-    /// It was told to note what is touched.
-    is_recorded: bool,
     script: String,
 }
 
@@ -67,9 +64,6 @@ impl Monitor {
     fn play(mut self) {
         loop {
             let (request, fds) = self.request();
-            if let Request::Restore(restore) = &request {
-                self.is_recorded = restore.paging == Paging::Recorded;
-            }
             match (self.script.as_str(), &request) {
                 ("hangs-in-restore", Request::Restore(_)) => {}
                 ("dies-in-restore", Request::Restore(_)) => {
@@ -79,11 +73,6 @@ impl Monitor {
                 ("refuses-restore", Request::Restore(_)) => {
                     self.fail("host lacks avx512", Fault::Host)
                 }
-                ("refuses-recording", Request::Restore(_)) if self.is_recorded => {
-                    self.note("refused");
-                    self.fail("userfaultfd is not permitted", Fault::Host);
-                }
-                ("dies-when-recording", Request::Restore(_)) if self.is_recorded => exit(1),
                 ("garbage-in-restore", Request::Restore(_)) => {
                     self.control.write_all(&[0xff; 64]).expect("garbage");
                 }
@@ -103,16 +92,16 @@ impl Monitor {
                     self.reply(Reply::Done);
                 }
                 (_, Request::Resume) => self.resume(),
-                (_, Request::Rewind) if self.is_recorded => {
-                    self.fail("what is recorded is not rewound", Fault::Caller);
-                }
                 (_, Request::Rewind) => self.rewind(fds),
                 ("forgets-touches", Request::WorkingSet) => {
                     self.note("asked");
                     self.fail("touches were lost", Fault::Host);
                 }
-                (_, Request::WorkingSet) if self.is_recorded => self.tell_touches(),
-                (_, Request::WorkingSet) => self.fail("nothing is known of it", Fault::Caller),
+                ("dies-when-asked", Request::WorkingSet) => exit(1),
+                (_, Request::WorkingSet) => {
+                    self.note("asked");
+                    self.tell_touches();
+                }
                 (_, Request::Save(_)) => {
                     let [file] = <[OwnedFd; 1]>::try_from(fds).expect("one file");
                     File::from(file).write_all(b"frozen").expect("save");

@@ -307,11 +307,6 @@ impl World {
     }
 
     fn ask(&mut self, dice: &mut Dice, ticket: Ticket, caller: Caller, turn: Turn) {
-        let ready = self.schedule.ready(caller.function);
-        if !ready.is_empty() && dice.in_thousand(20) {
-            let preferred = *dice.pick(&ready);
-            self.feed(dice, Input::Prefer(preferred));
-        }
         self.callers.insert(ticket, caller);
         let queue = &mut self.place(caller.function).queue;
         match turn {
