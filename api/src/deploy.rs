@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use thaw_api_types::thaw::{InitErrorSummary, ProgressEvent, SnapshotSummary, Step};
-use thaw_runtime::{FreezeError, PoolSpec};
+use thaw_runtime::{FreezeError, Learn, PoolSpec};
 
 use crate::engine::{Artifact, EngineError, EngineStep, FreezeJob, Sandboxes, chain};
 use crate::environment;
@@ -308,6 +308,7 @@ async fn open_pool(app: &App, name: &str, artifact: &Artifact) -> Result<Pool, S
             concurrency_max: app.limits.concurrency_max,
             queue_max: app.limits.queue_max,
             queue_wait_max: app.limits.queue_wait_max,
+            learn: Learn::WorkingSet,
         })
         .await
         .map_err(|error| chain(&error))

@@ -115,9 +115,9 @@ pub struct Artifact {
     /// The runtime's own snapshot, over which it is a difference.
     #[serde(default)]
     pub base: Option<PathBuf>,
-    /// Its identity.
+    /// Its identity as it was frozen; a working set that is learned later gives it another.
     pub digest: String,
-    /// Its length, bytes.
+    /// Its length then, bytes.
     pub file_bytes: u64,
     /// Bytes that are not holes.
     pub stored_bytes: u64,

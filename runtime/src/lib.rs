@@ -37,7 +37,7 @@ pub use invocation::{
     End, INVOCATION_LOG_BYTES_MAX, Invocation, InvocationTimings, InvokeError, Measure, Outcome,
     ThrottleReason,
 };
-pub use pool::{OpenPoolError, Pool, PoolSpec, PoolStats};
+pub use pool::{Learn, OpenPoolError, Pool, PoolSpec, PoolStats};
 pub use schedule::{Recycle, Start};
 pub use service::{Runtime, RuntimeConfig, RuntimeStats, StartError};
 pub use thaw_agent_protocol::{Configure, RuntimeExit, RuntimeExitCause};

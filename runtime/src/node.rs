@@ -3,6 +3,7 @@
 
 mod desk;
 mod lease;
+mod lesson;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
@@ -20,6 +21,7 @@ use crate::vm::chain;
 use crate::{HostError, InvokeError, PoolSpec, RuntimeConfig};
 
 pub(crate) use self::lease::{Lease, RunError};
+pub(crate) use self::lesson::{Learning, Lesson, learning, touched};
 
 /// Whom a sandbox, or the news that there is none, is sent to.
 pub(crate) type Grant = oneshot::Sender<Result<Lease, InvokeError>>;
@@ -57,7 +59,10 @@ pub(crate) struct Member {
     pub(crate) id: FunctionId,
     pub(crate) spec: PoolSpec,
     pub(crate) shape: Shape,
-    pub(crate) files: SnapshotFiles,
+    /// Those of the next claim.
+    pub(crate) files: Mutex<Arc<SnapshotFiles>>,
+    /// Of its working set.
+    pub(crate) learning: Learning,
     /// Ends claims ahead of demand.
     pub(crate) stop_claims: CancellationToken,
     /// Ends invocations.
@@ -78,6 +83,15 @@ impl Member {
                 tracing::error!(pool = self.spec.name, "VMs are left in a closed pool");
             }
         }
+        self.learning.close().await;
+    }
+
+    pub(crate) fn files(&self) -> Arc<SnapshotFiles> {
+        Arc::clone(&self.files.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn set_files(&self, files: SnapshotFiles) {
+        *self.files.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(files);
     }
 }
 
@@ -206,12 +220,7 @@ impl Node {
                 let _ = grant.send(Err(error));
             }
             Deed::Destroy(id, sandbox) => {
-                self.tokio.spawn(async move {
-                    if let Some(sandbox) = sandbox {
-                        sandbox.end().await;
-                    }
-                    node.apply(Input::Reaped(id));
-                });
+                self.tokio.spawn(node.destroy(id, sandbox));
             }
             Deed::Gone(member) => {
                 member.gone.send_replace(true);
@@ -266,13 +275,25 @@ impl Node {
     async fn try_claim(
         &self,
         held: &mut Option<Sandbox>,
-        member: &Member,
+        member: &Arc<Member>,
     ) -> Result<(), HostError> {
         let sandbox = match held {
             Some(shell) => shell,
             none => none.insert(Sandbox::spawn(&self.spawner).await?),
         };
-        sandbox.claim(&member.files, &self.config).await
+        sandbox.claim(&member.files(), &self.config).await
+    }
+
+    async fn destroy(self: Arc<Self>, id: VmId, sandbox: Option<Sandbox>) {
+        let mut taught = None;
+        if let Some(mut sandbox) = sandbox {
+            taught = sandbox.taught(&self.config).await;
+            sandbox.end().await;
+        }
+        self.apply(Input::Reaped(id));
+        if let Some((lesson, told)) = taught {
+            lesson.keep(told).await;
+        }
     }
 
     fn claim_failed(
@@ -300,6 +321,7 @@ impl Node {
     }
 
     async fn rewind(self: Arc<Self>, id: VmId, mut sandbox: Sandbox, member: Arc<Member>) {
+        let taught = sandbox.taught(&self.config).await;
         let began = Instant::now();
         let rewound = sandbox.rewind(&self.config).await;
         self.apply_with(|desk| {
@@ -319,6 +341,9 @@ impl Node {
                 }
             }
         });
+        if let Some((lesson, told)) = taught {
+            lesson.keep(told).await;
+        }
     }
 }
 

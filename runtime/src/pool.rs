@@ -5,7 +5,7 @@ mod record;
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use thaw_agent_protocol::{FrameError, PAYLOAD_BYTES_MAX};
@@ -16,7 +16,7 @@ use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::freeze::open;
-use crate::node::{Lease, Member, Node, RunError};
+use crate::node::{Learning, Lease, Member, Node, RunError, learning};
 use crate::sandbox::{Moment, SnapshotFiles};
 use crate::schedule::{Input, Shape, Ticket, Time, Turn};
 use crate::{HostError, Invocation, InvokeError, Outcome};
@@ -47,6 +47,20 @@ pub struct PoolSpec {
     pub queue_max: usize,
     /// Longest wait for a VM.
     pub queue_wait_max: Duration,
+    /// What is learned from the first invocations.
+    pub learn: Learn,
+}
+
+/// What a pool learns from its first invocations.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Learn {
+    /// Nothing; the snapshot stays as it is.
+    #[default]
+    Nothing,
+    /// Which pages of memory the first invocation that succeeds has touched, if the snapshot has no working set yet; looked at after
+    /// its answer. The set is stored with the snapshot, in a new file of the same name, which needs room for both at once; later VMs
+    /// are restored from that. Nothing is learned of a stub.
+    WorkingSet,
 }
 
 /// A pool at one moment.
@@ -124,23 +138,23 @@ impl Pool {
         if spec.concurrency_max == 0 {
             return Err(OpenPoolError::Limits("concurrency_max is 0"));
         }
-        let (snapshot, base, shape) = verified(spec.snapshot.clone(), spec.base.clone()).await?;
-        let is_store = spec.base.as_deref().is_some_and(Path::is_dir);
+        let verified = verified(spec.snapshot.clone(), spec.base.clone()).await?;
         let files = SnapshotFiles {
-            snapshot,
-            base,
-            paging: match is_store {
-                true => Paging::Store,
-                false => Paging::Mapped,
-            },
+            snapshot: verified.snapshot,
+            base: verified.base,
+            paging: verified.paging,
             rootfs: open(&spec.rootfs).await?,
             code: open(&spec.code).await?,
         };
         let member = Arc::new(Member {
             id: node.fresh_function(),
+            learning: match spec.learn {
+                Learn::Nothing => Learning::over(),
+                Learn::WorkingSet => verified.learning,
+            },
             spec,
-            shape,
-            files,
+            shape: verified.shape,
+            files: Mutex::new(Arc::new(files)),
             stop_claims: CancellationToken::new(),
             stop_running: CancellationToken::new(),
             gone: watch::Sender::new(false),
@@ -264,12 +278,18 @@ impl Drop for Place<'_> {
     }
 }
 
-/// Opens a snapshot, and its base if it has one, and checks every byte of both, before anything in them is used. Tells the size of
-/// its VM.
-async fn verified(
-    path: PathBuf,
-    base: Option<PathBuf>,
-) -> Result<(File, Option<File>, Shape), OpenPoolError> {
+/// A snapshot whose every byte is as it was written.
+struct Verified {
+    snapshot: File,
+    base: Option<File>,
+    paging: Paging,
+    /// Size of its VM.
+    shape: Shape,
+    learning: Learning,
+}
+
+/// Opens a snapshot, and its base if it has one, and checks every byte of both, before anything in them is used.
+async fn verified(path: PathBuf, base: Option<PathBuf>) -> Result<Verified, OpenPoolError> {
     let check = move || {
         let unusable = |source: Box<dyn std::error::Error + Send + Sync>| OpenPoolError::Snapshot {
             path: path.clone(),
@@ -312,7 +332,17 @@ async fn verified(
                 source,
             })
         })?;
-        Ok((file, base_file, shape))
+        let paging = match is_store {
+            true => Paging::Store,
+            false => Paging::Mapped,
+        };
+        Ok(Verified {
+            snapshot: file,
+            base: base_file,
+            paging,
+            shape,
+            learning: learning(&snapshot, paging).map_err(|error| unusable(error.into()))?,
+        })
     };
     match tokio::task::spawn_blocking(check).await {
         Ok(result) => result,

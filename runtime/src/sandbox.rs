@@ -17,6 +17,7 @@ use tokio::time::Instant;
 use self::life::{Begin, Input, Life, Step};
 use crate::channel::AgentChannel;
 use crate::monitor::{Spawner, socket_pair};
+use crate::node::Lesson;
 use crate::schedule::{Shape, Start};
 use crate::vm::{Vm, after};
 use crate::{
@@ -107,6 +108,8 @@ pub(crate) struct Sandbox {
     stage: Stage,
     /// The generation of its newest life.
     generation: Generation,
+    /// What its guest has touched is to be asked for before it is rewound or destroyed.
+    lesson: Option<Lesson>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -175,6 +178,7 @@ impl Sandbox {
             vm: Vm::new(monitor, channel),
             stage: Stage::Shell,
             generation: Generation(0),
+            lesson: None,
         })
     }
 
@@ -230,6 +234,19 @@ impl Sandbox {
         self.stage = Stage::Pristine;
         self.generation = Generation(0);
         Ok(rewound)
+    }
+
+    pub(crate) fn learn(&mut self, lesson: Option<Lesson>) {
+        self.lesson = lesson;
+    }
+
+    /// The lesson, if its first life is to teach one, with what the monitor tells of that.
+    pub(crate) async fn taught(
+        &mut self,
+        config: &RuntimeConfig,
+    ) -> Option<(Lesson, Result<Vec<WorkingSetRun>, HostError>)> {
+        let lesson = self.lesson.take().filter(Lesson::is_open)?;
+        Some((lesson, self.working_set(config).await))
     }
 
     pub(crate) fn is_shell(&self) -> bool {

@@ -2,6 +2,8 @@
 //! own invocation at most. The real monitor and real guests are in tests/sandbox.rs.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+#[path = "faults/lessons.rs"]
+mod lessons;
 #[path = "faults/lives.rs"]
 mod lives;
 #[path = "faults/stage.rs"]

@@ -16,8 +16,8 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use thaw_runtime::{
     BaseRequest, Configure, End, FreezeError, FreezeRequest, FreezeStep, Invocation,
-    InvocationTimings, InvokeError, Measure, Outcome, Pool, PoolSpec, Runtime, RuntimeConfig,
-    RuntimeExitCause, Start,
+    InvocationTimings, InvokeError, Learn, Measure, Outcome, Pool, PoolSpec, Runtime,
+    RuntimeConfig, RuntimeExitCause, Start,
 };
 use thaw_snapshot::{Metadata, Snapshot, set_working_set};
 use thaw_snapshot_store::{LocalFolder, Store};
@@ -146,6 +146,7 @@ async fn pool(ready_count: usize) -> (Runtime, Pool) {
         concurrency_max: 4,
         queue_max: 64,
         queue_wait_max: AMPLE,
+        learn: Learn::Nothing,
     };
     let pool = runtime.open_pool(spec).await.unwrap();
     (runtime, pool)
@@ -340,13 +341,15 @@ async fn a_function_lazily_served_from_a_store_after_it_was_recorded_answers() {
         concurrency_max: 4,
         queue_max: 64,
         queue_wait_max: AMPLE,
+        learn: Learn::Nothing,
     };
     let pool = runtime.open_pool(spec(&path, None)).await.unwrap();
     let event = invocation(&json!({"do": "greet", "name": "you"}));
     let (outcome, set) = pool.record(&event).await.unwrap();
     assert!(matches!(&outcome.end, End::Response { .. }), "{outcome:?}");
     eprintln!(
-        "{} pages, {} written, {} runs",
+        "answered after {:?}: {} pages, {} written, {} runs",
+        outcome.duration,
         set.pages(),
         set.written_pages(),
         set.runs().len()
@@ -374,6 +377,85 @@ async fn a_function_lazily_served_from_a_store_after_it_was_recorded_answers() {
     let outcome = pool.invoke(invocation(&event)).await;
     let told = format!("{outcome:?}");
     assert!(told.contains("is not in the store"), "{told}");
+    runtime.shutdown(AMPLE).await;
+    assert!(monitors().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_function_learns_its_working_set_from_its_first_request_and_no_more() {
+    let _turn = alone().await;
+    let path = scratch("learned.thaw");
+    std::fs::copy(snapshot().await, &path).unwrap();
+    let frozen = Snapshot::open(&path).unwrap();
+    let runtime = runtime();
+    let open = async || {
+        let spec = PoolSpec {
+            name: "learned".into(),
+            snapshot: path.clone(),
+            base: None,
+            rootfs: setting("THAW_TEST_ROOTFS"),
+            code: setting("THAW_TEST_CODE"),
+            ready_count: 1,
+            concurrency_max: 4,
+            queue_max: 64,
+            queue_wait_max: AMPLE,
+            learn: Learn::WorkingSet,
+        };
+        let pool = runtime.open_pool(spec).await.unwrap();
+        eventually("a VM is ready", || pool.stats().ready == 1).await;
+        pool
+    };
+    let pool = open().await;
+    // What fails teaches nothing, and its successor learns.
+    let raised = invoke(&pool, json!({"do": "raise"})).await;
+    assert!(
+        matches!(raised.end, End::FunctionError { .. }),
+        "{raised:?}"
+    );
+    let learned = || Snapshot::open(&path).unwrap().working_set().unwrap();
+    assert!(learned().is_none());
+    let began = Instant::now();
+    while learned().is_none() {
+        let one = Instant::now();
+        greets(&pool).await;
+        eprintln!("answered after {:?}", one.elapsed());
+        assert!(
+            began.elapsed() < AMPLE,
+            "nothing is learned: {:?}",
+            pool.stats()
+        );
+    }
+    let (set, after) = (learned().unwrap(), Snapshot::open(&path).unwrap());
+    eprintln!("{} pages, {} written", set.pages(), set.written_pages());
+    assert!(set.pages() > set.written_pages() && set.written_pages() > 10);
+    after.verify().unwrap();
+    assert_eq!(after.content_digest(), frozen.content_digest());
+    // Sandboxes of the old file and of the new one.
+    let mut calls = tokio::task::JoinSet::new();
+    for _ in 0..4 {
+        let pool = pool.clone();
+        calls.spawn(async move { greets(&pool).await });
+    }
+    while let Some(call) = calls.join_next().await {
+        call.unwrap();
+    }
+    assert_eq!(answer(&pool, json!({"do": "write"})).await, json!(["mark"]));
+    assert_eq!(pool.stats().restore_failures, 0);
+    pool.close().await;
+
+    let pool = open().await;
+    greets(&pool).await;
+    eventually("the first VM is rewound: it was not to learn", || {
+        pool.stats().ready == 2
+    })
+    .await;
+    assert_eq!(
+        invoke(&pool, json!({"do": "greet", "name": "you"}))
+            .await
+            .start,
+        Start::Rewound
+    );
+    assert_eq!(Snapshot::open(&path).unwrap().digest(), after.digest());
     runtime.shutdown(AMPLE).await;
     assert!(monitors().is_empty());
 }

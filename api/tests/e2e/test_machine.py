@@ -73,6 +73,29 @@ def test_snapshots_are_listed_inspected_and_verified(gateway, hello):
     assert done.returncode == 1 and "damaged" in done.stderr
 
 
+def test_a_function_learns_its_working_set_from_its_first_request(gateway, deploy, invoke):
+    name = deploy("learner", zip_of(app="def handler(e, c): return {'sum': sum(e['numbers'])}"))
+
+    def about():
+        return json.loads(gateway.cli("--json", "snapshot", "inspect", name).stdout)
+
+    frozen = about()
+    assert frozen["workingSet"] is None
+    deadline = time.monotonic() + 60
+    while not (learned := about())["workingSet"]:
+        assert time.monotonic() < deadline, "nothing is learned"
+        assert invoke(name, {"numbers": [3, 5]})[0] == {"sum": 8}
+    assert learned["contentDigest"] == frozen["contentDigest"] and learned["digest"] != frozen["digest"]
+    working_set = learned["workingSet"]
+    print(working_set)
+    assert 0 < working_set["writtenPages"] < working_set["pages"] < learned["memoryMiB"] * 256 / 2
+    assert "every byte" in gateway.cli("snapshot", "verify", name).stdout
+    for number in range(5):
+        assert invoke(name, {"numbers": [number]})[0] == {"sum": number}
+    assert about()["digest"] == learned["digest"]
+    assert [path.name for path in pathlib.Path(learned["path"]).parent.iterdir() if "tmp" in path.name] == []
+
+
 def test_a_snapshot_is_built_without_a_gateway(home, tmp_path):
     (tmp_path / "app.py").write_text("def handler(e, c): return 1")
     command = [THAW, "--home", home, "snapshot"]

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Member, Node};
+use super::{Lesson, Member, Node};
 use crate::sandbox::{Moment, NotRun, Sandbox};
 use crate::schedule::{Input, Start, Verdict, VmId};
 use crate::{End, HostError, Invocation, InvokeError, Outcome, PoolStats};
@@ -100,7 +100,7 @@ impl Lease {
         let result = sandbox
             .run(
                 invocation,
-                &member.files,
+                &member.files(),
                 (asked, claimed_at),
                 &node.config,
                 &mut begun,
@@ -109,6 +109,9 @@ impl Lease {
         match result {
             Ok(mut outcome) => {
                 outcome.start = *start;
+                if matches!(outcome.end, End::Response { .. }) {
+                    sandbox.learn(Lesson::of(member));
+                }
                 if matches!(
                     outcome.end,
                     End::Response { .. } | End::FunctionError { .. }

@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use thaw_snapshot::{Access, PageRun, TouchedRun, WorkingSet};
-use thaw_vmm_control::{Paging, WorkingSetRun};
+use thaw_snapshot::WorkingSet;
+use thaw_vmm_control::Paging;
 
 use super::Pool;
+use crate::node::touched;
 use crate::sandbox::{Moment, NotRun, Sandbox};
 use crate::{HostError, Invocation, InvokeError, Outcome};
 
@@ -25,7 +26,7 @@ impl Pool {
         invocation: &Invocation,
     ) -> Result<(Outcome, WorkingSet), InvokeError> {
         let (node, member) = (&self.inner.node, &self.inner.member);
-        let mut files = member.files.again().map_err(|source| {
+        let mut files = member.files().again().map_err(|source| {
             host(HostError::File {
                 act: "cannot keep open",
                 path: member.spec.snapshot.clone(),
@@ -55,18 +56,5 @@ impl Pool {
             })
         })?;
         Ok((outcome, set))
-    }
-}
-
-fn touched(run: &WorkingSetRun) -> TouchedRun {
-    TouchedRun {
-        pages: PageRun {
-            start: run.start,
-            count: run.count,
-        },
-        access: match run.written {
-            true => Access::Write,
-            false => Access::Read,
-        },
     }
 }

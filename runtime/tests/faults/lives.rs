@@ -18,13 +18,13 @@ impl Stage {
 }
 
 /// Runs one invocation that must answer, and says how its sandbox was had.
-async fn start(pool: &Pool) -> Start {
+pub async fn start(pool: &Pool) -> Start {
     let result = invoke(pool).await;
     assert!(is_answer(&result, b"{}"), "{result:?}");
     result.unwrap().start
 }
 
-async fn until(is_so: impl Fn() -> bool) {
+pub async fn until(is_so: impl Fn() -> bool) {
     let began = std::time::Instant::now();
     while !is_so() {
         assert!(began.elapsed() < super::AMPLE, "it never comes");

@@ -15,7 +15,7 @@ use thaw_agent_protocol::{
 use thaw_vmm_control::wire::{Read, Receiver, send};
 use thaw_vmm_control::{
     AGENT_FD, CONTROL_FD, Event, Exit, ExitReason, Failure, Fault, Reply, Request, Rewound, Saved,
-    Status, Timings,
+    Status, Timings, WorkingSet, WorkingSetRun,
 };
 
 fn main() {
@@ -93,7 +93,15 @@ impl Monitor {
                 }
                 (_, Request::Resume) => self.resume(),
                 (_, Request::Rewind) => self.rewind(fds),
-                (_, Request::WorkingSet) => self.fail("nothing is known of it", Fault::Caller),
+                ("forgets-touches", Request::WorkingSet) => {
+                    self.note("asked");
+                    self.fail("touches were lost", Fault::Host);
+                }
+                ("dies-when-asked", Request::WorkingSet) => exit(1),
+                (_, Request::WorkingSet) => {
+                    self.note("asked");
+                    self.tell_touches();
+                }
                 (_, Request::Save(_)) => {
                     let [file] = <[OwnedFd; 1]>::try_from(fds).expect("one file");
                     File::from(file).write_all(b"frozen").expect("save");
@@ -223,6 +231,26 @@ impl Monitor {
             }
             _ => self.answer(invoke, generation),
         }
+    }
+
+    fn tell_touches(&self) {
+        let runs = [(7, 2, false), (3, 1, true)].map(|(start, count, written)| WorkingSetRun {
+            start,
+            count,
+            written,
+        });
+        self.reply(Reply::WorkingSet(WorkingSet {
+            runs: runs.to_vec(),
+        }));
+    }
+
+    /// A line in a file beside the program, for the test to count.
+    fn note(&self, what: &str) {
+        let program = PathBuf::from(std::env::args_os().next().expect("a name"));
+        let path = program.with_extension(what);
+        let file = File::options().append(true).create(true).open(path);
+        file.and_then(|mut file| file.write_all(b"\n"))
+            .expect("a line");
     }
 
     fn answer(&mut self, invoke: Invoke, generation: u64) {

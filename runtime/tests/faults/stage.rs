@@ -8,12 +8,26 @@ use bytes::Bytes;
 use tempfile::TempDir;
 use thaw_runtime::{
     Configure, End, Fault, FreezeError, FreezeRequest, FreezeStep, Frozen, Invocation, InvokeError,
-    Measure, Outcome, Pool, PoolSpec, Runtime, RuntimeConfig,
+    Learn, Measure, Outcome, Pool, PoolSpec, Runtime, RuntimeConfig,
 };
-use thaw_snapshot::{CpuRecord, Metadata, SectionKind, Writer};
+use thaw_snapshot::{CpuRecord, Metadata, PageSource, SectionKind, Writer};
 
 /// A limit that no test should come near.
 pub const AMPLE: Duration = Duration::from_secs(60);
+
+/// Memory of a guest that has done nothing.
+struct Zeros;
+
+impl PageSource for Zeros {
+    fn read_at(&mut self, _: u64, buffer: &mut [u8]) -> std::io::Result<()> {
+        buffer.fill(0);
+        Ok(())
+    }
+
+    fn next_data(&mut self, _: u64) -> std::io::Result<Option<u64>> {
+        Ok(None)
+    }
+}
 
 /// A runtime whose monitors play one script, and the files it works on.
 pub struct Stage {
@@ -44,6 +58,8 @@ impl Stage {
         writer.metadata(&metadata).unwrap();
         writer.cpu(&CpuRecord::default()).unwrap();
         writer.section(SectionKind::Machine, b"machine").unwrap();
+        let memory = SectionKind::Memory;
+        (writer.sparse_section(memory, 128 << 20, &mut Zeros)).unwrap();
         writer.finish().unwrap();
         let mut config = RuntimeConfig {
             vmm,
@@ -72,6 +88,7 @@ impl Stage {
             concurrency_max: 2,
             queue_max: 8,
             queue_wait_max: AMPLE,
+            learn: Learn::Nothing,
         }
     }
 

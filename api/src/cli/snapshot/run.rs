@@ -11,7 +11,7 @@ use anyhow::{Context as _, bail, ensure};
 use clap::Args;
 use serde_json::{Value, json};
 use thaw_images::{ImageStore, RuntimeName};
-use thaw_runtime::{End, Invocation, Measure, Outcome, PoolSpec, Runtime, RuntimeConfig};
+use thaw_runtime::{End, Invocation, Learn, Measure, Outcome, PoolSpec, Runtime, RuntimeConfig};
 use thaw_snapshot::{PendingFile, Snapshot, WorkingSet, set_working_set};
 use thaw_snapshot_store::{LocalFolder, Store};
 
@@ -206,6 +206,7 @@ impl Parts {
             concurrency_max: 1,
             queue_max: 1,
             queue_wait_max: WAIT_LIMIT,
+            learn: Learn::Nothing,
         }
     }
 
