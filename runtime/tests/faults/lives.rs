@@ -127,6 +127,19 @@ async fn claims_for_requests_that_go_on_failing_are_told_with_the_monitors_reaso
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_that_is_refused_is_told_from_a_restore_that_fails() {
+    for (script, is_refused) in [("foreign-snapshot", true), ("refuses-restore", false)] {
+        let stage = Stage::new(script);
+        // Claimed for the request, and ahead of it.
+        for pool in [stage.lazy_pool().await, stage.pool().await] {
+            let error = invoke(&pool).await.unwrap_err();
+            assert_eq!(error.refuses_snapshot(), is_refused, "{script}: {error:?}");
+        }
+        stage.strike().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn only_a_measurement_may_use_a_vm_again_as_it_is() {
     let stage = Stage::with("stays-warm", |config| config.recycle = Recycle::Reuse);
     let pool = stage.lazy_pool().await;

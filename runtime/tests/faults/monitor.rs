@@ -73,6 +73,9 @@ impl Monitor {
                 ("refuses-restore", Request::Restore(_)) => {
                     self.fail("host lacks avx512", Fault::Host)
                 }
+                ("foreign-snapshot", Request::Restore(_)) => {
+                    self.fail("host lacks avx512", Fault::Caller)
+                }
                 ("garbage-in-restore", Request::Restore(_)) => {
                     self.control.write_all(&[0xff; 64]).expect("garbage");
                 }

@@ -126,16 +126,34 @@ fn a_guest_lazily_served_from_a_store_is_the_frozen_one() {
     unused.quit();
 }
 
+/// Whether every process has the right to userfaultfd for faults of the kernel, as in a lab.
+const EVERYBODYS: &str = "/proc/sys/vm/unprivileged_userfaultfd";
+
+/// A setting of the host's kernel that is put back.
+struct Sysctl {
+    path: &'static str,
+    before: String,
+}
+
+impl Sysctl {
+    fn set(path: &'static str, value: &str) -> Self {
+        let before = fs::read_to_string(path).unwrap();
+        if before.trim() != value {
+            fs::write(path, value).unwrap();
+        }
+        Self { path, before }
+    }
+}
+
+impl Drop for Sysctl {
+    fn drop(&mut self) {
+        fs::write(self.path, &self.before).unwrap();
+    }
+}
+
 #[test]
 fn a_guest_lazily_served_without_the_right_to_userfaultfd_is_refused_and_told_what_helps() {
-    let everybodys = "/proc/sys/vm/unprivileged_userfaultfd";
-    if let Ok(value) = fs::read_to_string(everybodys) {
-        assert_eq!(
-            value.trim(),
-            "0",
-            "{everybodys}: everybody has the right on this host"
-        );
-    }
+    let _nobodys = Sysctl::set(EVERYBODYS, "0");
     let (frozen, stored) = (frozen(1), whole());
     let request = |paging| {
         Request::Restore(RestoreRequest {
@@ -155,7 +173,7 @@ fn a_guest_lazily_served_without_the_right_to_userfaultfd_is_refused_and_told_wh
     for part in [
         "userfaultfd for faults of the kernel is not permitted",
         "run as root",
-        everybodys,
+        EVERYBODYS,
         "/dev/userfaultfd",
     ] {
         assert!(failure.message.contains(part), "{}", failure.message);
