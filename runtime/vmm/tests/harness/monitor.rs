@@ -50,7 +50,9 @@ impl Monitor {
     pub fn start_without_privileges(folder: &Path) -> Self {
         let closed = folder.join("closed");
         let closing = File::create(&closed).unwrap();
-        closing.set_permissions(Permissions::from_mode(0o000)).unwrap();
+        closing
+            .set_permissions(Permissions::from_mode(0o000))
+            .unwrap();
         let mut command = Command::new("unshare");
         let steps =
             "if [ -e /dev/userfaultfd ]; then mount --bind \"$1\" /dev/userfaultfd || exit; fi
