@@ -123,7 +123,6 @@ impl Monitor {
                         first_agent_byte_ns: Some(4),
                         ..Timings::default()
                     },
-                    ..Status::default()
                 })),
                 (_, Request::Quit) => exit(0),
             }
