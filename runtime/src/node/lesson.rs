@@ -190,6 +190,10 @@ impl Lesson {
                 written = set.written_pages(),
                 "working set is learned"
             ),
+            // The function was deleted, or the gateway stops.
+            Err(error) if !self.is_open() || !member.spec.snapshot.exists() => {
+                tracing::debug!(pool, error = chain(error), "working set is not learned");
+            }
             Err(error) => {
                 tracing::warn!(pool, error = chain(error), "working set is not learned");
             }
