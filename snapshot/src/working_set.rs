@@ -79,6 +79,20 @@ pub struct WorkingSet {
     runs: Vec<TouchedRun>,
 }
 
+impl TouchedRun {
+    /// `count` pages from page `start`, written or only read. Checked by [`WorkingSet::new`].
+    pub fn new(start: u64, count: u64, is_written: bool) -> Self {
+        let access = match is_written {
+            true => Access::Write,
+            false => Access::Read,
+        };
+        Self {
+            pages: PageRun { start, count },
+            access,
+        }
+    }
+}
+
 impl WorkingSet {
     /// Checks `runs` against a memory of `memory_bytes`.
     ///

@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context as _, bail, ensure};
 use command_fds::{CommandFdExt as _, FdMapping};
-use thaw_snapshot::{Access, PageRun, TouchedRun, WorkingSet, set_working_set};
+use thaw_snapshot::{TouchedRun, WorkingSet, set_working_set};
 use thaw_vmm_control::wire::{self, Read, Receiver};
 use thaw_vmm_control::{
     AGENT_FD, BootRequest, CONTROL_FD, Event, FromMonitor, Prefetch, PrepareRequest, Reply,
@@ -80,18 +80,11 @@ impl Ours {
         let Reply::WorkingSet(touched) = monitor.ask(&Request::WorkingSet, &[])? else {
             bail!("the monitor does not tell what its guest touched");
         };
-        let access = |written| if written { Access::Write } else { Access::Read };
         let runs = touched
             .runs
             .iter()
             .filter(|run| run.written)
-            .map(|run| TouchedRun {
-                pages: PageRun {
-                    start: run.start,
-                    count: run.count,
-                },
-                access: access(run.written),
-            });
+            .map(|run| TouchedRun::new(run.start, run.count, run.written));
         let set = WorkingSet::new(runs.collect(), u64::from(self.memory_mib) << 20)?;
         set_working_set(&self.snapshot, &set)?;
         Ok(())

@@ -247,16 +247,7 @@ fn thinned(TouchedRun { pages, access }: TouchedRun) -> Vec<TouchedRun> {
 }
 
 pub(crate) fn touched(run: &WorkingSetRun) -> TouchedRun {
-    TouchedRun {
-        pages: PageRun {
-            start: run.start,
-            count: run.count,
-        },
-        access: match run.written {
-            true => Access::Write,
-            false => Access::Read,
-        },
-    }
+    TouchedRun::new(run.start, run.count, run.written)
 }
 
 /// Whether there is something to learn about a snapshot that is opened.

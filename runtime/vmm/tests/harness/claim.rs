@@ -4,7 +4,7 @@ use std::fs::File;
 use std::time::{Duration, Instant};
 
 use tempfile::NamedTempFile;
-use thaw_snapshot::{Access, PageRun, TouchedRun, WorkingSet, set_working_set};
+use thaw_snapshot::{TouchedRun, WorkingSet, set_working_set};
 use thaw_vmm_control::{
     Disk, DiskShape, Fault, Prefetch, PrepareRequest, Reply, Request, RestoreRequest, SaveForm,
     Status, Timings, WorkingSetRun,
@@ -145,16 +145,7 @@ fn with_working_set(frozen: &Frozen) -> NamedTempFile {
     );
     // The guest has read a mebibyte of its own and has written its stack at least.
     assert!(written > 0 && all > 256, "{all} pages, {written} written");
-    let run = |run: &WorkingSetRun| TouchedRun {
-        pages: PageRun {
-            start: run.start,
-            count: run.count,
-        },
-        access: match run.written {
-            true => Access::Write,
-            false => Access::Read,
-        },
-    };
+    let run = |run: &WorkingSetRun| TouchedRun::new(run.start, run.count, run.written);
     let set = WorkingSet::new(told.runs.iter().map(run).collect(), 256 << 20).unwrap();
     set_working_set(file.path(), &set).unwrap();
     file

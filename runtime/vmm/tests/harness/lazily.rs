@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use tempfile::{NamedTempFile, TempDir};
-use thaw_snapshot::{Access, PageRun, Touch, TouchedRun, WorkingSet, set_working_set};
+use thaw_snapshot::{Touch, TouchedRun, WorkingSet, set_working_set};
 use thaw_snapshot_store::{LocalFolder, Store};
 use thaw_vmm_control::{
     Exit, ExitReason, Fault, Paging, Prefetch, Reply, Request, RestoreRequest, WorkingSetRun,
@@ -387,16 +387,7 @@ fn first_touches(monitor: &mut Monitor) -> Vec<WorkingSetRun> {
 fn a_guest_lazily_recorded_tells_its_touches_and_is_served_by_them() {
     let frozen = frozen(1);
     let runs = recorded(frozen);
-    let touch = |run: &WorkingSetRun| TouchedRun {
-        pages: PageRun {
-            start: run.start,
-            count: run.count,
-        },
-        access: match run.written {
-            true => Access::Write,
-            false => Access::Read,
-        },
-    };
+    let touch = |run: &WorkingSetRun| TouchedRun::new(run.start, run.count, run.written);
     let set = WorkingSet::new(runs.iter().map(touch).collect(), 256 << 20).unwrap();
     let touches = |run: &TouchedRun| {
         let access = run.access;
