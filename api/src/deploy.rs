@@ -4,7 +4,7 @@
 //! failure of the function itself makes a function that answers with its error; only a failure of this machine makes one
 //! that is Failed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -18,9 +18,10 @@ use crate::engine::{Artifact, EngineError, EngineStep, FreezeJob, Sandboxes, cha
 use crate::environment;
 use crate::invocation::fault;
 use crate::record::{
-    Function, InitCause, InitFailure, LastUpdate, Outcome, Revision, Serving, State,
+    InitCause, InitFailure, LastUpdate, Outcome, Revision, Serving, State, Version, VersionId,
 };
 use crate::state::{App, Health, Live, PoolSlot};
+use crate::store::Stored;
 
 /// Names within a revision's folder.
 pub const CODE_ZIP: &str = "code.zip";
@@ -38,19 +39,25 @@ type Pool = Arc<dyn Sandboxes>;
 ///
 /// # Errors
 /// The path that could not be read or removed, and why.
-pub fn clean(folder: &Path, records: &[Function]) -> Result<(), (PathBuf, io::Error)> {
-    let known: BTreeMap<&str, &Function> = records
+pub fn clean(folder: &Path, records: &[Stored]) -> Result<(), (PathBuf, io::Error)> {
+    let known: BTreeMap<&str, BTreeSet<&str>> = records
         .iter()
-        .map(|record| (record.name.as_str(), record))
+        .map(|stored| {
+            let versions = stored.published.iter().chain([&stored.latest]);
+            let revisions = versions.flat_map(|version| {
+                let serves = version.serving.as_ref().map(|s| s.revision.id.as_str());
+                serves.into_iter().chain([version.target.id.as_str()])
+            });
+            (stored.function.name.as_str(), revisions.collect())
+        })
         .collect();
     for (name, path) in entries(folder)? {
-        let Some(record) = known.get(name.as_str()) else {
+        let Some(revisions) = known.get(name.as_str()) else {
             remove(&path)?;
             continue;
         };
         for (name, path) in entries(&path)? {
-            let serves = record.serving.as_ref().map(|s| s.revision.id.as_str());
-            if name == record.target.id || Some(name.as_str()) == serves {
+            if revisions.contains(name.as_str()) {
                 clean_revision(&path)?;
             } else if name != "log" && name != "log.1" {
                 remove(&path)?;
@@ -120,7 +127,7 @@ pub async fn start_all(app: Arc<App>) {
             () = app.stop.cancelled() => return,
         }
     }
-    for live in app.all() {
+    for live in app.all().iter().flat_map(|function| function.all()) {
         let record = live.record();
         if matches!(
             &record.serving,
@@ -131,11 +138,10 @@ pub async fn start_all(app: Arc<App>) {
         ) {
             live.pool.send_replace(PoolSlot::Opening);
         }
-        let updating = matches!(record.last_update, Some(LastUpdate::InProgress));
         if record.serving.is_some() {
             app.tasks.spawn(reopen(Arc::clone(&app), Arc::clone(&live)));
         }
-        if record.state == State::Pending || updating {
+        if record.is_deploying() {
             begin(&app, &live);
         }
     }
@@ -167,7 +173,7 @@ async fn reopen(app: Arc<App>, live: Arc<Live>) {
             .usable(artifact, &revision.settings.runtime)
             .await
         {
-            match open_pool(&app, &live.name, artifact).await {
+            match open_pool(&app, &live, artifact).await {
                 Ok(pool) => {
                     live.pool.send_if_modified(|slot| {
                         // An update may have been quicker.
@@ -190,7 +196,7 @@ async fn reopen(app: Arc<App>, live: Arc<Live>) {
 
 /// Freezes what serves from its stored code; requests wait for it meanwhile.
 async fn freeze_anew(app: &Arc<App>, live: &Arc<Live>, revision: Revision, reason: String) {
-    tracing::warn!(function = %live.name, %reason, "function is frozen again");
+    tracing::warn!(function = %live.label, %reason, "function is frozen again");
     live.progress.begin();
     match freeze(app, live, &revision).await {
         Ok((outcome, pool)) => finish(app, live, revision, outcome, pool).await,
@@ -262,13 +268,13 @@ async fn freeze(
         .acquire()
         .await
         .map_err(|_| "the gateway is stopping".to_owned())?;
-    let job = job(app, &live.name, revision);
+    let job = job(app, live, revision);
     let limit = job.init_limit;
     let mut step = |step: EngineStep| tell(live, step);
     match app.engine.freeze(job, &mut step).await {
         Ok(artifact) => {
             live.progress.push(Step::Pool, "restore sandboxes ahead");
-            let pool = open_pool(app, &live.name, &artifact).await?;
+            let pool = open_pool(app, live, &artifact).await?;
             Ok((Outcome::Frozen(bounded(artifact)), Some(pool)))
         }
         Err(EngineError::Freeze(error)) => match init_failure(error, limit) {
@@ -279,11 +285,11 @@ async fn freeze(
     }
 }
 
-fn job(app: &App, name: &str, revision: &Revision) -> FreezeJob {
-    let folder = app.folder(name).join(&revision.id);
+fn job(app: &App, live: &Live, revision: &Revision) -> FreezeJob {
+    let folder = app.folder(&live.name).join(&revision.id);
     let settings = &revision.settings;
     FreezeJob {
-        function: name.to_owned(),
+        function: live.label.clone(),
         revision: revision.id.clone(),
         runtime: settings.runtime.clone(),
         zip: folder.join(CODE_ZIP),
@@ -291,20 +297,24 @@ fn job(app: &App, name: &str, revision: &Revision) -> FreezeJob {
         memory_mib: settings.memory_mib,
         vcpu_count: environment::vcpu_count(settings.memory_mib),
         bootstrap: environment::bootstrap(&settings.runtime),
-        environment: environment::variables(name, &app.region, settings),
+        environment: environment::variables(&live.name, live.id, &app.region, settings),
         init_limit: app.limits.init_limit,
     }
 }
 
-async fn open_pool(app: &App, name: &str, artifact: &Artifact) -> Result<Pool, String> {
+async fn open_pool(app: &App, live: &Live, artifact: &Artifact) -> Result<Pool, String> {
     app.engine
         .open_pool(PoolSpec {
-            name: name.to_owned(),
+            name: live.label.clone(),
             snapshot: artifact.snapshot.clone(),
             base: artifact.base.clone(),
             rootfs: artifact.rootfs.clone(),
             code: artifact.code.clone(),
-            ready_count: app.ready_count,
+            ready_count: match live.id {
+                VersionId::Latest => app.ready_count,
+                // There may be many, and most are never called: demand alone keeps theirs.
+                VersionId::Number(_) => 0,
+            },
             concurrency_max: app.limits.concurrency_max,
             queue_max: app.limits.queue_max,
             queue_wait_max: app.limits.queue_wait_max,
@@ -333,7 +343,7 @@ async fn finish(
             }
             if let Err(error) = not_served {
                 let reason = chain(&error);
-                tracing::error!(function = %live.name, %reason, "deployment is not committed");
+                tracing::error!(function = %live.label, %reason, "deployment is not committed");
                 live.set_last_error(Some(reason.clone()));
                 failed_event(live, reason);
             }
@@ -343,7 +353,7 @@ async fn finish(
     let previous = live
         .pool
         .send_replace(pool.map_or(PoolSlot::Closed, PoolSlot::Open));
-    tracing::info!(function = %live.name, revision = %kept, "function is deployed");
+    tracing::info!(function = %live.label, revision = %kept, "function is deployed");
     live.set_last_error(
         event
             .init_error
@@ -362,7 +372,7 @@ async fn finish(
 }
 
 /// Lets a frozen revision serve, unless it was overtaken while it was frozen; answers what served before.
-fn serve(record: &mut Function, serving: Serving) -> Option<Option<Serving>> {
+fn serve(record: &mut Version, serving: Serving) -> Option<Option<Serving>> {
     let id = &serving.revision.id;
     let is_target = record.target.id == *id;
     let is_serving = record
@@ -381,13 +391,13 @@ fn serve(record: &mut Function, serving: Serving) -> Option<Option<Serving>> {
 
 /// Commits that this machine could not deploy the target; an older revision keeps serving.
 async fn fail(app: &Arc<App>, live: &Arc<Live>, reason: String) {
-    tracing::error!(function = %live.name, %reason, "deployment failed");
+    tracing::error!(function = %live.label, %reason, "deployment failed");
     let text = reason.clone();
     match app.change(live, |record| Some(give_up(record, text))).await {
         Ok(Some(Some(abandoned))) => discard(app.folder(&live.name).join(abandoned)).await,
         Ok(_) => {}
         Err(error) => {
-            tracing::error!(function = %live.name, reason = %chain(&error), "failure is not committed");
+            tracing::error!(function = %live.label, reason = %chain(&error), "failure is not committed");
         }
     }
     live.set_last_error(Some(reason.clone()));
@@ -395,7 +405,7 @@ async fn fail(app: &Arc<App>, live: &Arc<Live>, reason: String) {
 }
 
 /// Notes that the target cannot be deployed; answers the revision that nothing refers to any more.
-fn give_up(record: &mut Function, reason: String) -> Option<String> {
+fn give_up(record: &mut Version, reason: String) -> Option<String> {
     record.last_update = Some(LastUpdate::Failed(reason.clone()));
     match &record.serving {
         Some(serving) => {

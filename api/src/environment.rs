@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::clock;
-use crate::record::Settings;
+use crate::record::{Settings, VersionId};
 
 /// Variables that clients may not set, as in Lambda.
 pub const RESERVED: [&str; 19] = [
@@ -67,18 +67,28 @@ pub fn bootstrap(runtime: &str) -> Vec<String> {
 
 /// The runtime's whole environment but for `AWS_LAMBDA_RUNTIME_API`, which the agent adds. Recorded from AWS.
 #[must_use]
-pub fn variables(name: &str, region: &str, settings: &Settings) -> BTreeMap<String, String> {
+pub fn variables(
+    name: &str,
+    version: VersionId,
+    region: &str,
+    settings: &Settings,
+) -> BTreeMap<String, String> {
     let path = if is_provided(&settings.runtime) {
         "/usr/local/bin:/usr/bin:/bin:/opt/bin"
     } else {
         "/var/lang/bin:/usr/local/bin:/usr/bin:/bin:/opt/bin"
     };
     let stream = format!(
-        "{}/[$LATEST]{}",
+        "{}/[{version}]{}",
         clock::day(clock::unix_ms()),
         uuid::Uuid::new_v4().simple()
     );
+    let number = version.to_string();
     let memory = settings.memory_mib.to_string();
+    let kind = match version {
+        VersionId::Number(_) if settings.snap_start => "snap-start",
+        _ => "on-demand",
+    };
     let group = format!("/aws/lambda/{name}");
     let mut variables: BTreeMap<String, String> = settings.environment.clone().unwrap_or_default();
     let fixed = [
@@ -86,11 +96,11 @@ pub fn variables(name: &str, region: &str, settings: &Settings) -> BTreeMap<Stri
         ("LAMBDA_TASK_ROOT", "/var/task"),
         ("LAMBDA_RUNTIME_DIR", "/var/runtime"),
         ("AWS_LAMBDA_FUNCTION_NAME", name),
-        ("AWS_LAMBDA_FUNCTION_VERSION", "$LATEST"),
+        ("AWS_LAMBDA_FUNCTION_VERSION", &number),
         ("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", &memory),
         ("AWS_LAMBDA_LOG_GROUP_NAME", &group),
         ("AWS_LAMBDA_LOG_STREAM_NAME", &stream),
-        ("AWS_LAMBDA_INITIALIZATION_TYPE", "on-demand"),
+        ("AWS_LAMBDA_INITIALIZATION_TYPE", kind),
         ("AWS_REGION", region),
         ("AWS_DEFAULT_REGION", region),
         // Thaw has no IAM: SDKs inside a function find credentials, and no service accepts them.
@@ -128,7 +138,7 @@ pub fn variables(name: &str, region: &str, settings: &Settings) -> BTreeMap<Stri
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::function;
+    use crate::testing::version;
 
     #[test]
     fn cpus_grow_with_memory() {
@@ -138,13 +148,13 @@ mod tests {
 
     #[test]
     fn a_client_cannot_shadow_what_the_platform_sets_but_may_set_the_rest() {
-        let mut settings = function("f").target.settings;
+        let mut settings = version("f").target.settings;
         settings.environment = Some(BTreeMap::from([
             ("AWS_REGION".to_owned(), "x".to_owned()),
             ("LANG".to_owned(), "C".to_owned()),
             ("A".to_owned(), "b".to_owned()),
         ]));
-        let variables = variables("f", "eu-west-1", &settings);
+        let variables = variables("f", VersionId::Latest, "eu-west-1", &settings);
         assert_eq!(variables["AWS_REGION"], "eu-west-1");
         assert_eq!(variables["LANG"], "C");
         assert_eq!(variables["A"], "b");
@@ -152,7 +162,10 @@ mod tests {
         assert!(!variables.contains_key("AWS_LAMBDA_RUNTIME_API"));
         assert!(!variables.contains_key("AWS_LAMBDA_MAX_CONCURRENCY"));
         settings.runtime = "provided.al2023".to_owned();
-        let variables = super::variables("f", "eu-west-1", &settings);
+        settings.snap_start = true;
+        let variables = super::variables("f", VersionId::Number(2), "eu-west-1", &settings);
+        assert_eq!(variables["AWS_LAMBDA_FUNCTION_VERSION"], "2");
+        assert_eq!(variables["AWS_LAMBDA_INITIALIZATION_TYPE"], "snap-start");
         assert!(!variables.contains_key("AWS_EXECUTION_ENV"));
         assert_eq!(bootstrap("provided.al2023").len(), 3);
     }

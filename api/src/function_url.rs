@@ -43,9 +43,10 @@ async fn answer(
     arrived: Instant,
 ) -> Response<Body> {
     let (name, raw_path) = split(request.uri().path());
-    let Some(live) = app.find(&name) else {
+    let Some(function) = app.find(&name) else {
         return unknown(&name);
     };
+    let live = &function.latest;
     let source = request
         .extensions()
         .get::<ConnectInfo<SocketAddr>>()
@@ -85,11 +86,11 @@ async fn answer(
         trace_id: Some(trace_id),
         measure: timing::measure(&parts.headers),
     };
-    match invocation::run(app, &live, request).await {
+    match invocation::run(app, &function, live, request).await {
         Ok(answer) => {
             let mut response = match answer.result {
                 FunctionResult::Response(payload) => {
-                    result::response(payload).unwrap_or_else(|fault| malformed(&live, &fault))
+                    result::response(payload).unwrap_or_else(|fault| malformed(live, &fault))
                 }
                 FunctionResult::Error { error_type, .. } => failed(&error_type),
             };
@@ -135,15 +136,8 @@ fn unknown(name: &str) -> Response<Body> {
 
 fn refused(refusal: &Refusal, name: &str) -> Response<Body> {
     match refusal {
-        Refusal::Throttled(why) => {
-            let text = format!("Rate Exceeded. {why}");
-            let mut response = message(StatusCode::TOO_MANY_REQUESTS, &text);
-            response
-                .headers_mut()
-                .insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
-            error_type(&mut response, "TooManyRequestsException");
-            response
-        }
+        Refusal::Reserved => throttled("Rate Exceeded."),
+        Refusal::Throttled(why) => throttled(&format!("Rate Exceeded. {why}")),
         Refusal::Full(why) => {
             let mut response = message(StatusCode::SERVICE_UNAVAILABLE, why);
             response
@@ -184,6 +178,15 @@ fn refused(refusal: &Refusal, name: &str) -> Response<Body> {
     }
 }
 
+fn throttled(text: &str) -> Response<Body> {
+    let mut response = message(StatusCode::TOO_MANY_REQUESTS, text);
+    response
+        .headers_mut()
+        .insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+    error_type(&mut response, "TooManyRequestsException");
+    response
+}
+
 /// The function failed: which error it was is for its owner, in the header and in the log.
 fn failed(kind: &str) -> Response<Body> {
     let mut response = message(StatusCode::BAD_GATEWAY, "Internal Server Error");
@@ -195,7 +198,7 @@ fn malformed(live: &Live, fault: &result::ResultFault) -> Response<Body> {
     live.set_last_error(Some(format!(
         "the function's result is no HTTP response: {fault}"
     )));
-    tracing::debug!(function = %live.name, %fault, "result is no HTTP response");
+    tracing::debug!(function = %live.label, %fault, "result is no HTTP response");
     failed("Function.MalformedHttpResponse")
 }
 

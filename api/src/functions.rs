@@ -1,8 +1,9 @@
-//! Changes of functions that clients ask for: create, update, delete. What they start, [`crate::deploy`] carries out.
+//! Changes of functions that clients ask for: create, update, publish, delete. What they start, [`crate::deploy`] carries out.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -13,9 +14,12 @@ use crate::clock;
 use crate::code::{self, CodeError, WriteError};
 use crate::deploy::{self, CODE_ZIP};
 use crate::logs::Log;
-use crate::record::{Code, Function, LastUpdate, Revision, Settings, State};
-use crate::state::{App, Live, PoolSlot};
-use crate::store::StoreError;
+use crate::record::{Code, Function, LastUpdate, Revision, Settings, State, Version, VersionId};
+use crate::state::{App, Live, LiveFunction, NameClaim, PoolSlot};
+use crate::store::{StoreError, Stored};
+
+pub mod aliases;
+pub mod versions;
 
 /// Why a function was not changed.
 #[derive(Debug, Error)]
@@ -32,6 +36,29 @@ pub enum ChangeError {
     /// The client's `RevisionId` is not the function's.
     #[error("function {0} is at another revision")]
     OtherRevision(String),
+    /// It is not Active, so that it cannot be published.
+    #[error("function {0} is {word}", word = .1.word())]
+    Inactive(String, State),
+    /// What would be published is not what the client has seen.
+    #[error("the code's SHA-256 is {current}, not {given}")]
+    OtherCode {
+        /// The client's, base64.
+        given: String,
+        /// That of `$LATEST`.
+        current: String,
+    },
+    /// There is no such version.
+    #[error("function {0} has no version {1}")]
+    NoVersion(String, VersionId),
+    /// Aliases name the version.
+    #[error("version {0} is named by aliases {aliases}", aliases = .1.join(", "))]
+    Named(VersionId, Vec<String>),
+    /// There is an alias of this name.
+    #[error("function {0} has an alias {1} already")]
+    AliasExists(String, String),
+    /// There is none.
+    #[error("function {0} has no alias {1}")]
+    NoAlias(String, String),
     /// There are as many functions as may be.
     #[error("there are {0} functions already")]
     TooMany(usize),
@@ -68,10 +95,8 @@ pub async fn create(
     settings: Settings,
     tags: BTreeMap<String, String>,
     zip: Bytes,
-) -> Result<Arc<Function>, ChangeError> {
-    let _claim = app
-        .claim_name(name)
-        .ok_or_else(|| ChangeError::Busy(name.to_owned()))?;
+) -> Result<Arc<LiveFunction>, ChangeError> {
+    let _claim = claim(app, name)?;
     if app.find(name).is_some() {
         return Err(ChangeError::Exists(name.to_owned()));
     }
@@ -80,27 +105,51 @@ pub async fn create(
     }
     let (id, code) = keep_code(app, name, zip).await?;
     let folder = app.folder(name);
-    let record = Function {
+    let function = Function {
         name: name.to_owned(),
+        tags,
+        ..Function::default()
+    };
+    let latest = Version {
+        name: name.to_owned(),
+        id: VersionId::Latest,
         modified_unix_ms: clock::unix_ms(),
         revision_id: Uuid::new_v4().to_string(),
-        tags,
         target: Revision { id, settings, code },
         state: State::Pending,
         last_update: None,
         serving: None,
     };
-    let live = Arc::new(Live::new(record, Log::new(folder.join("log"))));
-    if let Err(error) = app.insert(Arc::clone(&live)).await {
+    let stored = Stored {
+        function,
+        latest,
+        published: Vec::new(),
+    };
+    let function = Arc::new(LiveFunction::new(stored, Log::new(folder.join("log"))));
+    if let Err(error) = app.insert(Arc::clone(&function)).await {
         deploy::discard(folder).await;
         return Err(error.into());
     }
-    let record = live.record();
-    deploy::begin(app, &live);
-    Ok(record)
+    deploy::begin(app, &function.latest);
+    Ok(function)
 }
 
-/// Gives a function another target and begins to deploy it; the old revision serves until then.
+/// The right to change a function.
+fn claim(app: &App, name: &str) -> Result<NameClaim, ChangeError> {
+    app.claim_name(name)
+        .ok_or_else(|| ChangeError::Busy(name.to_owned()))
+}
+
+/// The right to change a function that is there.
+fn claim_found(app: &App, name: &str) -> Result<(NameClaim, Arc<LiveFunction>), ChangeError> {
+    let claim = claim(app, name)?;
+    let function = app
+        .find(name)
+        .ok_or_else(|| ChangeError::Missing(name.to_owned()))?;
+    Ok((claim, function))
+}
+
+/// Gives `$LATEST` another target and begins to deploy it; the old revision serves until then.
 ///
 /// # Errors
 /// See [`ChangeError`]; the function is as it was.
@@ -109,20 +158,14 @@ pub async fn update(
     name: &str,
     revision_id: Option<&str>,
     change: Change,
-) -> Result<Arc<Function>, ChangeError> {
-    let _claim = app
-        .claim_name(name)
-        .ok_or_else(|| ChangeError::Busy(name.to_owned()))?;
-    let live = app
-        .find(name)
-        .ok_or_else(|| ChangeError::Missing(name.to_owned()))?;
+) -> Result<Arc<Version>, ChangeError> {
+    let (_claim, function) = claim_found(app, name)?;
+    let live = &function.latest;
     let current = live.record();
-    if current.state == State::Pending || current.last_update == Some(LastUpdate::InProgress) {
+    if current.is_deploying() {
         return Err(ChangeError::Busy(name.to_owned()));
     }
-    if revision_id.is_some_and(|id| id != current.revision_id) {
-        return Err(ChangeError::OtherRevision(name.to_owned()));
-    }
+    check_revision(name, revision_id, &current.revision_id)?;
     let target = match change {
         Change::Code(zip) => {
             let (id, code) = keep_code(app, name, zip).await?;
@@ -132,23 +175,15 @@ pub async fn update(
                 settings: current.target.settings.clone(),
             }
         }
-        Change::Settings(settings) => {
-            let id = Uuid::new_v4().simple().to_string();
-            let from = app.folder(name).join(&current.target.id).join(CODE_ZIP);
-            let folder = app.folder(name).join(&id);
-            tokio::task::spawn_blocking(move || code::link(&from, &folder, CODE_ZIP))
-                .await
-                .map_err(|_| ChangeError::Worker)??;
-            Revision {
-                id,
-                code: current.target.code.clone(),
-                settings: *settings,
-            }
-        }
+        Change::Settings(settings) => Revision {
+            id: share_code(app, name, &current.target).await?,
+            code: current.target.code.clone(),
+            settings: *settings,
+        },
     };
     let folder = app.folder(name).join(&target.id);
     let changed = app
-        .change(&live, |record| {
+        .change(live, |record| {
             // A target that never served is nobody's any more.
             let serves = record.serving.as_ref().map(|s| s.revision.id.clone());
             let old = std::mem::replace(&mut record.target, target);
@@ -169,7 +204,7 @@ pub async fn update(
                 deploy::discard(app.folder(name).join(id)).await;
             }
             let record = live.record();
-            deploy::begin(app, &live);
+            deploy::begin(app, live);
             Ok(record)
         }
         Ok(None) => {
@@ -183,20 +218,20 @@ pub async fn update(
     }
 }
 
-/// Ends a function. Invocations that run may finish; its files go in the background.
+fn check_revision(name: &str, wanted: Option<&str>, current: &str) -> Result<(), ChangeError> {
+    match wanted {
+        Some(id) if id != current => Err(ChangeError::OtherRevision(name.to_owned())),
+        _ => Ok(()),
+    }
+}
+
+/// Ends a function with all its versions. Invocations that run may finish; its files go in the background.
 ///
 /// # Errors
 /// See [`ChangeError`]; the function is still there.
 pub async fn delete(app: &Arc<App>, name: &str) -> Result<(), ChangeError> {
-    let _claim = app
-        .claim_name(name)
-        .ok_or_else(|| ChangeError::Busy(name.to_owned()))?;
-    let live = app
-        .find(name)
-        .ok_or_else(|| ChangeError::Missing(name.to_owned()))?;
-    app.remove(&live).await?;
-    live.abort_job();
-    let pool = live.pool.send_replace(PoolSlot::Closed);
+    let (_claim, function) = claim_found(app, name)?;
+    app.remove(&function).await?;
     // Out of the way at once, so that a successor of the same name finds nothing. A crash here or later leaves a folder
     // without a function, which the next start removes.
     let folder = app.folder(name);
@@ -211,14 +246,37 @@ pub async fn delete(app: &Arc<App>, name: &str) -> Result<(), ChangeError> {
         }
         _ => away,
     };
-    app.tasks.spawn(async move {
-        if let PoolSlot::Open(pool) = pool {
-            pool.close().await;
-        }
-        deploy::discard(removed).await;
-    });
+    retire(app, &function.all(), removed);
     tracing::info!(function = %name, "function is deleted");
     Ok(())
+}
+
+/// Ends what versions run, and removes their folder, in the background.
+fn retire(app: &Arc<App>, versions: &[Arc<Live>], folder: PathBuf) {
+    let end = |live: &Arc<Live>| {
+        live.abort_job();
+        live.pool.send_replace(PoolSlot::Closed)
+    };
+    let pools: Vec<PoolSlot> = versions.iter().map(end).collect();
+    app.tasks.spawn(async move {
+        for pool in pools {
+            if let PoolSlot::Open(pool) = pool {
+                pool.close().await;
+            }
+        }
+        deploy::discard(folder).await;
+    });
+}
+
+/// Puts the code of a revision into the folder of a new one; answers the new one's id.
+async fn share_code(app: &App, name: &str, from: &Revision) -> Result<String, ChangeError> {
+    let id = Uuid::new_v4().simple().to_string();
+    let from = app.folder(name).join(&from.id).join(CODE_ZIP);
+    let folder = app.folder(name).join(&id);
+    tokio::task::spawn_blocking(move || code::link(&from, &folder, CODE_ZIP))
+        .await
+        .map_err(|_| ChangeError::Worker)??;
+    Ok(id)
 }
 
 /// Checks a zip and writes it into the folder of a new revision.

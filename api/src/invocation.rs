@@ -13,8 +13,8 @@ use crate::clock;
 use crate::deploy;
 use crate::engine::{Sandboxes, chain};
 use crate::logs::Write;
-use crate::record::{self, Function, InitCause, InitFailure, Serving, State};
-use crate::state::{App, Live, PoolSlot};
+use crate::record::{self, InitCause, InitFailure, Serving, State, Version, VersionId};
+use crate::state::{App, Live, LiveFunction, PoolSlot};
 
 pub mod complaints;
 pub mod fault;
@@ -28,9 +28,6 @@ pub const PAYLOAD_BYTES_MAX: usize = 6 * 1024 * 1024;
 
 /// Lambda's limit for a response, bytes.
 pub const RESPONSE_BYTES_MAX: usize = 6_291_556;
-
-/// The only version there is.
-pub const LATEST: &str = "$LATEST";
 
 /// How long lines wait to be written with others'.
 const LOG_DELAY: Duration = Duration::from_millis(10);
@@ -87,6 +84,8 @@ pub enum FunctionResult {
 pub enum Refusal {
     /// The function is Pending or Failed.
     Inactive(State),
+    /// The function runs as often as is reserved for it.
+    Reserved,
     /// Too many at once of this function; why, for people.
     Throttled(String),
     /// The machine has no room for it; why, for people.
@@ -105,11 +104,18 @@ pub enum Refusal {
 ///
 /// # Errors
 /// See [`Refusal`].
-pub async fn run(app: &Arc<App>, live: &Arc<Live>, request: Request) -> Result<Answer, Refusal> {
+pub async fn run(
+    app: &Arc<App>,
+    function: &Arc<LiveFunction>,
+    live: &Arc<Live>,
+    request: Request,
+) -> Result<Answer, Refusal> {
+    let running = function.enter().ok_or(Refusal::Reserved)?;
     let (app, live) = (Arc::clone(app), Arc::clone(live));
     let tasks = app.tasks.clone();
     tasks
         .spawn(async move {
+            let _running = running;
             let answer = serve(&app, &live, request).await;
             if let Err(Refusal::Host(reason)) = &answer {
                 complain(&app, &live, reason);
@@ -125,14 +131,14 @@ pub async fn run(app: &Arc<App>, live: &Arc<Live>, request: Request) -> Result<A
 fn complain(app: &App, live: &Arc<Live>, reason: &str) {
     match live.complaints().hear(reason, Instant::now()) {
         Telling::Now => {
-            tracing::error!(function = %live.name, %reason, "invocation failed on this machine");
+            tracing::error!(function = %live.label, %reason, "invocation failed on this machine");
         }
         Telling::After(wait, reason) => {
             let live = Arc::clone(live);
             app.tasks.spawn(async move {
                 tokio::time::sleep(wait).await;
                 let count = live.complaints().take(&reason, Instant::now());
-                tracing::error!(function = %live.name, count, %reason, "more invocations failed on this machine");
+                tracing::error!(function = %live.label, count, %reason, "more invocations failed on this machine");
             });
         }
         Telling::Counted => {}
@@ -145,10 +151,10 @@ async fn serve(app: &Arc<App>, live: &Arc<Live>, request: Request) -> Result<Ans
         return Err(Refusal::Inactive(record.state.clone()));
     };
     let answer = match &serving.outcome {
-        record::Outcome::InitFailed(failure) => init_failed(&request, serving, failure),
+        record::Outcome::InitFailed(failure) => init_failed(&request, live.id, serving, failure),
         record::Outcome::Frozen(_) => {
             let outcome = attempt(app, live, &record, serving, &request).await?;
-            sort(&request, serving, outcome)?
+            sort(&request, live.id, serving, outcome)?
         }
     };
     if let FunctionResult::Error {
@@ -176,7 +182,7 @@ async fn serve(app: &Arc<App>, live: &Arc<Live>, request: Request) -> Result<Ans
 async fn write_log(live: Arc<Live>) {
     let write = move || {
         if let Err(error) = live.log.write() {
-            tracing::warn!(function = %live.name, %error, "log is not written");
+            tracing::warn!(function = %live.label, %error, "log is not written");
         }
     };
     // Fails only if it panics, which is told by then.
@@ -187,7 +193,7 @@ async fn write_log(live: Arc<Live>) {
 async fn attempt(
     app: &Arc<App>,
     live: &Arc<Live>,
-    record: &Function,
+    record: &Version,
     serving: &Serving,
     request: &Request,
 ) -> Result<Outcome, Refusal> {
@@ -270,7 +276,12 @@ async fn pool(
     }
 }
 
-fn sort(request: &Request, serving: &Serving, outcome: Outcome) -> Result<Answer, Refusal> {
+fn sort(
+    request: &Request,
+    version: VersionId,
+    serving: &Serving,
+    outcome: Outcome,
+) -> Result<Answer, Refusal> {
     let id = &request.request_id;
     let settings = &serving.revision.settings;
     let limit = Duration::from_secs(settings.timeout_seconds.into());
@@ -324,7 +335,7 @@ fn sort(request: &Request, serving: &Serving, outcome: Outcome) -> Result<Answer
     };
     let report = Report {
         request_id: id,
-        version: LATEST,
+        version,
         output: &outcome.log,
         note: note.as_deref(),
         duration: outcome.duration,
@@ -362,7 +373,12 @@ fn too_large() -> FunctionResult {
     }
 }
 
-fn init_failed(request: &Request, serving: &Serving, failure: &InitFailure) -> Answer {
+fn init_failed(
+    request: &Request,
+    version: VersionId,
+    serving: &Serving,
+    failure: &InitFailure,
+) -> Answer {
     let id = &request.request_id;
     let (error_type, document) = match &failure.cause {
         InitCause::Document {
@@ -379,7 +395,7 @@ fn init_failed(request: &Request, serving: &Serving, failure: &InitFailure) -> A
     };
     let report = Report {
         request_id: id,
-        version: LATEST,
+        version,
         output: failure.log.as_bytes(),
         note: note.as_deref(),
         duration: Duration::ZERO,

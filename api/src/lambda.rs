@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use axum::body::Body;
-use axum::http::{HeaderMap, HeaderValue, Method, Response, StatusCode, Uri, header};
+use axum::http::{HeaderMap, HeaderValue, Response, StatusCode, Uri, header};
+use bytes::Bytes;
 use percent_encoding::percent_decode_str;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -13,21 +14,29 @@ use crate::body::{self, BodyError};
 use crate::code::{CodeError, UNZIPPED_BYTES_MAX};
 use crate::engine::chain;
 use crate::functions::ChangeError;
-use crate::state::{App, Live};
+use crate::state::{App, Live, LiveFunction};
 
 pub mod errors;
 pub mod names;
+pub mod routes;
 pub mod validate;
 pub mod view;
 
+mod account;
+mod aliases;
+mod concurrency;
 mod create;
 mod delete;
 mod invoke;
+mod paging;
 mod read;
+mod tags;
 mod update;
+mod versions;
 
 use errors::ApiError;
 use names::FunctionRef;
+use routes::{Matched, Operation};
 
 /// Largest body of CreateFunction and UpdateFunctionCode, bytes: a 50 MiB zip in base64 and its settings.
 pub const CODE_BODY_BYTES_MAX: usize = 70_167_211;
@@ -45,36 +54,31 @@ pub(crate) struct Call {
 
 pub(crate) type Answer = Result<Response<Body>, ApiError>;
 
-/// Operations served.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Operation {
-    CreateFunction,
-    ListFunctions,
-    GetFunction(String),
-    DeleteFunction(String),
-    GetFunctionConfiguration(String),
-    UpdateFunctionConfiguration(String),
-    UpdateFunctionCode(String),
-    Invoke(String),
-    /// A path of the API that this gateway does not serve.
-    Unsupported,
-    /// Not of the API.
-    Unknown,
-}
-
 /// Answers any request that no other route took.
 pub async fn serve(app: Arc<App>, request: axum::extract::Request) -> Response<Body> {
     let (parts, body) = request.into_parts();
     let request_id = Uuid::new_v4().to_string();
-    let operation = operation(&parts.method, parts.uri.path());
     let what = format!("{} {}", parts.method, parts.uri.path());
+    let (path, query) = (parts.uri.path(), parts.uri.query().unwrap_or_default());
+    let found = match routes::find(parts.method.as_str(), path, query) {
+        Some(found) => Ok(found),
+        None if routes::is_api(path) => Err(ApiError::invalid_parameter(format!(
+            "{what} is no operation of the Lambda API 2015-03-31."
+        ))),
+        None => Err(ApiError::unknown_operation(format!(
+            "{what} is no operation of this gateway. Functions answer at /fn/NAME/, the Lambda API at /2015-03-31/functions."
+        ))),
+    };
     let call = Call {
         request_id: request_id.clone(),
         headers: parts.headers,
         uri: parts.uri,
         body,
     };
-    let answer = dispatch(&app, operation, call, &what).await;
+    let answer = match found {
+        Ok(found) => dispatch(&app, found, call).await,
+        Err(error) => Err(error),
+    };
     let mut response = match answer {
         Ok(response) => response,
         Err(error) => {
@@ -92,74 +96,40 @@ pub async fn serve(app: Arc<App>, request: axum::extract::Request) -> Response<B
     response
 }
 
-async fn dispatch(app: &Arc<App>, operation: Operation, call: Call, what: &str) -> Answer {
+async fn dispatch(app: &Arc<App>, found: Matched, call: Call) -> Answer {
+    let Some(operation) = found.route.operation else {
+        return Err(ApiError::invalid_parameter(format!(
+            "{} is not supported by this gateway.",
+            found.route.name
+        )));
+    };
+    let mut names = found.names.into_iter();
+    let first = names.next().unwrap_or_default();
+    let second = names.next().unwrap_or_default();
     match operation {
         Operation::CreateFunction => create::create(app, call).await,
         Operation::ListFunctions => read::list(app, &call),
-        Operation::GetFunction(name) => read::function(app, &call, &name),
-        Operation::GetFunctionConfiguration(name) => read::configuration(app, &call, &name),
-        Operation::DeleteFunction(name) => delete::delete(app, call, &name).await,
-        Operation::UpdateFunctionConfiguration(name) => {
-            update::configuration(app, call, &name).await
-        }
-        Operation::UpdateFunctionCode(name) => update::code(app, call, &name).await,
-        Operation::Invoke(name) => invoke::invoke(app, call, &name).await,
-        Operation::Unsupported => Err(ApiError::invalid_parameter(format!(
-            "{what} is not supported by this gateway. It serves CreateFunction, GetFunction, GetFunctionConfiguration, \
-             ListFunctions, UpdateFunctionCode, UpdateFunctionConfiguration, DeleteFunction and Invoke."
-        ))),
-        Operation::Unknown => Err(ApiError::unknown_operation(format!(
-            "{what} is no operation of this gateway. Functions answer at /fn/NAME/, the Lambda API at /2015-03-31/functions."
-        ))),
+        Operation::GetFunction => read::function(app, &call, &first),
+        Operation::GetFunctionConfiguration => read::configuration(app, &call, &first),
+        Operation::DeleteFunction => delete::delete(app, call, &first).await,
+        Operation::UpdateFunctionConfiguration => update::configuration(app, call, &first).await,
+        Operation::UpdateFunctionCode => update::code(app, call, &first).await,
+        Operation::Invoke => invoke::invoke(app, call, &first).await,
+        Operation::PublishVersion => versions::publish(app, call, &first).await,
+        Operation::ListVersionsByFunction => versions::list(app, &call, &first),
+        Operation::CreateAlias => aliases::create(app, call, &first).await,
+        Operation::GetAlias => aliases::get(app, &call, &first, &second),
+        Operation::UpdateAlias => aliases::update(app, call, &first, &second).await,
+        Operation::DeleteAlias => aliases::delete(app, call, &first, &second).await,
+        Operation::ListAliases => aliases::list(app, &call, &first),
+        Operation::TagResource => tags::tag(app, call, &first).await,
+        Operation::UntagResource => tags::untag(app, call, &first).await,
+        Operation::ListTags => tags::list(app, &first),
+        Operation::PutFunctionConcurrency => concurrency::put(app, call, &first).await,
+        Operation::GetFunctionConcurrency => concurrency::get(app, &call, &first),
+        Operation::DeleteFunctionConcurrency => concurrency::delete(app, call, &first).await,
+        Operation::GetAccountSettings => account::settings(app),
     }
-}
-
-/// Which operation a request line is. An optional trailing slash is what older clients write.
-fn operation(method: &Method, path: &str) -> Operation {
-    let path = path.strip_suffix('/').unwrap_or(path);
-    let mut segments = Vec::new();
-    for segment in path.split('/').skip(1) {
-        match percent_decode_str(segment).decode_utf8() {
-            Ok(text) => segments.push(text.into_owned()),
-            Err(_) => return Operation::Unknown,
-        }
-    }
-    let words: Vec<&str> = segments.iter().map(String::as_str).collect();
-    let (version, rest) = match words.as_slice() {
-        [version, rest @ ..] if is_version(version) => (*version, rest),
-        _ => return Operation::Unknown,
-    };
-    if version != "2015-03-31" {
-        return Operation::Unsupported;
-    }
-    let named = |name: &str| name.to_owned();
-    match (method.as_str(), rest) {
-        ("POST", ["functions"]) => Operation::CreateFunction,
-        ("GET", ["functions"]) => Operation::ListFunctions,
-        ("GET", ["functions", name]) => Operation::GetFunction(named(name)),
-        ("DELETE", ["functions", name]) => Operation::DeleteFunction(named(name)),
-        ("GET", ["functions", name, "configuration"]) => {
-            Operation::GetFunctionConfiguration(named(name))
-        }
-        ("PUT", ["functions", name, "configuration"]) => {
-            Operation::UpdateFunctionConfiguration(named(name))
-        }
-        ("PUT", ["functions", name, "code"]) => Operation::UpdateFunctionCode(named(name)),
-        ("POST", ["functions", name, "invocations"]) => Operation::Invoke(named(name)),
-        _ => Operation::Unsupported,
-    }
-}
-
-/// Lambda's paths begin with a date.
-fn is_version(segment: &str) -> bool {
-    segment.len() == 10
-        && segment
-            .bytes()
-            .enumerate()
-            .all(|(index, byte)| match index {
-                4 | 7 => byte == b'-',
-                _ => byte.is_ascii_digit(),
-            })
 }
 
 impl Call {
@@ -170,15 +140,21 @@ impl Call {
             .map(|(_, value)| value)
     }
 
-    /// The function that the path and the query name. The only qualifier is `$LATEST`.
-    pub(crate) fn function(
-        &self,
-        app: &App,
-        name: &str,
-    ) -> Result<(FunctionRef, Arc<Live>), ApiError> {
+    /// The version that the path and the query name.
+    pub(crate) fn version(&self, app: &App, name: &str) -> Result<Found, ApiError> {
         let reference = FunctionRef::parse(name, self.query("Qualifier").as_deref())?;
-        let live = find(app, &reference)?;
-        Ok((reference, live))
+        find(app, reference)
+    }
+
+    /// The function that the path names, without a qualifier.
+    pub(crate) fn function(&self, app: &App, name: &str) -> Result<Arc<LiveFunction>, ApiError> {
+        let reference = FunctionRef::parse(name, None)?;
+        if let Some(qualifier) = &reference.qualifier {
+            return Err(ApiError::invalid_parameter(format!(
+                "This operation is on the function, not on {qualifier} of it: leave the qualifier out."
+            )));
+        }
+        Ok(find(app, reference)?.function)
     }
 
     /// The body as JSON.
@@ -187,16 +163,29 @@ impl Call {
         limit: usize,
         operation: &str,
     ) -> Result<T, ApiError> {
-        let bytes =
-            body::read(&self.headers, self.body, limit)
-                .await
-                .map_err(|error| match error {
-                    BodyError::TooLarge(limit) => ApiError::entity_too_large(limit, operation),
-                    other => ApiError::invalid_content(other.to_string()),
-                })?;
-        serde_json::from_slice(&bytes).map_err(|error| {
-            ApiError::invalid_content(format!("Could not parse request body into json: {error}"))
-        })
+        parse(&self.bytes(limit, operation).await?)
+    }
+
+    /// The body as JSON of which no member is required, so that there may be none at all.
+    pub(crate) async fn json_or_nothing<T: DeserializeOwned + Default>(
+        self,
+        limit: usize,
+        operation: &str,
+    ) -> Result<T, ApiError> {
+        let bytes = self.bytes(limit, operation).await?;
+        match bytes.is_empty() {
+            true => Ok(T::default()),
+            false => parse(&bytes),
+        }
+    }
+
+    async fn bytes(self, limit: usize, operation: &str) -> Result<Bytes, ApiError> {
+        body::read(&self.headers, self.body, limit)
+            .await
+            .map_err(|error| match error {
+                BodyError::TooLarge(limit) => ApiError::entity_too_large(limit, operation),
+                other => ApiError::invalid_content(other.to_string()),
+            })
     }
 
     pub(crate) fn json_limit(&self) -> usize {
@@ -204,20 +193,74 @@ impl Call {
     }
 }
 
-/// The function of a reference.
-pub(crate) fn find(app: &App, reference: &FunctionRef) -> Result<Arc<Live>, ApiError> {
-    let elsewhere = reference
-        .region
-        .as_ref()
-        .is_some_and(|region| *region != app.region)
-        || reference
-            .account
-            .as_ref()
-            .is_some_and(|account| *account != app.account_id);
-    let known_qualifier = matches!(reference.qualifier.as_deref(), None | Some("$LATEST"));
-    app.find(&reference.name)
-        .filter(|_| !elsewhere && known_qualifier)
-        .ok_or_else(|| ApiError::not_found(&arn(app, reference)))
+fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
+    serde_json::from_slice(bytes).map_err(|error| {
+        ApiError::invalid_content(format!("Could not parse request body into json: {error}"))
+    })
+}
+
+/// What a client named, found.
+pub(crate) struct Found {
+    /// As it was named.
+    pub(crate) reference: FunctionRef,
+    /// The function.
+    pub(crate) function: Arc<LiveFunction>,
+    /// The version: the first of an alias that has two.
+    pub(crate) live: Arc<Live>,
+}
+
+impl Found {
+    /// The version that answers an invocation: an alias with two divides them by weight.
+    pub(crate) fn pick(&self) -> Arc<Live> {
+        let record = self.function.record();
+        let alias = self.reference.qualifier.as_deref();
+        alias
+            .and_then(|alias| record.aliases.get(alias))
+            .and_then(|alias| self.function.version(alias.pick(dice())))
+            .unwrap_or_else(|| Arc::clone(&self.live))
+    }
+
+    pub(crate) fn arn(&self, app: &App) -> String {
+        arn(app, &self.reference)
+    }
+}
+
+/// Uniform in 0..1.
+fn dice() -> f64 {
+    let (random, _) = Uuid::new_v4().as_u64_pair();
+    f64::from(u32::try_from(random >> 32).unwrap_or_default()) / f64::from(1u32 << 31) / 2.0
+}
+
+/// The version of a reference.
+pub(crate) fn find(app: &App, reference: FunctionRef) -> Result<Found, ApiError> {
+    let found =
+        app.find(&reference.name)
+            .filter(|_| !is_elsewhere(app, &reference))
+            .and_then(|function| {
+                let live = match reference.qualifier.as_deref() {
+                    None => Arc::clone(&function.latest),
+                    Some(qualifier) => {
+                        function.version(qualifier.parse().ok().or_else(|| {
+                            Some(function.record().aliases.get(qualifier)?.version)
+                        })?)?
+                    }
+                };
+                Some((function, live))
+            });
+    match found {
+        Some((function, live)) => Ok(Found {
+            reference,
+            function,
+            live,
+        }),
+        None => Err(ApiError::not_found(&arn(app, &reference))),
+    }
+}
+
+/// Whether a reference is to another region or account than this gateway's.
+pub(crate) fn is_elsewhere(app: &App, reference: &FunctionRef) -> bool {
+    let differs = |named: &Option<String>, ours: &str| named.as_ref().is_some_and(|n| n != ours);
+    differs(&reference.region, &app.region) || differs(&reference.account, &app.account_id)
 }
 
 /// A reference's ARN, with its qualifier if it has one.
@@ -273,6 +316,21 @@ pub(crate) fn change_error(app: &App, error: &ChangeError) -> ApiError {
         ChangeError::Busy(name) => ApiError::update_in_progress(&app.arn(name)),
         ChangeError::OtherRevision(_) => ApiError::precondition_failed(),
         ChangeError::TooMany(_) => ApiError::invalid_parameter(error.to_string()),
+        ChangeError::Inactive(_, state) => ApiError::inactive(state),
+        ChangeError::OtherCode { given, current } => ApiError::invalid_parameter(format!(
+            "CodeSHA256 ({given}) is different from current CodeSHA256 in $LATEST ({current}). Please try again with the CodeSHA256 in $LATEST."
+        )),
+        ChangeError::NoVersion(name, id) => ApiError::not_found(&format!("{}:{id}", app.arn(name))),
+        ChangeError::Named(version, aliases) => ApiError::conflict(format!(
+            "Unable to delete version {version} because the following aliases reference it: [{}]",
+            aliases.join(", ")
+        )),
+        ChangeError::AliasExists(name, alias) => {
+            ApiError::conflict(format!("Alias already exists: {}:{alias}", app.arn(name)))
+        }
+        ChangeError::NoAlias(name, alias) => {
+            ApiError::no_alias(&format!("{}:{alias}", app.arn(name)))
+        }
         ChangeError::Code(CodeError::Broken(_) | CodeError::Damaged(_)) => {
             ApiError::invalid_parameter(
                 "Could not unzip uploaded file. Please check your file, then try to upload again.",
@@ -303,36 +361,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn paths_are_operations_with_or_without_a_trailing_slash() {
-        let of = |method: Method, path: &str| operation(&method, path);
-        for slash in ["", "/"] {
-            let list = format!("/2015-03-31/functions{slash}");
-            assert_eq!(of(Method::GET, &list), Operation::ListFunctions);
-            assert_eq!(of(Method::POST, &list), Operation::CreateFunction);
-            assert_eq!(of(Method::PATCH, &list), Operation::Unsupported);
-            assert_eq!(
-                of(
-                    Method::POST,
-                    &format!("/2015-03-31/functions/f/invocations{slash}")
-                ),
-                Operation::Invoke("f".to_owned())
-            );
-        }
-        let arn =
-            "/2015-03-31/functions/arn%3Aaws%3Alambda%3Aus-east-1%3A0%3Afunction%3Af%3A%24LATEST";
-        assert_eq!(
-            of(Method::GET, arn),
-            Operation::GetFunction("arn:aws:lambda:us-east-1:0:function:f:$LATEST".to_owned())
-        );
-        assert_eq!(
-            of(Method::GET, "/2018-10-31/layers"),
-            Operation::Unsupported
-        );
-        assert_eq!(of(Method::GET, "/"), Operation::Unknown);
-        assert_eq!(of(Method::GET, "/favicon.ico"), Operation::Unknown);
-        assert_eq!(
-            of(Method::GET, "/2015-03-31/functions/%FF"),
-            Operation::Unknown
+    fn dice_are_shares() {
+        assert!(
+            (0..1000)
+                .map(|_| dice())
+                .all(|share| (0.0..1.0).contains(&share))
         );
     }
 

@@ -1,26 +1,159 @@
-//! What a function is: the document that the database keeps, and the words of its state machine.
+//! What a function is: the documents that the database keeps, and the words of their state machine.
 //!
-//! A function has a **target** revision, which clients see, and a **serving** one, which answers invocations. They differ
-//! while an update is frozen. Each revision has a folder of its own, so nothing is ever overwritten.
+//! A function is what its **versions** share: tags, aliases, limits. A version, `$LATEST` or a published one, has a **target**
+//! revision, which clients see, and a **serving** one, which answers invocations. They differ while an update of `$LATEST` is
+//! frozen; a published version's never changes. Each revision has a folder of its own, so nothing is ever overwritten.
 
 use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
 use crate::engine::Artifact;
 
-/// One function.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// What all versions of a function share.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Function {
     /// The bare name.
     pub name: String,
+    /// Tags.
+    #[serde(default)]
+    pub tags: BTreeMap<String, String>,
+    /// Names for versions.
+    #[serde(default)]
+    pub aliases: BTreeMap<String, Alias>,
+    /// The newest version ever published, 0 for none: numbers are not given twice.
+    #[serde(default)]
+    pub last_number: u64,
+    /// What was published last, to tell whether another version would differ from it.
+    #[serde(default)]
+    pub last_published: Option<Published>,
+    /// Invocations of all versions that may run at once; `None` for the gateway's limits alone.
+    #[serde(default)]
+    pub reserved_concurrency: Option<u32>,
+}
+
+/// The target of `$LATEST` as it was published.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Published {
+    /// As which version.
+    pub number: u64,
+    /// Its code.
+    pub code: Code,
+    /// Its settings.
+    pub settings: Settings,
+}
+
+/// A name for a version, or for two between which it divides invocations.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Alias {
+    /// The version that it names.
+    pub version: VersionId,
+    /// Free text.
+    #[serde(default)]
+    pub description: String,
+    /// Changes with every change of the alias.
+    pub revision_id: String,
+    /// A second published version and its share of invocations, 0 to 1.
+    #[serde(default)]
+    pub canary: Option<Canary>,
+}
+
+/// The second version of an alias.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Canary {
+    /// Which.
+    pub version: VersionId,
+    /// Its share, 0 to 1.
+    pub weight: f64,
+}
+
+impl Alias {
+    /// The version that answers an invocation; `dice` is uniform in 0..1.
+    #[must_use]
+    pub fn pick(&self, dice: f64) -> VersionId {
+        match &self.canary {
+            Some(canary) if dice < canary.weight => canary.version,
+            _ => self.version,
+        }
+    }
+
+    /// Whether it names this version, alone or beside another.
+    #[must_use]
+    pub fn names(&self, version: VersionId) -> bool {
+        self.version == version || self.canary.is_some_and(|canary| canary.version == version)
+    }
+}
+
+/// Which version of a function. Written `$LATEST` or as a decimal number from 1.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
+#[serde(into = "String", try_from = "String")]
+pub enum VersionId {
+    /// The one that clients change.
+    #[default]
+    Latest,
+    /// A published one, which nobody changes.
+    Number(u64),
+}
+
+impl fmt::Display for VersionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Latest => f.write_str("$LATEST"),
+            Self::Number(number) => number.fmt(f),
+        }
+    }
+}
+
+/// A text that names no version.
+#[derive(Debug, thiserror::Error)]
+#[error("{0:?} is neither $LATEST nor a version's number")]
+pub struct NoVersion(String);
+
+impl FromStr for VersionId {
+    type Err = NoVersion;
+
+    fn from_str(text: &str) -> Result<Self, NoVersion> {
+        let number = || text.parse().ok().filter(|&number: &u64| number > 0);
+        match text {
+            "$LATEST" => Ok(Self::Latest),
+            _ if !text.starts_with(['0', '+']) => number()
+                .map(Self::Number)
+                .ok_or_else(|| NoVersion(text.to_owned())),
+            _ => Err(NoVersion(text.to_owned())),
+        }
+    }
+}
+
+impl From<VersionId> for String {
+    fn from(version: VersionId) -> Self {
+        version.to_string()
+    }
+}
+
+impl TryFrom<String> for VersionId {
+    type Error = NoVersion;
+
+    fn try_from(text: String) -> Result<Self, NoVersion> {
+        text.parse()
+    }
+}
+
+/// One version of a function.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Version {
+    /// The function's bare name.
+    pub name: String,
+    /// Which version.
+    #[serde(default)]
+    pub id: VersionId,
     /// Milliseconds since the Unix epoch.
     pub modified_unix_ms: i64,
     /// Changes with every change a client makes; Lambda's `RevisionId`.
     pub revision_id: String,
-    /// Tags.
-    #[serde(default)]
-    pub tags: BTreeMap<String, String>,
     /// What clients asked for.
     pub target: Revision,
     /// Whether it can be invoked.
@@ -31,6 +164,14 @@ pub struct Function {
     /// What answers invocations.
     #[serde(default)]
     pub serving: Option<Serving>,
+}
+
+impl Version {
+    /// Whether its code is being frozen.
+    #[must_use]
+    pub fn is_deploying(&self) -> bool {
+        self.state == State::Pending || self.last_update == Some(LastUpdate::InProgress)
+    }
 }
 
 /// Code and settings that belong together.
@@ -61,6 +202,9 @@ pub struct Settings {
     pub memory_mib: u32,
     /// Environment of the function; `None` when the client named none.
     pub environment: Option<BTreeMap<String, String>>,
+    /// Published versions run SnapStart's hooks around their snapshot.
+    #[serde(default)]
+    pub snap_start: bool,
 }
 
 /// A zip.
@@ -72,7 +216,7 @@ pub struct Code {
     pub sha256: String,
 }
 
-/// Lambda's state of a function.
+/// Lambda's state of a version.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum State {
@@ -187,5 +331,45 @@ impl InitCause {
                 .and_then(|value| Some(value.get("errorMessage")?.as_str()?.to_owned()))
                 .unwrap_or_else(|| document.clone()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_latest_or_numbers_from_one() {
+        for (text, version) in [
+            ("$LATEST", Some(VersionId::Latest)),
+            ("1", Some(VersionId::Number(1))),
+            ("12", Some(VersionId::Number(12))),
+            ("0", None),
+            ("01", None),
+            ("+1", None),
+            ("live", None),
+            ("", None),
+        ] {
+            assert_eq!(text.parse::<VersionId>().ok(), version, "{text}");
+        }
+        assert!(VersionId::Latest < VersionId::Number(1));
+    }
+
+    #[test]
+    fn an_alias_divides_by_weight() {
+        let mut alias = Alias {
+            version: VersionId::Number(1),
+            description: String::new(),
+            revision_id: String::new(),
+            canary: None,
+        };
+        assert_eq!(alias.pick(0.0), VersionId::Number(1));
+        alias.canary = Some(Canary {
+            version: VersionId::Number(2),
+            weight: 0.25,
+        });
+        assert_eq!(alias.pick(0.2), VersionId::Number(2));
+        assert_eq!(alias.pick(0.25), VersionId::Number(1));
+        assert!(alias.names(VersionId::Number(2)) && !alias.names(VersionId::Latest));
     }
 }

@@ -6,7 +6,8 @@
 use std::collections::{BTreeMap, HashSet};
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use tokio::net::TcpListener;
@@ -21,8 +22,8 @@ use crate::gateway::{GatewayConfig, Limits, StartError};
 use crate::invocation::complaints::Complaints;
 use crate::logs::Log;
 use crate::progress::Progress;
-use crate::record::Function;
-use crate::store::{Store, StoreError};
+use crate::record::{Function, Version, VersionId};
+use crate::store::{Store, StoreError, Stored, Write};
 
 /// Bodies of more than a megabyte that are held at once; others wait.
 const UPLOADS_MAX: usize = 4;
@@ -63,7 +64,7 @@ pub struct App {
     pub openings: Semaphore,
     /// One permit for each large body in memory.
     pub uploads: Semaphore,
-    functions: RwLock<BTreeMap<String, Arc<Live>>>,
+    functions: RwLock<BTreeMap<String, Arc<LiveFunction>>>,
     changing: Arc<Mutex<HashSet<String>>>,
     /// Orders commits, so that memory and database change together.
     commits: tokio::sync::Mutex<()>,
@@ -80,17 +81,44 @@ pub enum Health {
     Stopping,
 }
 
-/// One function in memory.
-pub struct Live {
+/// One function in memory: what its versions share.
+pub struct LiveFunction {
     /// The bare name.
     pub name: String,
+    /// Its log.
+    pub log: Arc<Log>,
+    /// `$LATEST`.
+    pub latest: Arc<Live>,
+    record: RwLock<Arc<Function>>,
+    /// Invocations of all versions that run or wait.
+    running: AtomicUsize,
+    published: RwLock<BTreeMap<VersionId, Arc<Live>>>,
+}
+
+/// An invocation that is counted.
+pub struct Running(Arc<LiveFunction>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.running.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// One version of a function in memory.
+pub struct Live {
+    /// The function's bare name.
+    pub name: String,
+    /// Which version.
+    pub id: VersionId,
+    /// For people: the name, and the number of a published version.
+    pub label: String,
     /// Its sandboxes.
     pub pool: watch::Sender<PoolSlot>,
     /// Steps of its newest deployment.
     pub progress: Progress,
-    /// Its log.
+    /// The function's log.
     pub log: Arc<Log>,
-    record: RwLock<Arc<Function>>,
+    record: RwLock<Arc<Version>>,
     last_error: Mutex<Option<String>>,
     complaints: Mutex<Complaints>,
     /// The revision that was frozen again because its snapshot was refused.
@@ -98,7 +126,7 @@ pub struct Live {
     job: Mutex<Option<AbortHandle>>,
 }
 
-/// A function's sandboxes.
+/// A version's sandboxes.
 #[derive(Clone)]
 pub enum PoolSlot {
     /// None: it is not deployed yet, failed to initialise, or was deleted.
@@ -146,9 +174,10 @@ impl App {
         })?;
         let functions = records
             .into_iter()
-            .map(|record| {
-                let log = Log::new(folder.join(&record.name).join("log"));
-                (record.name.clone(), Arc::new(Live::new(record, log)))
+            .map(|stored| {
+                let name = stored.function.name.clone();
+                let log = Log::new(folder.join(&name).join("log"));
+                (name, Arc::new(LiveFunction::new(stored, log)))
             })
             .collect();
         let app = Arc::new(Self {
@@ -189,48 +218,52 @@ impl App {
         )
     }
 
+    /// The ARN of a version.
+    #[must_use]
+    pub fn version_arn(&self, name: &str, id: VersionId) -> String {
+        format!("{}:{id}", self.arn(name))
+    }
+
     /// One function.
     #[must_use]
-    pub fn find(&self, name: &str) -> Option<Arc<Live>> {
-        let functions = self
-            .functions
-            .read()
-            .unwrap_or_else(PoisonError::into_inner);
-        functions.get(name).cloned()
+    pub fn find(&self, name: &str) -> Option<Arc<LiveFunction>> {
+        self.functions().get(name).cloned()
     }
 
     /// All functions, ordered by name.
     #[must_use]
-    pub fn all(&self) -> Vec<Arc<Live>> {
-        let functions = self
-            .functions
-            .read()
-            .unwrap_or_else(PoisonError::into_inner);
-        functions.values().cloned().collect()
+    pub fn all(&self) -> Vec<Arc<LiveFunction>> {
+        self.functions().values().cloned().collect()
     }
 
     /// How many functions there are.
     #[must_use]
     pub fn count(&self) -> usize {
-        let functions = self
-            .functions
-            .read()
-            .unwrap_or_else(PoisonError::into_inner);
-        functions.len()
+        self.functions().len()
     }
 
-    /// Commits a new function and shows it.
+    fn functions(&self) -> RwLockReadGuard<'_, BTreeMap<String, Arc<LiveFunction>>> {
+        self.functions
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Commits a new function with its versions and shows it.
     ///
     /// # Errors
     /// The database refused; nothing is shown.
-    pub async fn insert(&self, live: Arc<Live>) -> Result<(), StoreError> {
+    pub async fn insert(&self, function: Arc<LiveFunction>) -> Result<(), StoreError> {
         let _commit = self.commits.lock().await;
-        self.store.put(&live.record()).await?;
+        let record = function.record();
+        let versions: Vec<Arc<Version>> = function.all().iter().map(|v| v.record()).collect();
+        let mut writes = vec![Write::Function(&record)];
+        writes.extend(versions.iter().map(|version| Write::Version(version)));
+        self.store.commit(&writes).await?;
         let mut functions = self
             .functions
             .write()
             .unwrap_or_else(PoisonError::into_inner);
-        functions.insert(live.name.clone(), live);
+        functions.insert(function.name.clone(), function);
         Ok(())
     }
 
@@ -238,21 +271,74 @@ impl App {
     ///
     /// # Errors
     /// The database refused; the function is still there.
-    pub async fn remove(&self, live: &Arc<Live>) -> Result<(), StoreError> {
+    pub async fn remove(&self, function: &Arc<LiveFunction>) -> Result<(), StoreError> {
         let _commit = self.commits.lock().await;
-        self.store.remove(&live.name).await?;
+        let name = function.name.as_str();
+        self.store.commit(&[Write::RemoveFunction(name)]).await?;
         let mut functions = self
             .functions
             .write()
             .unwrap_or_else(PoisonError::into_inner);
-        functions.remove(&live.name);
+        functions.remove(name);
         Ok(())
     }
 
-    /// Whether this very function, not one that was created under its name later, is still there.
+    /// Commits a change of what versions share, together with a new version if there is one, and shows both. `None` when the
+    /// function is gone, or `change` says that there is nothing to change.
+    ///
+    /// # Errors
+    /// The database refused; memory still shows the old record.
+    pub async fn change_function<T>(
+        &self,
+        function: &Arc<LiveFunction>,
+        new_version: Option<Arc<Live>>,
+        change: impl FnOnce(&mut Function) -> Option<T>,
+    ) -> Result<Option<T>, StoreError> {
+        let _commit = self.commits.lock().await;
+        let found = self.find(&function.name);
+        if found.is_none_or(|found| !Arc::ptr_eq(&found, function)) {
+            return Ok(None);
+        }
+        let mut record = (*function.record()).clone();
+        let Some(value) = change(&mut record) else {
+            return Ok(None);
+        };
+        let version = new_version.as_ref().map(|version| version.record());
+        let mut writes = vec![Write::Function(&record)];
+        writes.extend(version.iter().map(|version| Write::Version(version)));
+        self.store.commit(&writes).await?;
+        let mut shown = function
+            .record
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        *shown = Arc::new(record);
+        if let Some(version) = new_version {
+            function.published_mut().insert(version.id, version);
+        }
+        Ok(Some(value))
+    }
+
+    /// Commits the end of a published version and hides it.
+    ///
+    /// # Errors
+    /// The database refused; the version is still there.
+    pub async fn remove_version(
+        &self,
+        function: &LiveFunction,
+        id: VersionId,
+    ) -> Result<(), StoreError> {
+        let _commit = self.commits.lock().await;
+        let write = Write::RemoveVersion(&function.name, id);
+        self.store.commit(&[write]).await?;
+        function.published_mut().remove(&id);
+        Ok(())
+    }
+
+    /// Whether this very version, not one of a function that was created under its name later, is still there.
     #[must_use]
     pub fn is_current(&self, live: &Arc<Live>) -> bool {
         self.find(&live.name)
+            .and_then(|function| function.version(live.id))
             .is_some_and(|found| Arc::ptr_eq(&found, live))
     }
 
@@ -266,7 +352,7 @@ impl App {
         })
     }
 
-    /// Commits a change of a function and shows it. `None` when the function is gone, or `change` says that there is
+    /// Commits a change of a version and shows it. `None` when the version is gone, or `change` says that there is
     /// nothing to change (any more).
     ///
     /// # Errors
@@ -274,7 +360,7 @@ impl App {
     pub async fn change<T>(
         &self,
         live: &Arc<Live>,
-        change: impl FnOnce(&mut Function) -> Option<T>,
+        change: impl FnOnce(&mut Version) -> Option<T>,
     ) -> Result<Option<T>, StoreError> {
         let _commit = self.commits.lock().await;
         if !self.is_current(live) {
@@ -284,7 +370,7 @@ impl App {
         let Some(value) = change(&mut record) else {
             return Ok(None);
         };
-        self.store.put(&record).await?;
+        self.store.commit(&[Write::Version(&record)]).await?;
         live.show(record);
         Ok(Some(value))
     }
@@ -293,7 +379,7 @@ impl App {
     pub async fn close(&self) {
         self.health.send_replace(Health::Stopping);
         self.stop.cancel();
-        for live in self.all() {
+        for live in self.all().iter().flat_map(|function| function.all()) {
             live.abort_job();
         }
         self.engine.shutdown(ENGINE_CLOSE_LIMIT).await;
@@ -302,15 +388,92 @@ impl App {
     }
 }
 
-impl Live {
+impl LiveFunction {
     /// A function in memory, without sandboxes.
     #[must_use]
-    pub fn new(record: Function, log: Log) -> Self {
+    pub fn new(stored: Stored, log: Log) -> Self {
+        let log = Arc::new(log);
+        let live = |version| Arc::new(Live::new(version, Arc::clone(&log)));
+        let published = stored.published.into_iter();
+        Self {
+            name: stored.function.name.clone(),
+            latest: live(stored.latest),
+            record: RwLock::new(Arc::new(stored.function)),
+            running: AtomicUsize::new(0),
+            published: RwLock::new(published.map(|v| (v.id, live(v))).collect()),
+            log,
+        }
+    }
+
+    /// What its versions share, as committed.
+    #[must_use]
+    pub fn record(&self) -> Arc<Function> {
+        let record = self.record.read().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(&record)
+    }
+
+    /// Counts an invocation, until the answer is dropped; `None` when as many run as are reserved for the function.
+    #[must_use]
+    pub fn enter(self: &Arc<Self>) -> Option<Running> {
+        let limit = self.record().reserved_concurrency;
+        let limit = limit.map_or(usize::MAX, |limit| {
+            usize::try_from(limit).unwrap_or(usize::MAX)
+        });
+        let entered = self
+            .running
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |running| {
+                (running < limit).then_some(running + 1)
+            });
+        entered.is_ok().then(|| Running(Arc::clone(self)))
+    }
+
+    /// One version.
+    #[must_use]
+    pub fn version(&self, id: VersionId) -> Option<Arc<Live>> {
+        match id {
+            VersionId::Latest => Some(Arc::clone(&self.latest)),
+            VersionId::Number(_) => self.published().get(&id).cloned(),
+        }
+    }
+
+    /// All versions, `$LATEST` first.
+    #[must_use]
+    pub fn all(&self) -> Vec<Arc<Live>> {
+        let published = self.published();
+        std::iter::once(&self.latest)
+            .chain(published.values())
+            .cloned()
+            .collect()
+    }
+
+    fn published(&self) -> RwLockReadGuard<'_, BTreeMap<VersionId, Arc<Live>>> {
+        self.published
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn published_mut(&self) -> RwLockWriteGuard<'_, BTreeMap<VersionId, Arc<Live>>> {
+        self.published
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Live {
+    /// A version in memory, without sandboxes.
+    #[must_use]
+    pub fn new(record: Version, log: Arc<Log>) -> Self {
+        let label = match record.id {
+            VersionId::Latest => record.name.clone(),
+            VersionId::Number(number) => format!("{}:{number}", record.name),
+        };
         Self {
             name: record.name.clone(),
+            id: record.id,
+            label,
             pool: watch::Sender::new(PoolSlot::Closed),
             progress: Progress::default(),
-            log: Arc::new(log),
+            log,
             record: RwLock::new(Arc::new(record)),
             last_error: Mutex::new(None),
             complaints: Mutex::default(),
@@ -319,14 +482,14 @@ impl Live {
         }
     }
 
-    /// The function as committed.
+    /// The version as committed.
     #[must_use]
-    pub fn record(&self) -> Arc<Function> {
+    pub fn record(&self) -> Arc<Version> {
         let record = self.record.read().unwrap_or_else(PoisonError::into_inner);
         Arc::clone(&record)
     }
 
-    fn show(&self, record: Function) {
+    fn show(&self, record: Version) {
         let mut slot = self.record.write().unwrap_or_else(PoisonError::into_inner);
         *slot = Arc::new(record);
     }

@@ -1,24 +1,36 @@
 //! The database: one SQLite file, one thread that owns the connection.
 //!
-//! **Invariant:** when [`Store::put`] or [`Store::remove`] has answered, the change survives `kill -9` and power loss
+//! **Invariant:** when [`Store::commit`] has answered, the change survives `kill -9` and power loss
 //! (write-ahead log, `synchronous = FULL`). One process holds the file (`locking_mode = EXCLUSIVE`), so there is no
 //! shared-memory file that a crash could leave in doubt.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::thread;
 
-use rusqlite::{Connection, params};
+use rusqlite::{Connection, params_from_iter};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::record::Function;
+use crate::record::{Function, Version, VersionId};
 
 /// Most operations waiting for the thread; callers beyond wait for a place.
 const QUEUE_MAX: usize = 64;
 
 /// Statements that bring the schema from version `index` to `index + 1`.
-const MIGRATIONS: [&str; 1] =
-    ["CREATE TABLE functions (name TEXT PRIMARY KEY NOT NULL, document TEXT NOT NULL) STRICT"];
+const MIGRATIONS: [&str; 2] = [
+    "CREATE TABLE functions (name TEXT PRIMARY KEY NOT NULL, document TEXT NOT NULL) STRICT",
+    // What versions share got a document of its own.
+    "ALTER TABLE functions RENAME TO latest;
+     CREATE TABLE functions (name TEXT PRIMARY KEY NOT NULL, document TEXT NOT NULL) STRICT;
+     CREATE TABLE versions (name TEXT NOT NULL REFERENCES functions ON DELETE CASCADE, id TEXT NOT NULL, document TEXT NOT NULL, PRIMARY KEY (name, id)) STRICT;
+     INSERT INTO functions SELECT name, json_object('name', name, 'tags',
+         json(coalesce(json_extract(document, '$.tags'), '{}'))) FROM latest;
+     INSERT INTO versions SELECT name, '$LATEST', document FROM latest;
+     DROP TABLE latest",
+];
 
 type Job = Box<dyn FnOnce(&mut Connection) + Send>;
 
@@ -61,6 +73,9 @@ pub enum StoreError {
         #[source]
         source: serde_json::Error,
     },
+    /// A function has no `$LATEST`, which no gateway leaves out.
+    #[error("function {0} in the database has no $LATEST")]
+    NoLatest(String),
     /// The thread is gone.
     #[error("the database thread has ended")]
     Ended,
@@ -73,6 +88,73 @@ impl StoreError {
         matches!(self, Self::Sqlite { source, .. }
             if source.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull))
     }
+}
+
+/// A function as the database has it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Stored {
+    /// What its versions share.
+    pub function: Function,
+    /// `$LATEST`.
+    pub latest: Version,
+    /// Published versions, ordered by number.
+    pub published: Vec<Version>,
+}
+
+/// One change of the database.
+#[derive(Clone, Copy, Debug)]
+pub enum Write<'a> {
+    /// A function, new or changed.
+    Function(&'a Function),
+    /// A version, new or changed.
+    Version(&'a Version),
+    /// The end of a function and of all its versions.
+    RemoveFunction(&'a str),
+    /// The end of one version of a function.
+    RemoveVersion(&'a str, VersionId),
+}
+
+impl Write<'_> {
+    fn statement(&self) -> Result<(&'static str, Vec<String>), StoreError> {
+        Ok(match self {
+            Self::Function(function) => (
+                "INSERT INTO functions (name, document) VALUES (?1, ?2)
+                 ON CONFLICT (name) DO UPDATE SET document = excluded.document",
+                vec![function.name.clone(), write(&function.name, function)?],
+            ),
+            Self::Version(version) => (
+                "INSERT INTO versions (name, id, document) VALUES (?1, ?2, ?3)
+                 ON CONFLICT (name, id) DO UPDATE SET document = excluded.document",
+                vec![
+                    version.name.clone(),
+                    version.id.to_string(),
+                    write(&version.name, version)?,
+                ],
+            ),
+            Self::RemoveFunction(name) => (
+                "DELETE FROM functions WHERE name = ?1",
+                vec![(*name).to_owned()],
+            ),
+            Self::RemoveVersion(name, id) => (
+                "DELETE FROM versions WHERE name = ?1 AND id = ?2",
+                vec![(*name).to_owned(), id.to_string()],
+            ),
+        })
+    }
+}
+
+fn read<T: DeserializeOwned>(name: &str, document: &str) -> Result<T, StoreError> {
+    serde_json::from_str(document).map_err(|source| StoreError::Document {
+        name: name.to_owned(),
+        source,
+    })
+}
+
+fn write<T: Serialize>(name: &str, document: &T) -> Result<String, StoreError> {
+    serde_json::to_string(document).map_err(|source| StoreError::Document {
+        name: name.to_owned(),
+        source,
+    })
 }
 
 impl Store {
@@ -102,59 +184,66 @@ impl Store {
         Ok(Self { jobs })
     }
 
-    /// All functions, ordered by name.
+    /// All functions with their versions, ordered by name and version.
     ///
     /// # Errors
     /// See [`StoreError`].
-    pub async fn load(&self) -> Result<Vec<Function>, StoreError> {
-        let rows = self
+    pub async fn load(&self) -> Result<Vec<Stored>, StoreError> {
+        let (functions, versions) = self
             .run("read the functions", |connection| {
-                connection
-                    .prepare("SELECT name, document FROM functions ORDER BY name")?
-                    .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?
-                    .collect::<Result<Vec<(String, String)>, _>>()
+                let rows = |statement: &str| {
+                    connection
+                        .prepare(statement)?
+                        .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?
+                        .collect::<Result<Vec<(String, String)>, _>>()
+                };
+                Ok((
+                    rows("SELECT name, document FROM functions ORDER BY name")?,
+                    rows("SELECT name, document FROM versions")?,
+                ))
             })
             .await?;
-        rows.into_iter()
-            .map(|(name, document)| {
-                serde_json::from_str(&document)
-                    .map_err(|source| StoreError::Document { name, source })
+        let mut of: BTreeMap<String, Vec<Version>> = BTreeMap::new();
+        for (name, text) in versions {
+            let version = read(&name, &text)?;
+            of.entry(name).or_default().push(version);
+        }
+        functions
+            .into_iter()
+            .map(|(name, text)| {
+                let function = read(&name, &text)?;
+                let mut published = of.remove(&name).unwrap_or_default();
+                published.sort_by_key(|version| version.id);
+                if published
+                    .first()
+                    .is_none_or(|first| first.id != VersionId::Latest)
+                {
+                    return Err(StoreError::NoLatest(name));
+                }
+                Ok(Stored {
+                    function,
+                    latest: published.remove(0),
+                    published,
+                })
             })
             .collect()
     }
 
-    /// Writes a function, new or changed.
+    /// Carries out all writes, or none.
     ///
     /// # Errors
     /// See [`StoreError`].
-    pub async fn put(&self, function: &Function) -> Result<(), StoreError> {
-        let name = function.name.clone();
-        let document = serde_json::to_string(function).map_err(|source| StoreError::Document {
-            name: name.clone(),
-            source,
-        })?;
+    pub async fn commit(&self, writes: &[Write<'_>]) -> Result<(), StoreError> {
+        let statements = writes
+            .iter()
+            .map(Write::statement)
+            .collect::<Result<Vec<_>, _>>()?;
         self.run("write a function", move |connection| {
-            connection
-                .execute(
-                    "INSERT INTO functions (name, document) VALUES (?1, ?2)
-                     ON CONFLICT (name) DO UPDATE SET document = excluded.document",
-                    params![name, document],
-                )
-                .map(|_| ())
-        })
-        .await
-    }
-
-    /// Forgets a function.
-    ///
-    /// # Errors
-    /// See [`StoreError`].
-    pub async fn remove(&self, name: &str) -> Result<(), StoreError> {
-        let name = name.to_owned();
-        self.run("remove a function", move |connection| {
-            connection
-                .execute("DELETE FROM functions WHERE name = ?1", params![name])
-                .map(|_| ())
+            let transaction = connection.transaction()?;
+            for (statement, values) in statements {
+                transaction.execute(statement, params_from_iter(values))?;
+            }
+            transaction.commit()
         })
         .await
     }
@@ -194,7 +283,7 @@ fn connect(path: &Path) -> Result<Connection, StoreError> {
     // The order matters: with the exclusive lock asked for first, the log needs no shared memory.
     connection
         .execute_batch(
-            "PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;
+            "PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;
              CREATE TABLE IF NOT EXISTS schema_version (version INTEGER NOT NULL) STRICT;",
         )
         .map_err(refused("open"))?;
@@ -220,10 +309,7 @@ fn connect(path: &Path) -> Result<Connection, StoreError> {
         transaction
             .execute_batch(statements)
             .and_then(|()| {
-                transaction.execute(
-                    "INSERT INTO schema_version (version) VALUES (?1)",
-                    params![next],
-                )
+                transaction.execute("INSERT INTO schema_version (version) VALUES (?1)", [next])
             })
             .map_err(refused("migrate the schema"))?;
     }
@@ -236,16 +322,37 @@ fn connect(path: &Path) -> Result<Connection, StoreError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::function;
+    use crate::testing::{function, version};
 
     #[tokio::test]
     async fn what_was_written_is_there_after_a_reopening() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("thaw.db");
         let store = Store::open(&path).await.unwrap();
-        store.put(&function("b")).await.unwrap();
-        store.put(&function("a")).await.unwrap();
-        store.remove("b").await.unwrap();
+        let (a, b, first) = (function("a"), function("b"), version("a"));
+        let published = Version {
+            id: VersionId::Number(10),
+            ..first.clone()
+        };
+        let second = Version {
+            id: VersionId::Number(2),
+            ..first.clone()
+        };
+        let of_b = version("b");
+        store
+            .commit(&[Write::Function(&b), Write::Version(&of_b)])
+            .await
+            .unwrap();
+        store
+            .commit(&[
+                Write::Function(&a),
+                Write::Version(&published),
+                Write::Version(&first),
+                Write::Version(&second),
+            ])
+            .await
+            .unwrap();
+        store.commit(&[Write::RemoveFunction("b")]).await.unwrap();
         assert!(!folder.path().join("thaw.db-shm").exists());
         let (jobs, stopped) = (store.jobs.clone(), store);
         drop(stopped);
@@ -258,7 +365,78 @@ mod tests {
                 Err(error) => panic!("{error}"),
             }
         };
-        assert_eq!(store.load().await.unwrap(), vec![function("a")]);
+        assert_eq!(
+            store.load().await.unwrap(),
+            vec![Stored {
+                function: a.clone(),
+                latest: first.clone(),
+                published: vec![second, published.clone()]
+            }]
+        );
+        let removed = VersionId::Number(2);
+        store
+            .commit(&[Write::RemoveVersion("a", removed)])
+            .await
+            .unwrap();
+        assert_eq!(
+            store.load().await.unwrap(),
+            vec![Stored {
+                function: a,
+                latest: first,
+                published: vec![published]
+            }]
+        );
+    }
+
+    #[tokio::test]
+    async fn of_several_writes_all_happen_or_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(&folder.path().join("thaw.db")).await.unwrap();
+        let orphan = version("orphan");
+        let refused = store
+            .commit(&[Write::Function(&function("a")), Write::Version(&orphan)])
+            .await;
+        assert!(matches!(refused, Err(StoreError::Sqlite { .. })));
+        assert_eq!(store.load().await.unwrap(), vec![]);
+        store
+            .commit(&[Write::Function(&function("a"))])
+            .await
+            .unwrap();
+        assert!(matches!(store.load().await, Err(StoreError::NoLatest(name)) if name == "a"));
+    }
+
+    #[tokio::test]
+    async fn functions_of_the_first_schema_are_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("thaw.db");
+        let mut document = serde_json::to_value(version("f")).unwrap();
+        let members = document.as_object_mut().unwrap();
+        members.remove("id");
+        members.insert("tags".to_owned(), serde_json::json!({"team": "ours"}));
+        let old = Connection::open(&path).unwrap();
+        old.execute_batch(&format!(
+            "CREATE TABLE schema_version (version INTEGER NOT NULL) STRICT;
+             INSERT INTO schema_version VALUES (1); {}",
+            MIGRATIONS[0]
+        ))
+        .unwrap();
+        old.execute(
+            "INSERT INTO functions VALUES ('f', ?1)",
+            [document.to_string()],
+        )
+        .unwrap();
+        drop(old);
+        let store = Store::open(&path).await.unwrap();
+        let mut expected = function("f");
+        expected.tags.insert("team".to_owned(), "ours".to_owned());
+        assert_eq!(
+            store.load().await.unwrap(),
+            vec![Stored {
+                function: expected,
+                latest: version("f"),
+                published: vec![]
+            }]
+        );
     }
 
     #[tokio::test]

@@ -1,16 +1,22 @@
 //! Values that several modules' tests need.
 
-use std::collections::BTreeMap;
+use crate::record::{Code, Function, Revision, Settings, State, Version, VersionId};
 
-use crate::record::{Code, Function, Revision, Settings, State};
-
-/// A Pending function.
+/// A function that nobody has named or tagged.
 pub fn function(name: &str) -> Function {
     Function {
         name: name.to_owned(),
+        ..Function::default()
+    }
+}
+
+/// A Pending `$LATEST`.
+pub fn version(name: &str) -> Version {
+    Version {
+        name: name.to_owned(),
+        id: VersionId::Latest,
         modified_unix_ms: 1_795_440_429_007,
         revision_id: "r".to_owned(),
-        tags: BTreeMap::new(),
         target: Revision {
             id: "1".to_owned(),
             settings: Settings {
@@ -21,6 +27,7 @@ pub fn function(name: &str) -> Function {
                 timeout_seconds: 3,
                 memory_mib: 128,
                 environment: None,
+                snap_start: false,
             },
             code: Code {
                 bytes: 10,

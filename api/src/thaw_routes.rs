@@ -18,7 +18,7 @@ use tokio::sync::broadcast::error::RecvError;
 use crate::clock;
 use crate::deploy::{self, CODE_ZIP};
 use crate::function_url;
-use crate::record::{self, LastUpdate};
+use crate::record::{self, LastUpdate, VersionId};
 use crate::state::{App, Health, Live, PoolSlot};
 
 /// Lines of a log's past, unless the client wants others.
@@ -39,7 +39,11 @@ pub async fn health(State(app): State<Arc<App>>) -> Response<Body> {
 
 /// `GET /thaw/v1/functions`.
 pub async fn list(State(app): State<Arc<App>>) -> Response<Body> {
-    let functions = app.all().iter().map(|live| summary(&app, live)).collect();
+    let functions = app
+        .all()
+        .iter()
+        .map(|function| summary(&app, &function.latest))
+        .collect();
     let now = app.engine.stats();
     let machine = MachineSummary {
         shells: u64::try_from(now.shells).unwrap_or(u64::MAX),
@@ -51,17 +55,38 @@ pub async fn list(State(app): State<Arc<App>>) -> Response<Body> {
     json(&ListResponse { functions, machine })
 }
 
-/// `GET /thaw/v1/functions/{name}`.
-pub async fn function(State(app): State<Arc<App>>, Path(name): Path<String>) -> Response<Body> {
-    match app.find(&name) {
+/// Which version of a function a client means.
+#[derive(Debug, Deserialize)]
+pub struct VersionQuery {
+    /// `$LATEST`, unless it is given.
+    #[serde(default)]
+    version: VersionId,
+}
+
+/// One version of a function.
+fn find(app: &App, name: &str, query: &VersionQuery) -> Option<Arc<Live>> {
+    app.find(name)?.version(query.version)
+}
+
+/// `GET /thaw/v1/functions/{name}?version=N`.
+pub async fn function(
+    State(app): State<Arc<App>>,
+    Path(name): Path<String>,
+    Query(query): Query<VersionQuery>,
+) -> Response<Body> {
+    match find(&app, &name, &query) {
         Some(live) => json(&summary(&app, &live)),
         None => missing(&name),
     }
 }
 
-/// `GET /thaw/v1/functions/{name}/code`: the zip.
-pub async fn code(State(app): State<Arc<App>>, Path(name): Path<String>) -> Response<Body> {
-    let Some(live) = app.find(&name) else {
+/// `GET /thaw/v1/functions/{name}/code?version=N`: the zip.
+pub async fn code(
+    State(app): State<Arc<App>>,
+    Path(name): Path<String>,
+    Query(query): Query<VersionQuery>,
+) -> Response<Body> {
+    let Some(live) = find(&app, &name, &query) else {
         return missing(&name);
     };
     let path = app
@@ -100,10 +125,10 @@ pub async fn logs(
     Path(name): Path<String>,
     Query(query): Query<LogQuery>,
 ) -> Response<Body> {
-    let Some(live) = app.find(&name) else {
+    let Some(function) = app.find(&name) else {
         return missing(&name);
     };
-    let log = Arc::clone(&live.log);
+    let log = Arc::clone(&function.log);
     let lines = query.tail.unwrap_or(TAIL_LINES);
     let read = tokio::task::spawn_blocking(move || log.tail(lines)).await;
     let (past, follower) = match read {
@@ -124,7 +149,7 @@ pub async fn logs(
     let body = if query.follow {
         let past = stream::once(async move { Bytes::from(past) });
         // The function's own end closes its channel once nobody holds it: so this stream must not.
-        drop(live);
+        drop(function);
         let news = stream::unfold(follower, |mut follower| async move {
             let piece = match follower.recv().await {
                 Ok(piece) => piece,
@@ -142,9 +167,13 @@ pub async fn logs(
     typed(body, "text/plain; charset=utf-8")
 }
 
-/// `GET /thaw/v1/functions/{name}/progress`: one JSON document a line, from the beginning of the newest deployment.
-pub async fn progress(State(app): State<Arc<App>>, Path(name): Path<String>) -> Response<Body> {
-    let Some(live) = app.find(&name) else {
+/// `GET /thaw/v1/functions/{name}/progress?version=N`: one JSON document a line, from the beginning of the newest deployment.
+pub async fn progress(
+    State(app): State<Arc<App>>,
+    Path(name): Path<String>,
+    Query(query): Query<VersionQuery>,
+) -> Response<Body> {
+    let Some(live) = find(&app, &name, &query) else {
         return missing(&name);
     };
     let body = match ended(&live) {

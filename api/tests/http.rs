@@ -6,6 +6,8 @@
 mod machine;
 #[path = "http/server.rs"]
 mod server;
+#[path = "http/versions.rs"]
+mod versions;
 
 use serde_json::{Value, json};
 use server::{Server, zip};
@@ -214,8 +216,7 @@ async fn what_is_not_served_is_an_error_of_lambdas_shape() {
     let server = Server::start().await;
     for (method, path) in [
         ("GET", "/2018-10-31/layers"),
-        ("PUT", "/2017-10-31/functions/f/concurrency"),
-        ("POST", "/2015-03-31/functions/f/versions"),
+        ("POST", "/2015-03-31/event-source-mappings"),
         ("PATCH", "/2015-03-31/functions"),
     ] {
         let answer = server.send(method, path, &[], b"").await;

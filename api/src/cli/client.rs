@@ -42,6 +42,7 @@ impl Deployment {
             timeout_seconds: 60,
             memory_mib: 128,
             environment,
+            snap_start: false,
         };
         Self {
             name: name.to_owned(),

@@ -55,6 +55,7 @@ impl Settings {
             timeout_seconds: self.timeout,
             memory_mib: self.memory,
             environment: Some(self.env.iter().cloned().collect()),
+            snap_start: false,
         }
     }
 }

@@ -12,6 +12,7 @@ use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 use thaw_api::engine::{Engine as _, EngineStep, FreezeJob, HostEngine};
 use thaw_api::environment;
+use thaw_api::record::VersionId;
 use thaw_runtime::{Runtime, RuntimeConfig};
 use thaw_snapshot::{BaseRef, Snapshot, WorkingSet};
 
@@ -153,7 +154,7 @@ async fn freeze(
         memory_mib: settings.memory_mib,
         vcpu_count: environment::vcpu_count(settings.memory_mib),
         bootstrap: environment::bootstrap(&settings.runtime),
-        environment: environment::variables(&args.name, "us-east-1", &settings),
+        environment: environment::variables(&args.name, VersionId::Latest, "us-east-1", &settings),
         init_limit: INIT_LIMIT,
         runtime: settings.runtime,
     };

@@ -5,6 +5,8 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 
+use crate::record::VersionId;
+
 /// Bytes of log that `X-Amz-Log-Result` carries.
 const TAIL_BYTES_MAX: usize = 4096;
 
@@ -24,8 +26,8 @@ pub enum Status<'a> {
 pub struct Report<'a> {
     /// The invocation.
     pub request_id: &'a str,
-    /// `$LATEST`.
-    pub version: &'a str,
+    /// Which version answered.
+    pub version: VersionId,
     /// The function's output.
     pub output: &'a [u8],
     /// A line of the platform's after the output, as of a time-out.
@@ -89,7 +91,7 @@ mod tests {
     fn the_lines_come_in_lambdas_order() {
         let report = Report {
             request_id: "i",
-            version: "$LATEST",
+            version: VersionId::Latest,
             output: b"hello",
             note: None,
             duration: Duration::from_micros(1230),

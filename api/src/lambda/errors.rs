@@ -4,8 +4,16 @@ use axum::body::Body;
 use axum::http::{HeaderValue, Response, StatusCode, header};
 use serde_json::{Map, Value};
 
+use crate::record::State;
+
 /// Most bytes of a client's value that an error repeats.
 const ECHO_BYTES_MAX: usize = 256;
+
+/// `Reason` when a function runs as often as is reserved for it.
+pub const RESERVED: &str = "ReservedFunctionConcurrentInvocationLimitExceeded";
+
+/// `Reason` when a function waits as often as this gateway lets it.
+pub const CONCURRENT: &str = "ConcurrentInvocationLimitExceeded";
 
 /// An error of one operation.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,6 +65,27 @@ impl ApiError {
         )
     }
 
+    /// 404, no such alias.
+    pub fn no_alias(arn: &str) -> Self {
+        Self::new(
+            StatusCode::NOT_FOUND,
+            "ResourceNotFoundException",
+            format!("Cannot find alias arn: {arn}"),
+        )
+    }
+
+    /// 409, it cannot be invoked or published.
+    pub fn inactive(state: &State) -> Self {
+        let why = match state {
+            State::Failed(reason) => format!(" ({reason})"),
+            State::Pending | State::Active => String::new(),
+        };
+        Self::conflict(format!(
+            "The operation cannot be performed at this time. The function is currently in the following state: {}{why}",
+            state.word()
+        ))
+    }
+
     /// 409.
     pub fn conflict(message: impl Into<String>) -> Self {
         Self::new(StatusCode::CONFLICT, "ResourceConflictException", message)
@@ -97,15 +126,24 @@ impl ApiError {
     }
 
     /// 429; `why` follows Lambda's own words.
-    pub fn throttled(why: &str) -> Self {
+    pub fn throttled(reason: &'static str, why: &str) -> Self {
         Self {
-            reason: Some("ReservedFunctionConcurrentInvocationLimitExceeded"),
+            reason: Some(reason),
             ..Self::new(
                 StatusCode::TOO_MANY_REQUESTS,
                 "TooManyRequestsException",
-                format!("Rate Exceeded. {why}"),
+                format!("Rate Exceeded. {why}").trim_end(),
             )
         }
+    }
+
+    /// 409, the version's snapshot is still being made.
+    pub fn snap_start_not_ready() -> Self {
+        Self::new(
+            StatusCode::CONFLICT,
+            "SnapStartNotReadyException",
+            "Lambda is initializing your function. It will be ready to invoke once your function state becomes ACTIVE.",
+        )
     }
 
     /// 500, this machine's fault.
@@ -216,7 +254,7 @@ mod tests {
 
     #[test]
     fn throttling_says_when_to_come_back() {
-        let response = ApiError::throttled("").into_response("r");
+        let response = ApiError::throttled(RESERVED, "").into_response("r");
         assert_eq!(response.headers()["retry-after"], "1");
         assert_eq!(
             response.headers()["x-amzn-errortype"],

@@ -10,14 +10,12 @@ use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use serde::de::IgnoredAny;
 
-use super::errors::{ApiError, violation};
-use super::{Answer, Call, arn, empty};
+use super::errors::{ApiError, CONCURRENT, RESERVED, violation};
+use super::{Answer, Call, empty};
 use crate::body::{self, BodyError};
-use crate::invocation::{
-    self, FunctionResult, LATEST, PAYLOAD_BYTES_MAX, Refusal, Request, report,
-};
-use crate::record::State;
-use crate::state::App;
+use crate::invocation::{self, FunctionResult, PAYLOAD_BYTES_MAX, Refusal, Request, report};
+use crate::record::{State, VersionId};
+use crate::state::{App, Live};
 use crate::timing;
 
 /// Largest decoded client context, bytes; Lambda's limit.
@@ -32,7 +30,7 @@ enum Kind {
 
 pub(super) async fn invoke(app: &Arc<App>, call: Call, name: &str) -> Answer {
     let arrived = Instant::now();
-    let (reference, live) = call.function(app, name)?;
+    let found = call.version(app, name)?;
     let kind = kind(&call.headers)?;
     let tail = wants_tail(&call.headers)?;
     let client_context = client_context(&call.headers)?;
@@ -48,15 +46,16 @@ pub(super) async fn invoke(app: &Arc<App>, call: Call, name: &str) -> Answer {
     }
     let request = Request {
         request_id: call.request_id.clone(),
-        function_arn: arn(app, &reference),
+        function_arn: found.arn(app),
         payload,
         client_context,
         trace_id: Some(timing::trace_id(&call.headers)),
         measure: timing::measure(&call.headers),
     };
-    let answer = invocation::run(app, &live, request)
+    let live = found.pick();
+    let answer = invocation::run(app, &found.function, &live, request)
         .await
-        .map_err(|refusal| refused(&refusal, app, &live.name))?;
+        .map_err(|refusal| refused(&refusal, &live, &found.arn(app)))?;
     let (body, failed) = match answer.result {
         FunctionResult::Response(payload) => (payload, false),
         FunctionResult::Error { document, .. } => (document, true),
@@ -67,7 +66,9 @@ pub(super) async fn invoke(app: &Arc<App>, call: Call, name: &str) -> Answer {
         header::CONTENT_TYPE,
         HeaderValue::from_static("application/json"),
     );
-    headers.insert("x-amz-executed-version", HeaderValue::from_static(LATEST));
+    if let Ok(version) = HeaderValue::from_str(&live.id.to_string()) {
+        headers.insert("x-amz-executed-version", version);
+    }
     if failed {
         headers.insert(
             "x-amz-function-error",
@@ -148,22 +149,19 @@ fn payload_json(payload: Bytes) -> Result<Bytes, ApiError> {
     Ok(payload)
 }
 
-fn refused(refusal: &Refusal, app: &App, name: &str) -> ApiError {
+fn refused(refusal: &Refusal, live: &Live, arn: &str) -> ApiError {
     match refusal {
-        Refusal::Inactive(state) => {
-            let why = match state {
-                State::Failed(reason) => format!(" ({reason})"),
-                State::Pending | State::Active => String::new(),
-            };
-            ApiError::conflict(format!(
-                "The operation cannot be performed at this time. The function is currently in the following state: {}{why}",
-                state.word()
-            ))
+        Refusal::Inactive(State::Pending)
+            if live.id != VersionId::Latest && live.record().target.settings.snap_start =>
+        {
+            ApiError::snap_start_not_ready()
         }
-        Refusal::Throttled(why) => ApiError::throttled(why),
+        Refusal::Inactive(state) => ApiError::inactive(state),
+        Refusal::Reserved => ApiError::throttled(RESERVED, ""),
+        Refusal::Throttled(why) => ApiError::throttled(CONCURRENT, why),
         Refusal::Full(why) => ApiError::unavailable(why.clone()),
         Refusal::TooLarge => ApiError::request_too_large(PAYLOAD_BYTES_MAX),
-        Refusal::Gone => ApiError::not_found(&app.arn(name)),
+        Refusal::Gone => ApiError::not_found(arn),
         Refusal::Host(reason) => ApiError::service(reason.clone()),
         Refusal::Stopping => ApiError::unavailable("The gateway is stopping."),
     }

@@ -6,25 +6,19 @@ use axum::http::StatusCode;
 use thaw_api_types::lambda::{UpdateFunctionCodeRequest, UpdateFunctionConfigurationRequest};
 
 use super::errors::ApiError;
-use super::view::{self, Detail};
-use super::{Answer, CODE_BODY_BYTES_MAX, Call, change_error, json, validate};
+use super::{Answer, CODE_BODY_BYTES_MAX, Call, change_error, json, validate, view};
 use crate::code;
-use crate::functions::{self, Change, ChangeError};
-use crate::record::Function;
+use crate::functions::{self, Change, ChangeError, versions};
 use crate::state::App;
 
 pub(super) async fn code(app: &Arc<App>, call: Call, name: &str) -> Answer {
-    let (reference, live) = call.function(app, name)?;
-    check_qualifier(reference.qualifier.as_deref())?;
+    let found = call.version(app, name)?;
+    check_qualifier(found.reference.qualifier.as_deref())?;
+    let live = &found.live;
     let _upload = app.uploads.acquire().await;
     let request: UpdateFunctionCodeRequest =
         call.json(CODE_BODY_BYTES_MAX, "UpdateFunctionCode").await?;
     validate::check_architectures(request.architectures.as_deref())?;
-    if request.publish == Some(true) {
-        return Err(ApiError::invalid_parameter(
-            "Versions are not supported by this gateway: update the code without Publish.",
-        ));
-    }
     let zip = validate::zip(request.code)?;
     if request.dry_run == Some(true) {
         let checked = tokio::task::spawn_blocking(move || code::check(&zip)).await;
@@ -32,18 +26,28 @@ pub(super) async fn code(app: &Arc<App>, call: Call, name: &str) -> Answer {
             .map_err(|_| ChangeError::Worker)
             .and_then(|checked| checked.map_err(ChangeError::Code))
             .map_err(|error| change_error(app, &error))?;
-        return answer(app, &live.record());
+        return json(StatusCode::OK, &view::latest(app, &live.record()));
     }
     let revision_id = request.revision_id.as_deref();
+    let refused = |error| change_error(app, &error);
     let record = functions::update(app, &live.name, revision_id, Change::Code(zip))
         .await
-        .map_err(|error| change_error(app, &error))?;
-    answer(app, &record)
+        .map_err(refused)?;
+    let view = if request.publish == Some(true) {
+        let version = versions::publish_at_once(app, &live.name)
+            .await
+            .map_err(refused)?;
+        view::version(app, &version)
+    } else {
+        view::latest(app, &record)
+    };
+    json(StatusCode::OK, &view)
 }
 
 pub(super) async fn configuration(app: &Arc<App>, call: Call, name: &str) -> Answer {
-    let (reference, live) = call.function(app, name)?;
-    check_qualifier(reference.qualifier.as_deref())?;
+    let found = call.version(app, name)?;
+    check_qualifier(found.reference.qualifier.as_deref())?;
+    let live = &found.live;
     let limit = call.json_limit();
     let request: UpdateFunctionConfigurationRequest =
         call.json(limit, "UpdateFunctionConfiguration").await?;
@@ -53,7 +57,7 @@ pub(super) async fn configuration(app: &Arc<App>, call: Call, name: &str) -> Ans
     let record = functions::update(app, &live.name, request.revision_id.as_deref(), change)
         .await
         .map_err(|error| change_error(app, &error))?;
-    answer(app, &record)
+    json(StatusCode::OK, &view::latest(app, &record))
 }
 
 fn check_qualifier(qualifier: Option<&str>) -> Result<(), ApiError> {
@@ -61,12 +65,4 @@ fn check_qualifier(qualifier: Option<&str>) -> Result<(), ApiError> {
         None | Some("$LATEST") => Ok(()),
         Some(_) => Err(ApiError::invalid_parameter("Only $LATEST can be updated.")),
     }
-}
-
-fn answer(app: &App, record: &Function) -> Answer {
-    let arn = app.arn(&record.name);
-    json(
-        StatusCode::OK,
-        &view::configuration(record, &arn, &app.region, Detail::Full),
-    )
 }

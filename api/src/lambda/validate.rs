@@ -15,13 +15,16 @@ use crate::record::Settings;
 pub const ZIP_BYTES_MAX: usize = 52_428_800;
 /// Largest environment, bytes of its JSON.
 const ENVIRONMENT_BYTES_MAX: usize = 4096;
-const TAGS_MAX: usize = 50;
+/// Most tags of a function.
+pub(super) const TAGS_MAX: usize = 50;
 const HANDLER_CHARS_MAX: usize = 128;
 const DESCRIPTION_CHARS_MAX: usize = 256;
 const TIMEOUT_SECONDS: std::ops::RangeInclusive<i64> = 1..=900;
 const MEMORY_MIB: std::ops::RangeInclusive<i64> = 128..=10_240;
 /// Thaw's /tmp is as large as AWS's default.
 const EPHEMERAL_MIB: i64 = 512;
+/// `ApplyOn` of SnapStart.
+const PUBLISHED_VERSIONS: &str = "PublishedVersions";
 
 /// Settings of a new function.
 ///
@@ -70,6 +73,7 @@ pub fn create(request: &CreateFunctionRequest) -> Result<Settings, ApiError> {
         timeout_seconds: 3,
         memory_mib: 128,
         environment: None,
+        snap_start: false,
     };
     merge(default, &request.settings)
 }
@@ -162,7 +166,8 @@ fn finish(violations: &[String]) -> Result<(), ApiError> {
     }
 }
 
-fn null(member: &str) -> String {
+/// A required member is missing.
+pub(super) fn null(member: &str) -> String {
     format!("Value null at '{member}' failed to satisfy constraint: Member must not be null")
 }
 
@@ -219,11 +224,16 @@ fn check_settings(settings: &FunctionSettings, violations: &mut Vec<String>) {
             violations.push(violation(handler, "handler", constraint));
         }
     }
-    if let Some(description) = &settings.description
-        && description.chars().count() > DESCRIPTION_CHARS_MAX
+    violations.extend(long_description(settings.description.as_deref()));
+    if let Some(snap_start) = &settings.snap_start
+        && !["None", PUBLISHED_VERSIONS].contains(&snap_start.apply_on.as_str())
     {
-        let constraint = "Member must have length less than or equal to 256";
-        violations.push(violation(description, "description", constraint));
+        let constraint = "Member must satisfy enum value set: [PublishedVersions, None]";
+        violations.push(violation(
+            &snap_start.apply_on,
+            "snapStart.applyOn",
+            constraint,
+        ));
     }
     if let Some(environment) = &settings.environment
         && let Some(key) = environment.variables.keys().find(|key| !is_variable(key))
@@ -231,6 +241,20 @@ fn check_settings(settings: &FunctionSettings, violations: &mut Vec<String>) {
         let constraint = "Map keys must satisfy constraint: [Member must satisfy regular expression pattern: [a-zA-Z]([a-zA-Z0-9_])+]";
         violations.push(violation(key, "environment.variables", constraint));
     }
+}
+
+fn long_description(description: Option<&str>) -> Option<String> {
+    let text = description.filter(|text| text.chars().count() > DESCRIPTION_CHARS_MAX)?;
+    let constraint = "Member must have length less than or equal to 256";
+    Some(violation(text, "description", constraint))
+}
+
+/// A description of a version or an alias.
+///
+/// # Errors
+/// It is too long.
+pub(super) fn check_description(description: Option<&str>) -> Result<(), ApiError> {
+    finish(&Vec::from_iter(long_description(description)))
 }
 
 fn is_variable(key: &str) -> bool {
@@ -273,6 +297,12 @@ fn merge(current: Settings, change: &FunctionSettings) -> Result<Settings, ApiEr
         timeout_seconds: unsigned(change.timeout, current.timeout_seconds),
         memory_mib: unsigned(change.memory_size, current.memory_mib),
         environment,
+        snap_start: change
+            .snap_start
+            .as_ref()
+            .map_or(current.snap_start, |snap_start| {
+                snap_start.apply_on == PUBLISHED_VERSIONS
+            }),
     })
 }
 
@@ -298,11 +328,6 @@ fn check_unsupported(change: &FunctionSettings) -> Result<(), ApiError> {
         .and_then(|vpc| vpc.get("SubnetIds"));
     if vpc.is_some_and(is_given) {
         return refuse("VpcConfig");
-    }
-    if let Some(snap_start) = &change.snap_start
-        && snap_start.apply_on != "None"
-    {
-        return refuse("SnapStart (every function is frozen when it is deployed)");
     }
     match &change.ephemeral_storage {
         Some(storage) if storage.size != EPHEMERAL_MIB => refuse(&format!(

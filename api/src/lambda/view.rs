@@ -8,8 +8,8 @@ use thaw_api_types::lambda::{
 };
 
 use crate::clock;
-use crate::invocation::LATEST;
-use crate::record::{Function, LastUpdate, State};
+use crate::record::{LastUpdate, State, Version, VersionId};
+use crate::state::App;
 
 /// Which members a view has: lists omit the state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,10 +20,35 @@ pub enum Detail {
     ListItem,
 }
 
-/// FunctionConfiguration of a function's target. `arn` carries a qualifier if the client named one.
+/// `$LATEST`, as operations on it answer.
+#[must_use]
+pub fn latest(app: &App, version: &Version) -> FunctionConfiguration {
+    let arn = app.arn(&version.name);
+    configuration(version, &arn, &app.region, Detail::Full)
+}
+
+/// A version with its number in the ARN.
+#[must_use]
+pub fn version(app: &App, version: &Version) -> FunctionConfiguration {
+    let arn = app.version_arn(&version.name, version.id);
+    configuration(version, &arn, &app.region, Detail::Full)
+}
+
+/// Orders versions by name and number.
+#[must_use]
+pub fn key(version: &Version) -> String {
+    let number = match version.id {
+        VersionId::Latest => 0,
+        VersionId::Number(number) => number,
+    };
+    // No name contains a colon; numbers of one length compare as text.
+    format!("{}:{number:020}", version.name)
+}
+
+/// FunctionConfiguration of a version's target. `arn` carries a qualifier if the client named one.
 #[must_use]
 pub fn configuration(
-    function: &Function,
+    function: &Version,
     arn: &str,
     region: &str,
     detail: Detail,
@@ -41,7 +66,7 @@ pub fn configuration(
         timeout: settings.timeout_seconds,
         memory_size: settings.memory_mib,
         last_modified: clock::last_modified(function.modified_unix_ms),
-        version: LATEST.to_owned(),
+        version: function.id.to_string(),
         environment: settings
             .environment
             .clone()
@@ -51,7 +76,7 @@ pub fn configuration(
         package_type: "Zip".to_owned(),
         architectures: vec!["x86_64".to_owned()],
         ephemeral_storage: EphemeralStorage::default(),
-        snap_start: SnapStartResponse::default(),
+        snap_start: snap_start(function),
         runtime_version_config: RuntimeVersionConfig {
             runtime_version_arn: format!("arn:aws:lambda:{region}::runtime:{}", settings.runtime),
         },
@@ -67,7 +92,19 @@ pub fn configuration(
     view
 }
 
-fn state(function: &Function, view: &mut FunctionConfiguration) {
+/// `$LATEST` is frozen without hooks; a published version is optimised once it is frozen.
+fn snap_start(version: &Version) -> SnapStartResponse {
+    if !version.target.settings.snap_start {
+        return SnapStartResponse::default();
+    }
+    let is_frozen = version.id != VersionId::Latest && version.state == State::Active;
+    SnapStartResponse {
+        apply_on: "PublishedVersions".to_owned(),
+        optimization_status: if is_frozen { "On" } else { "Off" }.to_owned(),
+    }
+}
+
+fn state(function: &Version, view: &mut FunctionConfiguration) {
     view.state = Some(function.state.word().to_owned());
     let (reason, code) = match &function.state {
         State::Active => (None, None),
@@ -103,6 +140,7 @@ pub fn function(
             location,
         },
         tags: tags.clone(),
+        concurrency: None,
     }
 }
 
@@ -113,7 +151,7 @@ mod tests {
 
     #[test]
     fn a_pending_function_has_no_update_status() {
-        let view = configuration(&testing::function("f"), "arn", "r", Detail::Full);
+        let view = configuration(&testing::version("f"), "arn", "r", Detail::Full);
         assert_eq!(view.state.as_deref(), Some("Pending"));
         assert_eq!(
             view.state_reason.as_deref(),
@@ -124,8 +162,25 @@ mod tests {
     }
 
     #[test]
+    fn versions_are_ordered_by_number() {
+        let of = |name: &str, id| {
+            key(&Version {
+                id,
+                ..testing::version(name)
+            })
+        };
+        let keys = [
+            of("a", VersionId::Latest),
+            of("a", VersionId::Number(2)),
+            of("a", VersionId::Number(10)),
+            of("ab", VersionId::Latest),
+        ];
+        assert!(keys.is_sorted(), "{keys:?}");
+    }
+
+    #[test]
     fn a_list_item_has_no_state() {
-        let view = configuration(&testing::function("f"), "arn", "r", Detail::ListItem);
+        let view = configuration(&testing::version("f"), "arn", "r", Detail::ListItem);
         assert_eq!(view.state, None);
     }
 }

@@ -18,13 +18,22 @@ use tokio::sync::watch;
 
 pub struct Machine {
     held: watch::Sender<bool>,
+    answers: watch::Sender<Answers>,
     freezes: AtomicUsize,
+}
+
+/// Invocations with the event "hold".
+#[derive(Clone, Copy, Default)]
+struct Answers {
+    are_held: bool,
+    waiting: usize,
 }
 
 impl Machine {
     pub fn new() -> Self {
         Self {
             held: watch::Sender::new(false),
+            answers: watch::Sender::default(),
             freezes: AtomicUsize::new(0),
         }
     }
@@ -41,6 +50,17 @@ impl Machine {
 
     pub fn release_freezes(&self) {
         self.held.send_replace(false);
+    }
+
+    /// Whether invocations with the event "hold" wait.
+    pub fn hold_answers(&self, are_held: bool) {
+        self.answers
+            .send_modify(|answers| answers.are_held = are_held);
+    }
+
+    /// Invocations that wait because they are held.
+    pub fn held_answers(&self) -> usize {
+        self.answers.borrow().waiting
     }
 }
 
@@ -104,7 +124,7 @@ impl Engine for Machine {
             let snapshot = std::fs::read(spec.snapshot).expect("a snapshot that was frozen");
             let pool: Arc<dyn Sandboxes> = match snapshot == FOREIGN.as_bytes() {
                 true => Arc::new(Refusing),
-                false => Arc::new(Echo),
+                false => Arc::new(Echo(self.answers.clone())),
             };
             Ok(pool)
         }
@@ -152,11 +172,20 @@ impl Sandboxes for Refusing {
 }
 
 /// Answers with the event, but for a few.
-struct Echo;
+struct Echo(watch::Sender<Answers>);
 
 impl Sandboxes for Echo {
     fn invoke(&self, invocation: Invocation) -> BoxFuture<'_, Result<Outcome, InvokeError>> {
         async move {
+            if invocation.payload == "\"hold\"" {
+                self.0.send_modify(|answers| answers.waiting += 1);
+                let _ = self
+                    .0
+                    .subscribe()
+                    .wait_for(|answers| !answers.are_held)
+                    .await;
+                self.0.send_modify(|answers| answers.waiting -= 1);
+            }
             let measured = invocation.measure == Measure::On;
             Ok(Outcome {
                 end: end(invocation.payload)?,

@@ -153,10 +153,13 @@ impl Server {
 
     /// Waits for the end of the newest deployment; its last line.
     pub async fn deployed(&self, name: &str) -> Value {
-        let text = self
-            .get(&format!("/thaw/v1/functions/{name}/progress"))
-            .await
-            .text();
+        self.version_deployed(name, "$LATEST").await
+    }
+
+    /// The same of a published version.
+    pub async fn version_deployed(&self, name: &str, version: &str) -> Value {
+        let path = format!("/thaw/v1/functions/{name}/progress?version={version}");
+        let text = self.get(&path).await.text();
         let last: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
         assert_eq!(last["done"], true, "{text}");
         last

@@ -4,6 +4,10 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+mod versions;
+
+pub use versions::*;
+
 /// Body of CreateFunction.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
@@ -177,7 +181,7 @@ pub struct FunctionConfiguration {
     pub memory_size: u32,
     /// ISO 8601 with milliseconds and `+0000`.
     pub last_modified: String,
-    /// `$LATEST`.
+    /// `$LATEST` or a number.
     pub version: String,
     /// Environment of the function, when it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -210,7 +214,7 @@ pub struct FunctionConfiguration {
     pub architectures: Vec<String>,
     /// Size of /tmp.
     pub ephemeral_storage: EphemeralStorage,
-    /// Always off: Thaw freezes `$LATEST` itself.
+    /// Whether published versions run SnapStart's hooks, and whether this one did.
     pub snap_start: SnapStartResponse,
     /// Which build of the runtime.
     pub runtime_version_config: RuntimeVersionConfig,
@@ -288,6 +292,9 @@ pub struct GetFunctionResponse {
     /// Its tags, when it has any.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub tags: BTreeMap<String, String>,
+    /// What is reserved for it, when anything is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub concurrency: Option<Concurrency>,
 }
 
 /// Where code can be had.

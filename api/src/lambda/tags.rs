@@ -1,0 +1,101 @@
+//! TagResource, UntagResource, ListTags: tags of functions.
+
+use std::sync::Arc;
+
+use axum::http::StatusCode;
+use thaw_api_types::lambda::Tags;
+
+use super::errors::{ApiError, violation};
+use super::names::FunctionRef;
+use super::validate::TAGS_MAX;
+use super::{Answer, Call, empty, find, json, query};
+use crate::engine::chain;
+use crate::record::Function;
+use crate::state::{App, LiveFunction};
+
+const KEY_CHARS_MAX: usize = 128;
+const VALUE_CHARS_MAX: usize = 256;
+
+pub(super) async fn tag(app: &Arc<App>, call: Call, resource: &str) -> Answer {
+    let function = resource_of(app, resource)?;
+    let limit = call.json_limit();
+    let Tags { tags } = call.json(limit, "TagResource").await?;
+    if tags.is_empty() {
+        return Err(ApiError::invalid_parameter(
+            "An error occurred and the request cannot be processed: Tags are empty.",
+        ));
+    }
+    for (key, value) in &tags {
+        if key.is_empty() || key.chars().count() > KEY_CHARS_MAX {
+            let constraint = "Map keys must satisfy constraint: [Member must have length less than or equal to 128, Member must have length greater than or equal to 1]";
+            return Err(ApiError::validation(&[violation(key, "tags", constraint)]));
+        }
+        if value.chars().count() > VALUE_CHARS_MAX {
+            let constraint = "Map values must satisfy constraint: [Member must have length less than or equal to 256]";
+            return Err(ApiError::validation(&[violation(
+                value, "tags", constraint,
+            )]));
+        }
+    }
+    let record = function.record();
+    let new = tags.keys().filter(|key| !record.tags.contains_key(*key));
+    if record.tags.len() + new.count() > TAGS_MAX {
+        return Err(ApiError::invalid_parameter(
+            "Number of tags exceeds resource tag limit.",
+        ));
+    }
+    change(app, &function, |record| record.tags.extend(tags)).await
+}
+
+pub(super) async fn untag(app: &Arc<App>, call: Call, resource: &str) -> Answer {
+    let function = resource_of(app, resource)?;
+    let pairs = query(call.uri.query().unwrap_or_default());
+    let keys: Vec<String> = pairs
+        .filter(|(name, _)| name == "tagKeys")
+        .map(|(_, key)| key)
+        .collect();
+    if keys.is_empty() {
+        return Err(ApiError::validation(&[super::validate::null("tagKeys")]));
+    }
+    change(app, &function, |record| {
+        record.tags.retain(|key, _| !keys.contains(key));
+    })
+    .await
+}
+
+pub(super) fn list(app: &Arc<App>, resource: &str) -> Answer {
+    let tags = resource_of(app, resource)?.record().tags.clone();
+    json(StatusCode::OK, &Tags { tags })
+}
+
+async fn change(
+    app: &App,
+    function: &Arc<LiveFunction>,
+    work: impl FnOnce(&mut Function),
+) -> Answer {
+    let changed = app.change_function(function, None, |record| {
+        work(record);
+        Some(())
+    });
+    match changed.await {
+        Ok(Some(())) => Ok(empty(StatusCode::NO_CONTENT)),
+        Ok(None) => Err(ApiError::not_found(&app.arn(&function.name))),
+        Err(error) => Err(ApiError::service(chain(&error))),
+    }
+}
+
+fn resource_of(app: &App, resource: &str) -> Result<Arc<LiveFunction>, ApiError> {
+    if !resource.starts_with("arn:") {
+        let constraint = "Member must satisfy regular expression pattern: arn:(aws[a-zA-Z-]*):lambda:[a-z]{2}((-gov)|(-iso([a-z]?)))?-[a-z]+-\\d{1}:\\d{12}:(function:[a-zA-Z0-9-_]+(:(\\$LATEST|[a-zA-Z0-9-_]+))?|layer:([a-zA-Z0-9-_]+)|code-signing-config:csc-[a-z0-9]{17}|event-source-mapping:[a-f0-9]{8}-[a-f0-9]{4}-[a-f0-9]{4}-[a-f0-9]{4}-[a-f0-9]{12})";
+        return Err(ApiError::validation(&[violation(
+            resource, "resource", constraint,
+        )]));
+    }
+    let reference = FunctionRef::parse(resource, None)?;
+    if reference.qualifier.is_some() {
+        return Err(ApiError::invalid_parameter(
+            "Tags on function aliases and versions are not supported. Please specify a function ARN.",
+        ));
+    }
+    Ok(find(app, reference)?.function)
+}

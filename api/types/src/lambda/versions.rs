@@ -1,0 +1,146 @@
+//! Versions, aliases, tags and concurrency of a function.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::FunctionConfiguration;
+
+/// Body of PublishVersion.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct PublishVersionRequest {
+    /// The code must have this SHA-256, base64.
+    #[serde(skip_serializing_if = "Option::is_none", rename = "CodeSha256")]
+    pub code_sha256: Option<String>,
+    /// Free text, at most 256 characters; that of `$LATEST` unless it is given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub description: Option<String>,
+    /// Refused unless `$LATEST` is at this revision.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub revision_id: Option<String>,
+}
+
+/// Body of ListVersionsByFunction.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct ListVersionsResponse {
+    /// One page: `$LATEST`, then by number.
+    pub versions: Vec<FunctionConfiguration>,
+    /// Where the next page starts; absent on the last.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub next_marker: Option<String>,
+}
+
+/// Body of CreateAlias and, but for the name, of UpdateAlias.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct AliasRequest {
+    /// Required on creation: 1 to 128 letters, digits, `-`, `_`, not digits alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Required on creation: `$LATEST` or a number.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub function_version: Option<String>,
+    /// Free text, at most 256 characters.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub description: Option<String>,
+    /// A second version and its share.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub routing_config: Option<RoutingConfig>,
+    /// UpdateAlias is refused unless the alias is at this revision.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub revision_id: Option<String>,
+}
+
+/// How an alias divides invocations.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct RoutingConfig {
+    /// At most one published version and its share, 0 to 1.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub additional_version_weights: BTreeMap<String, f64>,
+}
+
+/// What an alias is.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct AliasConfiguration {
+    /// The function's ARN with the alias as qualifier.
+    pub alias_arn: String,
+    /// Its name.
+    pub name: String,
+    /// `$LATEST` or a number.
+    pub function_version: String,
+    /// Free text.
+    pub description: String,
+    /// A second version, when there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub routing_config: Option<RoutingConfig>,
+    /// Changes with every change of the alias.
+    pub revision_id: String,
+}
+
+/// Body of ListAliases.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct ListAliasesResponse {
+    /// One page, ordered by name.
+    pub aliases: Vec<AliasConfiguration>,
+    /// Where the next page starts; absent on the last.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub next_marker: Option<String>,
+}
+
+/// Body of TagResource and of ListTags' answer.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct Tags {
+    /// Key to value.
+    pub tags: BTreeMap<String, String>,
+}
+
+/// A function's share of the account's concurrency.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct Concurrency {
+    /// Invocations of all its versions at once; absent when nothing is reserved.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reserved_concurrent_executions: Option<i64>,
+}
+
+/// Body of GetAccountSettings.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct AccountSettings {
+    /// What there may be.
+    pub account_limit: AccountLimit,
+    /// What there is.
+    pub account_usage: AccountUsage,
+}
+
+/// Limits of all functions together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct AccountLimit {
+    /// Bytes of all zips.
+    pub total_code_size: u64,
+    /// Bytes of one zip's content.
+    pub code_size_unzipped: u64,
+    /// Bytes of one zip.
+    pub code_size_zipped: u64,
+    /// Invocations at once.
+    pub concurrent_executions: u64,
+    /// Of these, what no function has reserved.
+    pub unreserved_concurrent_executions: u64,
+}
+
+/// What all functions use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct AccountUsage {
+    /// Bytes of all zips, of published versions too.
+    pub total_code_size: u64,
+    /// Functions.
+    pub function_count: u64,
+}
