@@ -13,6 +13,11 @@
 //!   (`apic_update_ppr` before `highest_isr_cache` is dropped, `kvm_apic_set_state`). It is computed again before the guest is
 //!   interrupted and when the guest reads it, so it may stay.
 //!
+//! - **Page faults that KVM finishes beside the vCPU**: where memory comes late, a vCPU waits for it without the guest's knowledge
+//!   (`KVM_REQ_APF_HALT`, x86.c), in the old life too. It is not to be dropped: then nothing would end the wait but an interrupt,
+//!   and the guest may be where none is taken. So it ends by itself, in the new life, and changes nothing there: memory given
+//!   back comes as the snapshot has it. Hence [`msr`] leaves the register alone that would drop it.
+//!
 //! CPUID is not set again: KVM refuses a change after the first run, and it is what the machine was claimed with.
 
 use kvm_ioctls::VcpuFd;
