@@ -9,6 +9,14 @@ pub fn unix_ms() -> i64 {
     Timestamp::now().as_millisecond()
 }
 
+/// Seconds since the Unix epoch, as service models write time stamps.
+#[must_use]
+pub fn seconds(unix_ms: i64) -> f64 {
+    let (seconds, milliseconds) = (unix_ms.div_euclid(1000), unix_ms.rem_euclid(1000));
+    let wide = |value: i64| f64::from(i32::try_from(value).unwrap_or(i32::MAX));
+    wide(seconds) + wide(milliseconds) / 1000.0
+}
+
 /// `2026-11-23T13:27:09.123+0000`, as Lambda writes `LastModified`.
 #[must_use]
 pub fn last_modified(unix_ms: i64) -> String {
@@ -50,6 +58,7 @@ mod tests {
         assert_eq!(log_stamp(time), "2026-11-23T13:27:09.007Z");
         assert_eq!(common_log(time), "23/Nov/2026:13:27:09 +0000");
         assert_eq!(day(time), "2026/11/23");
+        assert!((seconds(time) - 1_795_440_429.007).abs() < 1e-6);
         assert_eq!(last_modified(i64::MAX), "1970-01-01T00:00:00.000+0000");
     }
 }

@@ -16,6 +16,7 @@ use thaw_runtime::{FreezeError, Learn, PoolSpec};
 
 use crate::engine::{Artifact, EngineError, EngineStep, FreezeJob, Sandboxes, chain};
 use crate::environment;
+use crate::events;
 use crate::invocation::fault;
 use crate::record::{
     InitCause, InitFailure, LastUpdate, Outcome, Revision, Serving, State, Version, VersionId,
@@ -143,6 +144,11 @@ pub async fn start_all(app: Arc<App>) {
         }
         if record.is_deploying() {
             begin(&app, &live);
+        }
+    }
+    for function in app.all() {
+        if function.events.waiting() > 0 {
+            events::serve(&app, &function);
         }
     }
     app.health.send_if_modified(|health| {

@@ -125,7 +125,7 @@ pub async fn create(
         latest,
         published: Vec::new(),
     };
-    let function = Arc::new(LiveFunction::new(stored, Log::new(folder.join("log"))));
+    let function = Arc::new(LiveFunction::new(stored, &[], Log::new(folder.join("log"))));
     if let Err(error) = app.insert(Arc::clone(&function)).await {
         deploy::discard(folder).await;
         return Err(error.into());
@@ -232,6 +232,7 @@ fn check_revision(name: &str, wanted: Option<&str>, current: &str) -> Result<(),
 pub async fn delete(app: &Arc<App>, name: &str) -> Result<(), ChangeError> {
     let (_claim, function) = claim_found(app, name)?;
     app.remove(&function).await?;
+    function.events.close();
     // Out of the way at once, so that a successor of the same name finds nothing. A crash here or later leaves a folder
     // without a function, which the next start removes.
     let folder = app.folder(name);

@@ -15,6 +15,7 @@ use tokio::net::TcpListener;
 
 use crate::budget::Budget;
 use crate::engine::{Engine, HostEngine};
+use crate::events::outcome::Retries;
 use crate::server;
 use crate::state::App;
 use crate::store::{Store, StoreError};
@@ -94,6 +95,8 @@ pub struct Limits {
     /// Longest initialisation of a function. AWS gives 10 s on its own hardware; an emulated host is ten times slower,
     /// and nobody waits for it but the deployment.
     pub init_limit: Duration,
+    /// How long an event waits after the function failed.
+    pub event_retries: Retries,
     /// How long requests may take to end after the shutdown began.
     pub drain_limit: Duration,
 }
@@ -108,6 +111,7 @@ impl Default for Limits {
             freeze_concurrency_max: 1,
             restore_concurrency_max: 2,
             init_limit: Duration::from_secs(60),
+            event_retries: Retries::default(),
             drain_limit: Duration::from_secs(15),
         }
     }

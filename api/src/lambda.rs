@@ -27,6 +27,7 @@ mod aliases;
 mod concurrency;
 mod create;
 mod delete;
+mod event_config;
 mod invoke;
 mod paging;
 mod read;
@@ -35,6 +36,7 @@ mod update;
 mod versions;
 
 use errors::ApiError;
+use event_config::Members;
 use names::FunctionRef;
 use routes::{Matched, Operation};
 
@@ -128,6 +130,16 @@ async fn dispatch(app: &Arc<App>, found: Matched, call: Call) -> Answer {
         Operation::PutFunctionConcurrency => concurrency::put(app, call, &first).await,
         Operation::GetFunctionConcurrency => concurrency::get(app, &call, &first),
         Operation::DeleteFunctionConcurrency => concurrency::delete(app, call, &first).await,
+        Operation::InvokeAsync => invoke::invoke_async(app, call, &first).await,
+        Operation::PutFunctionEventInvokeConfig => {
+            event_config::keep(app, call, &first, Members::Replaced).await
+        }
+        Operation::UpdateFunctionEventInvokeConfig => {
+            event_config::keep(app, call, &first, Members::Merged).await
+        }
+        Operation::GetFunctionEventInvokeConfig => event_config::get(app, &call, &first),
+        Operation::DeleteFunctionEventInvokeConfig => event_config::delete(app, call, &first).await,
+        Operation::ListFunctionEventInvokeConfigs => event_config::list(app, &call, &first),
         Operation::GetAccountSettings => account::settings(app),
     }
 }

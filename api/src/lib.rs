@@ -18,6 +18,7 @@ pub mod code;
 pub mod deploy;
 pub mod engine;
 pub mod environment;
+pub mod events;
 pub mod function_url;
 pub mod functions;
 pub mod gateway;

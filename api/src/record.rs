@@ -11,6 +11,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::engine::Artifact;
+use crate::events::EventConfig;
 
 /// What all versions of a function share.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -32,6 +33,9 @@ pub struct Function {
     /// Invocations of all versions that may run at once; `None` for the gateway's limits alone.
     #[serde(default)]
     pub reserved_concurrency: Option<u32>,
+    /// How asynchronous invocations are treated, by qualifier, `$LATEST` for none.
+    #[serde(default)]
+    pub event_configs: BTreeMap<String, EventConfig>,
 }
 
 /// The target of `$LATEST` as it was published.

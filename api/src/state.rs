@@ -18,6 +18,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::deploy;
 use crate::engine::{Engine, Sandboxes};
+use crate::events::{Event, Line};
 use crate::gateway::{GatewayConfig, Limits, StartError};
 use crate::invocation::complaints::Complaints;
 use crate::logs::Log;
@@ -90,6 +91,8 @@ pub struct LiveFunction {
     /// `$LATEST`.
     pub latest: Arc<Live>,
     record: RwLock<Arc<Function>>,
+    /// Its asynchronous invocations.
+    pub events: Line,
     /// Invocations of all versions that run or wait.
     running: AtomicUsize,
     published: RwLock<BTreeMap<VersionId, Arc<Live>>>,
@@ -172,12 +175,20 @@ impl App {
             path,
             source,
         })?;
+        let mut events: BTreeMap<String, Vec<Event>> = BTreeMap::new();
+        for event in store.events().await? {
+            events
+                .entry(event.function.clone())
+                .or_default()
+                .push(event);
+        }
         let functions = records
             .into_iter()
             .map(|stored| {
                 let name = stored.function.name.clone();
                 let log = Log::new(folder.join(&name).join("log"));
-                (name, Arc::new(LiveFunction::new(stored, log)))
+                let events = events.remove(&name).unwrap_or_default();
+                (name, Arc::new(LiveFunction::new(stored, &events, log)))
             })
             .collect();
         let app = Arc::new(Self {
@@ -391,7 +402,7 @@ impl App {
 impl LiveFunction {
     /// A function in memory, without sandboxes.
     #[must_use]
-    pub fn new(stored: Stored, log: Log) -> Self {
+    pub fn new(stored: Stored, events: &[Event], log: Log) -> Self {
         let log = Arc::new(log);
         let live = |version| Arc::new(Live::new(version, Arc::clone(&log)));
         let published = stored.published.into_iter();
@@ -399,6 +410,7 @@ impl LiveFunction {
             name: stored.function.name.clone(),
             latest: live(stored.latest),
             record: RwLock::new(Arc::new(stored.function)),
+            events: Line::new(events),
             running: AtomicUsize::new(0),
             published: RwLock::new(published.map(|v| (v.id, live(v))).collect()),
             log,

@@ -8,19 +8,21 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::thread;
 
-use rusqlite::{Connection, params_from_iter};
+use rusqlite::types::Value;
+use rusqlite::{Connection, OptionalExtension as _, params_from_iter};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot};
 
+use crate::events::Event;
 use crate::record::{Function, Version, VersionId};
 
 /// Most operations waiting for the thread; callers beyond wait for a place.
 const QUEUE_MAX: usize = 64;
 
 /// Statements that bring the schema from version `index` to `index + 1`.
-const MIGRATIONS: [&str; 2] = [
+const MIGRATIONS: [&str; 3] = [
     "CREATE TABLE functions (name TEXT PRIMARY KEY NOT NULL, document TEXT NOT NULL) STRICT",
     // What versions share got a document of its own.
     "ALTER TABLE functions RENAME TO latest;
@@ -30,6 +32,9 @@ const MIGRATIONS: [&str; 2] = [
          json(coalesce(json_extract(document, '$.tags'), '{}'))) FROM latest;
      INSERT INTO versions SELECT name, '$LATEST', document FROM latest;
      DROP TABLE latest",
+    "CREATE TABLE events (id TEXT PRIMARY KEY NOT NULL, name TEXT NOT NULL REFERENCES functions ON DELETE CASCADE,
+         document TEXT NOT NULL, payload BLOB NOT NULL) STRICT;
+     CREATE INDEX events_of_functions ON events (name)",
 ];
 
 type Job = Box<dyn FnOnce(&mut Connection) + Send>;
@@ -112,33 +117,48 @@ pub enum Write<'a> {
     RemoveFunction(&'a str),
     /// The end of one version of a function.
     RemoveVersion(&'a str, VersionId),
+    /// An event, new or changed. Refused if its function is not there.
+    Event(&'a Event),
+    /// The end of an event.
+    RemoveEvent(&'a str),
 }
 
 impl Write<'_> {
-    fn statement(&self) -> Result<(&'static str, Vec<String>), StoreError> {
+    fn statement(&self) -> Result<(&'static str, Vec<Value>), StoreError> {
+        let text = |text: &str| Value::Text(text.to_owned());
         Ok(match self {
             Self::Function(function) => (
                 "INSERT INTO functions (name, document) VALUES (?1, ?2)
                  ON CONFLICT (name) DO UPDATE SET document = excluded.document",
-                vec![function.name.clone(), write(&function.name, function)?],
+                vec![text(&function.name), write(&function.name, function)?],
             ),
             Self::Version(version) => (
                 "INSERT INTO versions (name, id, document) VALUES (?1, ?2, ?3)
                  ON CONFLICT (name, id) DO UPDATE SET document = excluded.document",
                 vec![
-                    version.name.clone(),
-                    version.id.to_string(),
+                    text(&version.name),
+                    text(&version.id.to_string()),
                     write(&version.name, version)?,
                 ],
             ),
-            Self::RemoveFunction(name) => (
-                "DELETE FROM functions WHERE name = ?1",
-                vec![(*name).to_owned()],
-            ),
+            Self::RemoveFunction(name) => {
+                ("DELETE FROM functions WHERE name = ?1", vec![text(name)])
+            }
             Self::RemoveVersion(name, id) => (
                 "DELETE FROM versions WHERE name = ?1 AND id = ?2",
-                vec![(*name).to_owned(), id.to_string()],
+                vec![text(name), text(&id.to_string())],
             ),
+            Self::Event(event) => (
+                "INSERT INTO events (id, name, document, payload) VALUES (?1, ?2, ?3, ?4)
+                 ON CONFLICT (id) DO UPDATE SET document = excluded.document",
+                vec![
+                    text(&event.id),
+                    text(&event.function),
+                    write(&event.function, event)?,
+                    Value::Blob(event.payload.to_vec()),
+                ],
+            ),
+            Self::RemoveEvent(id) => ("DELETE FROM events WHERE id = ?1", vec![text(id)]),
         })
     }
 }
@@ -150,11 +170,13 @@ fn read<T: DeserializeOwned>(name: &str, document: &str) -> Result<T, StoreError
     })
 }
 
-fn write<T: Serialize>(name: &str, document: &T) -> Result<String, StoreError> {
-    serde_json::to_string(document).map_err(|source| StoreError::Document {
-        name: name.to_owned(),
-        source,
-    })
+fn write<T: Serialize>(name: &str, document: &T) -> Result<Value, StoreError> {
+    let text = serde_json::to_string(document);
+    text.map(Value::Text)
+        .map_err(|source| StoreError::Document {
+            name: name.to_owned(),
+            source,
+        })
 }
 
 impl Store {
@@ -227,6 +249,50 @@ impl Store {
                 })
             })
             .collect()
+    }
+
+    /// All events that wait, without their payloads.
+    ///
+    /// # Errors
+    /// See [`StoreError`].
+    pub async fn events(&self) -> Result<Vec<Event>, StoreError> {
+        let rows = self
+            .run("read the events", |connection| {
+                connection
+                    .prepare("SELECT name, document FROM events")?
+                    .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?
+                    .collect::<Result<Vec<(String, String)>, _>>()
+            })
+            .await?;
+        let events = rows.into_iter().map(|(name, text)| read(&name, &text));
+        events.collect()
+    }
+
+    /// One event, with its payload; `None` once it has ended.
+    ///
+    /// # Errors
+    /// See [`StoreError`].
+    pub async fn event(&self, id: &str) -> Result<Option<Event>, StoreError> {
+        let id = id.to_owned();
+        let row = self
+            .run("read an event", move |connection| {
+                connection
+                    .query_row(
+                        "SELECT name, document, payload FROM events WHERE id = ?1",
+                        [id],
+                        |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)),
+                    )
+                    .optional()
+            })
+            .await?;
+        let Some((name, text, payload)): Option<(String, String, Vec<u8>)> = row else {
+            return Ok(None);
+        };
+        let event: Event = read(&name, &text)?;
+        Ok(Some(Event {
+            payload: payload.into(),
+            ..event
+        }))
     }
 
     /// Carries out all writes, or none.

@@ -2,6 +2,8 @@
 //! What real guests do is tested end to end elsewhere.
 #![expect(clippy::unwrap_used, reason = "a failed test says where")]
 
+#[path = "http/events.rs"]
+mod events;
 #[path = "http/machine.rs"]
 mod machine;
 #[path = "http/server.rs"]
@@ -262,10 +264,10 @@ async fn invocation_types_and_states_are_told_apart() {
         .send("POST", &path, &[("X-Amz-Invocation-Type", "DryRun")], b"{}")
         .await;
     assert_eq!((dry.status, dry.body.len()), (204, 0));
-    let event = server
-        .send("POST", &path, &[("X-Amz-Invocation-Type", "Event")], b"{}")
+    let other = server
+        .send("POST", &path, &[("X-Amz-Invocation-Type", "Other")], b"{}")
         .await;
-    refused(&event, 400, "InvalidParameterValueException");
+    refused(&other, 400, "ValidationException");
     let no_json = server.send("POST", &path, &[], b"hello").await;
     refused(&no_json, 400, "InvalidRequestContentException");
     let differing = server

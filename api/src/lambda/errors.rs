@@ -58,20 +58,17 @@ impl ApiError {
 
     /// 404, no such function.
     pub fn not_found(arn: &str) -> Self {
-        Self::new(
-            StatusCode::NOT_FOUND,
-            "ResourceNotFoundException",
-            format!("Function not found: {arn}"),
-        )
+        Self::missing(format!("Function not found: {arn}"))
     }
 
     /// 404, no such alias.
     pub fn no_alias(arn: &str) -> Self {
-        Self::new(
-            StatusCode::NOT_FOUND,
-            "ResourceNotFoundException",
-            format!("Cannot find alias arn: {arn}"),
-        )
+        Self::missing(format!("Cannot find alias arn: {arn}"))
+    }
+
+    /// 404, something else that is not there.
+    pub fn missing(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::NOT_FOUND, "ResourceNotFoundException", message)
     }
 
     /// 409, it cannot be invoked or published.

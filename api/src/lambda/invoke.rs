@@ -11,8 +11,12 @@ use bytes::Bytes;
 use serde::de::IgnoredAny;
 
 use super::errors::{ApiError, CONCURRENT, RESERVED, violation};
-use super::{Answer, Call, empty};
+use super::names::FunctionRef;
+use super::{Answer, Call, Found, empty, find, json};
 use crate::body::{self, BodyError};
+use crate::clock;
+use crate::engine::chain;
+use crate::events::{self, AcceptError, EVENT_BYTES_MAX, Event};
 use crate::invocation::{self, FunctionResult, PAYLOAD_BYTES_MAX, Refusal, Request, report};
 use crate::record::{State, VersionId};
 use crate::state::{App, Live};
@@ -25,6 +29,7 @@ const CLIENT_CONTEXT_BYTES_MAX: usize = 3583;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     RequestResponse,
+    Event,
     DryRun,
 }
 
@@ -34,22 +39,27 @@ pub(super) async fn invoke(app: &Arc<App>, call: Call, name: &str) -> Answer {
     let kind = kind(&call.headers)?;
     let tail = wants_tail(&call.headers)?;
     let client_context = client_context(&call.headers)?;
-    let payload = body::read(&call.headers, call.body, PAYLOAD_BYTES_MAX)
-        .await
-        .map_err(|error| match error {
-            BodyError::TooLarge(limit) => ApiError::request_too_large(limit),
-            other => ApiError::invalid_content(other.to_string()),
-        })?;
-    let payload = payload_json(payload)?;
-    if kind == Kind::DryRun {
-        return Ok(empty(StatusCode::NO_CONTENT));
+    let limit = match kind {
+        Kind::Event => EVENT_BYTES_MAX,
+        Kind::RequestResponse | Kind::DryRun => PAYLOAD_BYTES_MAX,
+    };
+    let payload = payload(&call.headers, call.body, limit).await?;
+    let trace_id = Some(timing::trace_id(&call.headers));
+    match kind {
+        Kind::DryRun => return Ok(empty(StatusCode::NO_CONTENT)),
+        Kind::Event => {
+            let event = event(&found, call.request_id, payload, client_context, trace_id);
+            accept(app, &found, &event).await?;
+            return Ok(empty(StatusCode::ACCEPTED));
+        }
+        Kind::RequestResponse => {}
     }
     let request = Request {
         request_id: call.request_id.clone(),
         function_arn: found.arn(app),
         payload,
         client_context,
-        trace_id: Some(timing::trace_id(&call.headers)),
+        trace_id,
         measure: timing::measure(&call.headers),
     };
     let live = found.pick();
@@ -87,13 +97,64 @@ pub(super) async fn invoke(app: &Arc<App>, call: Call, name: &str) -> Answer {
     Ok(response)
 }
 
+/// The old way to say `Event`.
+pub(super) async fn invoke_async(app: &Arc<App>, call: Call, name: &str) -> Answer {
+    let reference = FunctionRef::parse(name, None)?;
+    let found = find(app, reference)?;
+    let payload = payload(&call.headers, call.body, EVENT_BYTES_MAX).await?;
+    let trace_id = Some(timing::trace_id(&call.headers));
+    let event = event(&found, call.request_id, payload, None, trace_id);
+    accept(app, &found, &event).await?;
+    json(StatusCode::ACCEPTED, &serde_json::json!({"Status": 202}))
+}
+
+fn event(
+    found: &Found,
+    id: String,
+    payload: Bytes,
+    client_context: Option<String>,
+    trace_id: Option<String>,
+) -> Event {
+    let now = clock::unix_ms();
+    Event {
+        id,
+        function: found.function.name.clone(),
+        qualifier: found.reference.qualifier.clone(),
+        client_context,
+        trace_id,
+        received_unix_ms: now,
+        due_unix_ms: now,
+        failures: 0,
+        deferrals: 0,
+        url: None,
+        payload,
+    }
+}
+
+async fn accept(app: &Arc<App>, found: &Found, event: &Event) -> Result<(), ApiError> {
+    events::accept(app, &found.function, event)
+        .await
+        .map_err(|error| match error {
+            AcceptError::TooMany(_) => ApiError::throttled(CONCURRENT, &error.to_string()),
+            AcceptError::Store(_) => ApiError::service(chain(&error)),
+        })
+}
+
+async fn payload(headers: &HeaderMap, body: Body, limit: usize) -> Result<Bytes, ApiError> {
+    let payload = body::read(headers, body, limit)
+        .await
+        .map_err(|error| match error {
+            BodyError::TooLarge(limit) => ApiError::request_too_large(limit),
+            other => ApiError::invalid_content(other.to_string()),
+        })?;
+    payload_json(payload)
+}
+
 fn kind(headers: &HeaderMap) -> Result<Kind, ApiError> {
     match text(headers, "x-amz-invocation-type") {
         None | Some("RequestResponse") => Ok(Kind::RequestResponse),
         Some("DryRun") => Ok(Kind::DryRun),
-        Some("Event") => Err(ApiError::invalid_parameter(
-            "InvocationType Event is not supported by this gateway yet: asynchronous invocation arrives with its queue in a later release. Use RequestResponse.",
-        )),
+        Some("Event") => Ok(Kind::Event),
         Some(other) => Err(ApiError::validation(&[violation(
             other,
             "invocationType",
@@ -206,11 +267,10 @@ mod tests {
     }
 
     #[test]
-    fn asynchronous_invocation_says_that_it_is_not_there() {
+    fn invocation_types_are_lambdas() {
         let name = "x-amz-invocation-type";
         assert_eq!(kind(&HeaderMap::new()).unwrap(), Kind::RequestResponse);
-        let event = kind(&headers(name, "Event")).unwrap_err();
-        assert_eq!(event.code, "InvalidParameterValueException");
+        assert_eq!(kind(&headers(name, "Event")).unwrap(), Kind::Event);
         assert_eq!(
             kind(&headers(name, "x")).unwrap_err().code,
             "ValidationException"

@@ -1,8 +1,8 @@
 //! The machine below the gateway, played: freezes and answers at once, and fails as the test asks. The uploaded file names
 //! choose how a freeze ends, the event chooses how an invocation ends.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -19,6 +19,7 @@ use tokio::sync::watch;
 pub struct Machine {
     held: watch::Sender<bool>,
     answers: watch::Sender<Answers>,
+    invoked: Arc<Mutex<Vec<Invocation>>>,
     freezes: AtomicUsize,
 }
 
@@ -34,6 +35,7 @@ impl Machine {
         Self {
             held: watch::Sender::new(false),
             answers: watch::Sender::default(),
+            invoked: Arc::default(),
             freezes: AtomicUsize::new(0),
         }
     }
@@ -56,6 +58,18 @@ impl Machine {
     pub fn hold_answers(&self, are_held: bool) {
         self.answers
             .send_modify(|answers| answers.are_held = are_held);
+    }
+
+    /// Events of all invocations so far, JSON, of this function or one of its versions.
+    pub fn events_of(&self, function: &str) -> Vec<serde_json::Value> {
+        let invoked = self.invoked.lock().unwrap();
+        let of =
+            |invocation: &&Invocation| invocation.function_arn.split(':').nth(6) == Some(function);
+        invoked
+            .iter()
+            .filter(of)
+            .map(|invocation| serde_json::from_slice(&invocation.payload).unwrap())
+            .collect()
     }
 
     /// Invocations that wait because they are held.
@@ -124,7 +138,7 @@ impl Engine for Machine {
             let snapshot = std::fs::read(spec.snapshot).expect("a snapshot that was frozen");
             let pool: Arc<dyn Sandboxes> = match snapshot == FOREIGN.as_bytes() {
                 true => Arc::new(Refusing),
-                false => Arc::new(Echo(self.answers.clone())),
+                false => Arc::new(Echo(self.answers.clone(), Arc::clone(&self.invoked))),
             };
             Ok(pool)
         }
@@ -172,11 +186,12 @@ impl Sandboxes for Refusing {
 }
 
 /// Answers with the event, but for a few.
-struct Echo(watch::Sender<Answers>);
+struct Echo(watch::Sender<Answers>, Arc<Mutex<Vec<Invocation>>>);
 
 impl Sandboxes for Echo {
     fn invoke(&self, invocation: Invocation) -> BoxFuture<'_, Result<Outcome, InvokeError>> {
         async move {
+            self.1.lock().unwrap().push(invocation.clone());
             if invocation.payload == "\"hold\"" {
                 self.0.send_modify(|answers| answers.waiting += 1);
                 let _ = self

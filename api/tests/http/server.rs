@@ -10,6 +10,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::Value;
 use tempfile::TempDir;
+use thaw_api::events::outcome::Retries;
 use thaw_api::{Gateway, GatewayConfig, StartError};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
@@ -59,12 +60,13 @@ impl Answer {
 
 pub async fn try_start(home: &Path) -> Result<(Gateway, Arc<Machine>), StartError> {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let config = GatewayConfig::new(
+    let mut config = GatewayConfig::new(
         home.to_owned(),
         listener,
         "thaw-vmm".into(),
         "thaw-agent".into(),
     );
+    config.limits.event_retries = Retries([Duration::from_millis(1); 2]);
     let machine = Arc::new(Machine::new());
     let engine: Arc<Machine> = Arc::clone(&machine);
     Ok((Gateway::start_on(config, engine).await?, machine))

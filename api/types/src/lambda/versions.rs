@@ -144,3 +144,66 @@ pub struct AccountUsage {
     /// Functions.
     pub function_count: u64,
 }
+
+/// Body of PutFunctionEventInvokeConfig and UpdateFunctionEventInvokeConfig.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct EventInvokeConfigRequest {
+    /// Further attempts after a failure, 0 to 2.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub maximum_retry_attempts: Option<i64>,
+    /// Seconds, 60 to 21,600.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub maximum_event_age_in_seconds: Option<i64>,
+    /// What gets records.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub destination_config: Option<DestinationConfig>,
+}
+
+/// What gets records of asynchronous invocations.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct DestinationConfig {
+    /// Of successes.
+    pub on_success: Destination,
+    /// Of failures.
+    pub on_failure: Destination,
+}
+
+/// One destination.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct Destination {
+    /// A function's ARN, or a URL; absent for none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub destination: Option<String>,
+}
+
+/// How asynchronous invocations are treated.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct EventInvokeConfig {
+    /// Seconds since the Unix epoch.
+    pub last_modified: f64,
+    /// With a qualifier.
+    pub function_arn: String,
+    /// As configured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub maximum_retry_attempts: Option<u32>,
+    /// As configured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub maximum_event_age_in_seconds: Option<u32>,
+    /// As configured.
+    pub destination_config: DestinationConfig,
+}
+
+/// Body of ListFunctionEventInvokeConfigs.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct ListEventInvokeConfigsResponse {
+    /// One page, ordered by qualifier.
+    pub function_event_invoke_configs: Vec<EventInvokeConfig>,
+    /// Where the next page starts; absent on the last.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub next_marker: Option<String>,
+}

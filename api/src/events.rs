@@ -1,0 +1,412 @@
+//! Asynchronous invocations: accepted once the database has them, carried out until they end, at least once.
+//!
+//! **Invariant:** an event that was acknowledged stays in the database until its last attempt has ended and what its destination gets
+//! is there in its place: `acknowledged_events_survive_a_restart_and_reach_their_destination`. Events of one function wait in a line
+//! of their own, so that no function's failures delay another's.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::clock;
+use crate::engine::chain;
+use crate::invocation::{self, Request};
+use crate::lambda;
+use crate::lambda::names::FunctionRef;
+use crate::state::{App, LiveFunction};
+use crate::store::{StoreError, Write};
+
+pub mod destination;
+pub mod outcome;
+
+use destination::Target;
+use outcome::{Attempt, Next};
+
+/// Largest event, bytes; Lambda's limit.
+pub const EVENT_BYTES_MAX: usize = 1024 * 1024;
+
+/// Events of one function that wait; more are refused.
+const WAITING_MAX: usize = 100_000;
+
+/// Events of one function that run at once: invocations that somebody waits for share the function's sandboxes with them.
+const RUNNING_MAX: usize = 8;
+
+/// After a failure of the database, until the next look.
+const STORE_PAUSE: Duration = Duration::from_secs(5);
+
+/// One event in the database.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Event {
+    /// Unique; `Lambda-Runtime-Aws-Request-Id` of all attempts.
+    pub id: String,
+    /// The function's bare name.
+    pub function: String,
+    /// As the client named it: `$LATEST`, a version or an alias.
+    pub qualifier: Option<String>,
+    /// Decoded JSON of the client context.
+    #[serde(default)]
+    pub client_context: Option<String>,
+    /// `X-Amzn-Trace-Id`.
+    #[serde(default)]
+    pub trace_id: Option<String>,
+    /// When it was accepted, milliseconds since the Unix epoch.
+    pub received_unix_ms: i64,
+    /// Not before then.
+    pub due_unix_ms: i64,
+    /// Attempts in which the function failed.
+    #[serde(default)]
+    pub failures: u32,
+    /// Attempts that did not reach the function, one after another.
+    #[serde(default)]
+    pub deferrals: u32,
+    /// It is a record for this URL, not for the function: the function's invocation has ended.
+    #[serde(default)]
+    pub url: Option<String>,
+    /// JSON.
+    #[serde(skip)]
+    pub payload: Bytes,
+}
+
+/// How asynchronous invocations of a function, or of one qualifier of it, are treated.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EventConfig {
+    /// Milliseconds since the Unix epoch.
+    pub modified_unix_ms: i64,
+    /// Further attempts after the function failed, 0 to 2.
+    pub retries_max: Option<u32>,
+    /// Seconds, 60 to 21,600.
+    pub age_max_seconds: Option<u32>,
+    /// What gets a record of each success.
+    pub on_success: Option<String>,
+    /// What gets a record of each failure.
+    pub on_failure: Option<String>,
+}
+
+/// The events of one function that wait, in memory: their ids and when they are due.
+#[derive(Debug, Default)]
+pub struct Line {
+    due: Mutex<BinaryHeap<Reverse<(i64, String)>>>,
+    wake: Notify,
+    is_served: AtomicBool,
+    closed: CancellationToken,
+}
+
+impl Line {
+    /// A line with what the database has.
+    #[must_use]
+    pub fn new(events: &[Event]) -> Self {
+        let due = events
+            .iter()
+            .map(|e| Reverse((e.due_unix_ms, e.id.clone())));
+        Self {
+            due: Mutex::new(due.collect()),
+            ..Self::default()
+        }
+    }
+
+    /// Ends the line with its function; events that run may finish.
+    pub fn close(&self) {
+        self.closed.cancel();
+    }
+
+    fn push(&self, event: &Event) {
+        let mut due = self.due.lock().unwrap_or_else(PoisonError::into_inner);
+        due.push(Reverse((event.due_unix_ms, event.id.clone())));
+        drop(due);
+        self.wake.notify_one();
+    }
+
+    /// Events that wait.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.due
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .len()
+    }
+
+    /// The next event if it is due, or how long it is until then.
+    fn next(&self, now: i64) -> Result<String, Option<Duration>> {
+        let mut due = self.due.lock().unwrap_or_else(PoisonError::into_inner);
+        match due.peek() {
+            Some(Reverse((at, _))) if *at > now => {
+                Err(Some(Duration::from_millis((*at - now).unsigned_abs())))
+            }
+            Some(_) => due.pop().map(|Reverse((_, id))| id).ok_or(None),
+            None => Err(None),
+        }
+    }
+}
+
+/// Why an event was not accepted.
+#[derive(Debug, thiserror::Error)]
+pub enum AcceptError {
+    /// So many of the function wait already.
+    #[error("{0} events of this function wait already")]
+    TooMany(usize),
+    /// The database refused.
+    #[error("the event cannot be kept")]
+    Store(#[from] StoreError),
+}
+
+/// Accepts an event: when this answers, it is in the database.
+///
+/// # Errors
+/// See [`AcceptError`]; the event is not kept.
+pub async fn accept(
+    app: &Arc<App>,
+    function: &Arc<LiveFunction>,
+    event: &Event,
+) -> Result<(), AcceptError> {
+    let waiting = function.events.waiting();
+    if waiting >= WAITING_MAX {
+        return Err(AcceptError::TooMany(waiting));
+    }
+    app.store.commit(&[Write::Event(event)]).await?;
+    function.events.push(event);
+    serve(app, function);
+    Ok(())
+}
+
+/// Carries out a function's events, from now until the function or the gateway ends.
+pub fn serve(app: &Arc<App>, function: &Arc<LiveFunction>) {
+    if !function.events.is_served.swap(true, Ordering::Relaxed) {
+        let (app, function) = (Arc::clone(app), Arc::clone(function));
+        app.tasks.clone().spawn(work(app, function));
+    }
+}
+
+async fn work(app: Arc<App>, function: Arc<LiveFunction>) {
+    let line = &function.events;
+    let mut running = JoinSet::new();
+    loop {
+        let wait = if running.len() < RUNNING_MAX {
+            match line.next(clock::unix_ms()) {
+                Ok(id) => {
+                    running.spawn(attempt(Arc::clone(&app), Arc::clone(&function), id));
+                    continue;
+                }
+                Err(wait) => wait,
+            }
+        } else {
+            None
+        };
+        tokio::select! {
+            () = app.stop.cancelled() => break,
+            () = line.closed.cancelled() => break,
+            _ = running.join_next(), if !running.is_empty() => {}
+            () = line.wake.notified() => {}
+            () = tokio::time::sleep(wait.unwrap_or_default()), if wait.is_some() => {}
+        }
+    }
+    // What runs ends by itself or, with the gateway, not at all: then it runs again after the next start.
+    running.detach_all();
+}
+
+/// One attempt at an event, and what follows from it.
+async fn attempt(app: Arc<App>, function: Arc<LiveFunction>, id: String) {
+    let event = match app.store.event(&id).await {
+        Ok(Some(event)) => event,
+        Ok(None) => return,
+        Err(error) => {
+            tracing::error!(event = %id, reason = %chain(&error), "event is not read");
+            tokio::time::sleep(STORE_PAUSE).await;
+            let mut due = function
+                .events
+                .due
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            due.push(Reverse((clock::unix_ms(), id)));
+            return;
+        }
+    };
+    let config = config(&function, event.qualifier.as_deref());
+    let age = clock::unix_ms() - event.received_unix_ms;
+    let attempt = if event.url.is_none() && outcome::is_too_old(&config, age) {
+        Attempt::TooOld
+    } else {
+        match &event.url {
+            Some(url) => destination::deliver(url, &event).await,
+            None => invoke(&app, &function, &event).await,
+        }
+    };
+    if app.stop.is_cancelled() {
+        // A gateway that ends refuses everything: that says nothing of the event.
+        return;
+    }
+    let arn = arn(&app, &event);
+    let next = outcome::decide(
+        &event,
+        &config,
+        &app.limits.event_retries,
+        attempt,
+        &arn,
+        clock::unix_ms(),
+    );
+    settle(&app, &function, event, next).await;
+}
+
+/// Commits what follows from an attempt, until the database takes it or the function is gone, and its events with it.
+async fn settle(app: &Arc<App>, function: &Arc<LiveFunction>, event: Event, next: Next) {
+    let (again, record) = match next {
+        Next::Again(event) => (Some(event), None),
+        Next::End(record) => (None, record),
+    };
+    loop {
+        // Found anew each time: a destination may go while the database refuses.
+        let follower = match (&again, &record) {
+            (Some(event), _) => Some((Arc::clone(function), event.clone())),
+            (None, Some((to, payload))) => follower(app, &event, to, payload.clone()),
+            (None, None) => None,
+        };
+        let mut writes = Vec::new();
+        if again.is_none() {
+            writes.push(Write::RemoveEvent(&event.id));
+        }
+        if let Some((_, next)) = &follower {
+            writes.push(Write::Event(next));
+        }
+        let Err(error) = app.store.commit(&writes).await else {
+            if let Some((function, next)) = &follower {
+                function.events.push(next);
+                serve(app, function);
+            }
+            return;
+        };
+        if function.events.closed.is_cancelled() {
+            return;
+        }
+        tracing::error!(event = %event.id, reason = %chain(&error), "end of an attempt is not committed, and is tried again");
+        tokio::time::sleep(STORE_PAUSE).await;
+    }
+}
+
+/// The event that takes a record to its destination, and in whose line it waits.
+fn follower(
+    app: &Arc<App>,
+    event: &Event,
+    to: &str,
+    payload: Bytes,
+) -> Option<(Arc<LiveFunction>, Event)> {
+    let now = clock::unix_ms();
+    let next = |function: &str, qualifier, url| Event {
+        id: Uuid::new_v4().to_string(),
+        function: function.to_owned(),
+        qualifier,
+        client_context: None,
+        trace_id: event.trace_id.clone(),
+        received_unix_ms: now,
+        due_unix_ms: now,
+        failures: 0,
+        deferrals: 0,
+        url,
+        payload,
+    };
+    let (name, qualifier, url) = match destination::parse(app, to) {
+        Ok(Target::Url(url)) => (event.function.clone(), None, Some(url)),
+        Ok(Target::Function(reference)) => (reference.name, reference.qualifier, None),
+        Err(reason) => {
+            tracing::error!(event = %event.id, to, %reason, "destination is not there any more");
+            return None;
+        }
+    };
+    let Some(function) = app.find(&name) else {
+        tracing::error!(event = %event.id, to, "destination is not there any more");
+        return None;
+    };
+    Some((function, next(&name, qualifier, url)))
+}
+
+async fn invoke(app: &Arc<App>, function: &Arc<LiveFunction>, event: &Event) -> Attempt {
+    let reference = reference(event);
+    let found = match lambda::find(app, reference) {
+        Ok(found) if Arc::ptr_eq(&found.function, function) => found,
+        // The version or the alias is gone; or the function, and with it the event.
+        _ => {
+            return Attempt::Unreachable("the function's version is not there any more".to_owned());
+        }
+    };
+    let live = found.pick();
+    let request = Request {
+        request_id: event.id.clone(),
+        function_arn: found.arn(app),
+        payload: event.payload.clone(),
+        client_context: event.client_context.clone(),
+        trace_id: event.trace_id.clone(),
+        measure: thaw_runtime::Measure::Off,
+    };
+    match invocation::run(app, function, &live, request).await {
+        Ok(answer) => Attempt::Answered {
+            version: live.id,
+            result: answer.result,
+        },
+        Err(refusal) => Attempt::Unreachable(format!("{refusal:?}")),
+    }
+}
+
+fn reference(event: &Event) -> FunctionRef {
+    FunctionRef {
+        name: event.function.clone(),
+        qualifier: event.qualifier.clone(),
+        region: None,
+        account: None,
+    }
+}
+
+/// The ARN in records: always with a qualifier.
+fn arn(app: &App, event: &Event) -> String {
+    let qualifier = event.qualifier.as_deref().unwrap_or("$LATEST");
+    format!("{}:{qualifier}", app.arn(&event.function))
+}
+
+/// What applies to an event: that of its own qualifier.
+fn config(function: &LiveFunction, qualifier: Option<&str>) -> EventConfig {
+    let record = function.record();
+    let qualifier = qualifier.unwrap_or("$LATEST");
+    record
+        .event_configs
+        .get(qualifier)
+        .cloned()
+        .unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn event(id: &str, due: i64) -> Event {
+        Event {
+            id: id.to_owned(),
+            function: "f".to_owned(),
+            qualifier: None,
+            client_context: None,
+            trace_id: None,
+            received_unix_ms: 0,
+            due_unix_ms: due,
+            failures: 0,
+            deferrals: 0,
+            url: None,
+            payload: Bytes::new(),
+        }
+    }
+
+    #[test]
+    fn a_line_gives_what_is_due_in_its_order() {
+        let line = Line::new(&[event("late", 30), event("first", 5)]);
+        line.push(&event("second", 6));
+        assert_eq!(line.next(10), Ok("first".to_owned()));
+        assert_eq!(line.next(10), Ok("second".to_owned()));
+        assert_eq!(line.next(10), Err(Some(Duration::from_millis(20))));
+        assert_eq!(line.next(30), Ok("late".to_owned()));
+        assert_eq!(line.next(30), Err(None));
+    }
+}
