@@ -346,7 +346,7 @@ async fn invoke(app: &Arc<App>, function: &Arc<LiveFunction>, event: &Event) -> 
     };
     match invocation::run(app, function, &live, request).await {
         Ok(answer) => Attempt::Answered {
-            version: live.id,
+            version: answer.version,
             result: answer.result,
         },
         Err(refusal) => Attempt::Unreachable(format!("{refusal:?}")),

@@ -17,6 +17,7 @@ use crate::record::{self, InitCause, InitFailure, Serving, State, Version, Versi
 use crate::state::{App, Live, LiveFunction, PoolSlot};
 
 pub mod complaints;
+pub mod duplicates;
 pub mod fault;
 pub mod report;
 
@@ -55,6 +56,8 @@ pub struct Request {
 /// What came of it.
 #[derive(Clone, Debug)]
 pub struct Answer {
+    /// Which version answered.
+    pub version: VersionId,
     /// Answer or error.
     pub result: FunctionResult,
     /// START, output, END, REPORT.
@@ -347,6 +350,7 @@ fn sort(
         },
     };
     Ok(Answer {
+        version,
         result,
         log: report.text().into(),
         timings: outcome.timings,
@@ -403,6 +407,7 @@ fn init_failed(
         status: Status::Failed(error_type),
     };
     Answer {
+        version,
         result: FunctionResult::Error {
             error_type: error_type.clone(),
             document,

@@ -21,6 +21,7 @@ use crate::engine::{Engine, Sandboxes};
 use crate::events::{Event, Line};
 use crate::gateway::{GatewayConfig, Limits, StartError};
 use crate::invocation::complaints::Complaints;
+use crate::invocation::duplicates::Duplicates;
 use crate::logs::Log;
 use crate::progress::Progress;
 use crate::record::{Function, Version, VersionId};
@@ -65,6 +66,8 @@ pub struct App {
     pub openings: Semaphore,
     /// One permit for each large body in memory.
     pub uploads: Semaphore,
+    /// Requests that clients may send again.
+    pub duplicates: Arc<Duplicates>,
     functions: RwLock<BTreeMap<String, Arc<LiveFunction>>>,
     changing: Arc<Mutex<HashSet<String>>>,
     /// Orders commits, so that memory and database change together.
@@ -206,6 +209,7 @@ impl App {
             openings: Semaphore::new(OPENINGS_MAX),
             uploads: Semaphore::new(UPLOADS_MAX),
             limits: config.limits,
+            duplicates: Arc::default(),
             functions: RwLock::new(functions),
             changing: Arc::default(),
             commits: tokio::sync::Mutex::new(()),

@@ -17,6 +17,7 @@ use crate::body::{self, BodyError};
 use crate::clock;
 use crate::engine::chain;
 use crate::events::{self, AcceptError, EVENT_BYTES_MAX, Event};
+use crate::invocation::duplicates::Key;
 use crate::invocation::{self, FunctionResult, PAYLOAD_BYTES_MAX, Refusal, Request, report};
 use crate::record::{State, VersionId};
 use crate::state::{App, Live};
@@ -63,9 +64,18 @@ pub(super) async fn invoke(app: &Arc<App>, call: Call, name: &str) -> Answer {
         measure: timing::measure(&call.headers),
     };
     let live = found.pick();
-    let answer = invocation::run(app, &found.function, &live, request)
-        .await
-        .map_err(|refusal| refused(&refusal, &live, &found.arn(app)))?;
+    let key = text(&call.headers, "amz-sdk-invocation-id")
+        .and_then(|id| Key::new(id, &request.function_arn, &request.payload));
+    let answer = match key {
+        Some(key) => {
+            let (app, function, live) = (app.clone(), found.function.clone(), live.clone());
+            let duplicates = Arc::clone(&app.duplicates);
+            let run = async move { invocation::run(&app, &function, &live, request).await };
+            duplicates.once(key, run).await
+        }
+        None => invocation::run(app, &found.function, &live, request).await,
+    }
+    .map_err(|refusal| refused(&refusal, &live, &found.arn(app)))?;
     let (body, failed) = match answer.result {
         FunctionResult::Response(payload) => (payload, false),
         FunctionResult::Error { document, .. } => (document, true),
@@ -76,7 +86,7 @@ pub(super) async fn invoke(app: &Arc<App>, call: Call, name: &str) -> Answer {
         header::CONTENT_TYPE,
         HeaderValue::from_static("application/json"),
     );
-    if let Ok(version) = HeaderValue::from_str(&live.id.to_string()) {
+    if let Ok(version) = HeaderValue::from_str(&answer.version.to_string()) {
         headers.insert("x-amz-executed-version", version);
     }
     if failed {

@@ -247,3 +247,34 @@ async fn event_invoke_configs_are_put_merged_listed_and_deleted() {
     refused(&server.get(CONFIG).await, 404, "ResourceNotFoundException");
     server.stop().await;
 }
+
+#[tokio::test]
+async fn a_request_that_is_sent_again_runs_once() {
+    let server = Server::start().await;
+    server.post(FUNCTIONS, &good("f")).await;
+    server.deployed("f").await;
+    server.machine.hold_answers(true);
+    let path = format!("{FUNCTIONS}/f/invocations");
+    let id = [(
+        "amz-sdk-invocation-id",
+        "2f8d6e3c-0c5e-4c1d-9a59-7d3f0f6f3f11",
+    )];
+    let send = || server.send("POST", &path, &id, b"\"hold\"");
+    let second = async {
+        server
+            .until(|server| server.machine.held_answers() == 1)
+            .await;
+        let again = send();
+        server.machine.hold_answers(false);
+        again.await
+    };
+    let (first, second) = tokio::join!(send(), second);
+    let third = send().await;
+    for answer in [&first, &second, &third] {
+        assert_eq!((answer.status, answer.text().as_str()), (200, "\"hold\""));
+    }
+    assert_eq!(server.machine.events_of("f").len(), 1);
+    let other = server.send("POST", &path, &id, b"2").await;
+    assert_eq!(other.text(), "2", "another event is another request");
+    server.stop().await;
+}
