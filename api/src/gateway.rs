@@ -13,6 +13,7 @@ use thaw_runtime::{Runtime, RuntimeConfig};
 use thiserror::Error;
 use tokio::net::TcpListener;
 
+use crate::auth::{Auth, AuthMode, OpenAuthError, keys};
 use crate::budget::Budget;
 use crate::engine::{Engine, HostEngine};
 use crate::server;
@@ -42,6 +43,8 @@ pub struct GatewayConfig {
     pub region: String,
     /// Account in ARNs, 12 digits.
     pub account_id: String,
+    /// Whether requests must be signed; anywhere but on loopback they must.
+    pub auth: AuthMode,
     /// Limits.
     pub limits: Limits,
 }
@@ -62,15 +65,16 @@ impl GatewayConfig {
             budget: Budget::of_this_machine(),
             region: "us-east-1".to_owned(),
             account_id: "000000000000".to_owned(),
+            auth: AuthMode::Off,
             limits: Limits::default(),
         }
     }
 }
 
-/// Who can reach a listener. No client proves who it is yet, so only this machine's may.
+/// Who can reach a listener, as far as its address does not say it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exposure {
-    /// Its address is a loopback address; another is refused.
+    /// Who can reach its address: with auth off, another than a loopback address is refused.
     Loopback,
     /// The caller vouches that the address is reached only through a forwarding from a loopback address, as in the lab.
     ForwardedLoopback,
@@ -133,9 +137,9 @@ pub enum StartError {
         /// The lock file.
         path: PathBuf,
     },
-    /// The address is reachable from other machines, and clients are not authenticated.
+    /// The address is reachable from other machines, and requests need not be signed.
     #[error(
-        "{address} is not a loopback address, and without keys the gateway serves loopback only"
+        "{address} is not a loopback address, and with auth off the gateway serves loopback only"
     )]
     NotLoopback {
         /// The listener's address.
@@ -147,6 +151,9 @@ pub enum StartError {
     /// The database.
     #[error("cannot open the database")]
     Store(#[from] StoreError),
+    /// The keys.
+    #[error("cannot have the keys")]
+    Auth(#[from] OpenAuthError),
     /// The runtime.
     #[error("cannot start the runtime")]
     Runtime(#[from] thaw_runtime::StartError),
@@ -203,7 +210,10 @@ impl Gateway {
         engine: Arc<dyn Engine>,
     ) -> Result<Self, StartError> {
         let address = config.listener.local_addr().map_err(StartError::Listener)?;
-        if config.exposure == Exposure::Loopback && !address.ip().is_loopback() {
+        let is_guarded = config.auth == AuthMode::Required
+            || config.exposure == Exposure::ForwardedLoopback
+            || address.ip().is_loopback();
+        if !is_guarded {
             return Err(StartError::NotLoopback { address });
         }
         fs::create_dir_all(&config.home).map_err(|source| StartError::Home {
@@ -212,9 +222,17 @@ impl Gateway {
             source,
         })?;
         let lock = lock(&config)?;
-        let store = Store::open(&config.home.join("thaw.db")).await?;
+        let database = config.home.join("thaw.db");
+        keys::make_private(&database).map_err(|source| StartError::Home {
+            act: "make private",
+            path: database.clone(),
+            source,
+        })?;
+        let store = Store::open(&database).await?;
+        let (region, account) = (&config.region, &config.account_id);
+        let auth = Auth::open(config.auth, &config.home, region, account, store.clone()).await?;
         let (app, listener) = App::open(config, address, store, engine).await?;
-        let router = server::router(Arc::clone(&app));
+        let router = server::router(Arc::clone(&app), auth);
         Ok(Self {
             address,
             listener,

@@ -11,6 +11,7 @@
 //! is ready; bytes from clients and guests never panic; every queue and wait has a limit.
 #![forbid(unsafe_code)]
 
+pub mod auth;
 pub mod body;
 pub mod budget;
 pub mod clock;
@@ -35,5 +36,6 @@ pub mod timing;
 #[cfg(test)]
 mod testing;
 
+pub use auth::AuthMode;
 pub use budget::Budget;
 pub use gateway::{Exposure, Gateway, GatewayConfig, Limits, ServeError, StartError};

@@ -11,14 +11,17 @@ use rusqlite::{Connection, params};
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot};
 
+use crate::auth::keys::AccessKey;
 use crate::record::Function;
 
 /// Most operations waiting for the thread; callers beyond wait for a place.
 const QUEUE_MAX: usize = 64;
 
 /// Statements that bring the schema from version `index` to `index + 1`.
-const MIGRATIONS: [&str; 1] =
-    ["CREATE TABLE functions (name TEXT PRIMARY KEY NOT NULL, document TEXT NOT NULL) STRICT"];
+const MIGRATIONS: [&str; 2] = [
+    "CREATE TABLE functions (name TEXT PRIMARY KEY NOT NULL, document TEXT NOT NULL) STRICT",
+    "CREATE TABLE access_keys (id TEXT PRIMARY KEY NOT NULL, document TEXT NOT NULL) STRICT",
+];
 
 type Job = Box<dyn FnOnce(&mut Connection) + Send>;
 
@@ -55,6 +58,15 @@ pub enum StoreError {
     /// A document is not what this gateway writes.
     #[error("function {name} in the database is malformed")]
     Document {
+        /// Whose document.
+        name: String,
+        /// What JSON found.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// A key's document is not what this gateway writes.
+    #[error("key {name} in the database is malformed")]
+    Key {
         /// Whose document.
         name: String,
         /// What JSON found.
@@ -171,6 +183,62 @@ impl Store {
         });
         self.jobs.send(job).await.map_err(|_| StoreError::Ended)?;
         answered.await.map_err(|_| StoreError::Ended)?
+    }
+
+    /// All access keys, ordered by id.
+    ///
+    /// # Errors
+    /// See [`StoreError`].
+    pub async fn load_keys(&self) -> Result<Vec<AccessKey>, StoreError> {
+        let rows = self
+            .run("read the keys", |connection| {
+                connection
+                    .prepare("SELECT id, document FROM access_keys ORDER BY id")?
+                    .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?
+                    .collect::<Result<Vec<(String, String)>, _>>()
+            })
+            .await?;
+        rows.into_iter()
+            .map(|(name, document)| {
+                serde_json::from_str(&document).map_err(|source| StoreError::Key { name, source })
+            })
+            .collect()
+    }
+
+    /// Writes an access key, new or changed.
+    ///
+    /// # Errors
+    /// See [`StoreError`].
+    pub async fn put_key(&self, key: &AccessKey) -> Result<(), StoreError> {
+        let name = key.id.clone();
+        let document = serde_json::to_string(key).map_err(|source| StoreError::Key {
+            name: name.clone(),
+            source,
+        })?;
+        self.run("write a key", move |connection| {
+            connection
+                .execute(
+                    "INSERT INTO access_keys (id, document) VALUES (?1, ?2)
+                     ON CONFLICT (id) DO UPDATE SET document = excluded.document",
+                    params![name, document],
+                )
+                .map(|_| ())
+        })
+        .await
+    }
+
+    /// Forgets an access key.
+    ///
+    /// # Errors
+    /// See [`StoreError`].
+    pub async fn remove_key(&self, id: &str) -> Result<(), StoreError> {
+        let id = id.to_owned();
+        self.run("remove a key", move |connection| {
+            connection
+                .execute("DELETE FROM access_keys WHERE id = ?1", params![id])
+                .map(|_| ())
+        })
+        .await
     }
 }
 

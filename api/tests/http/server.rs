@@ -10,7 +10,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::Value;
 use tempfile::TempDir;
-use thaw_api::{Gateway, GatewayConfig, StartError};
+use thaw_api::{AuthMode, Gateway, GatewayConfig, StartError};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -58,13 +58,22 @@ impl Answer {
 }
 
 pub async fn try_start(home: &Path) -> Result<(Gateway, Arc<Machine>), StartError> {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let config = GatewayConfig::new(
+    try_start_as(home, "127.0.0.1:0", AuthMode::Off).await
+}
+
+pub async fn try_start_as(
+    home: &Path,
+    address: &str,
+    auth: AuthMode,
+) -> Result<(Gateway, Arc<Machine>), StartError> {
+    let listener = TcpListener::bind(address).await.unwrap();
+    let mut config = GatewayConfig::new(
         home.to_owned(),
         listener,
         "thaw-vmm".into(),
         "thaw-agent".into(),
     );
+    config.auth = auth;
     let machine = Arc::new(Machine::new());
     let engine: Arc<Machine> = Arc::clone(&machine);
     Ok((Gateway::start_on(config, engine).await?, machine))
@@ -78,7 +87,12 @@ impl Server {
     }
 
     pub async fn start_in(home: TempDir) -> Self {
-        let (gateway, machine) = try_start(home.path()).await.unwrap();
+        Self::start_as(home, AuthMode::Off).await
+    }
+
+    pub async fn start_as(home: TempDir, auth: AuthMode) -> Self {
+        let started = try_start_as(home.path(), "127.0.0.1:0", auth).await;
+        let (gateway, machine) = started.unwrap();
         let address = gateway.address();
         let (stop, stopped) = oneshot::channel::<()>();
         let served = tokio::spawn(gateway.run_until(async {
