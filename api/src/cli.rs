@@ -4,10 +4,12 @@
 
 mod bench;
 mod client;
+mod credentials;
 mod deploy;
 mod doctor;
 mod installation;
 mod invoke;
+mod keys;
 mod lab;
 mod list;
 mod logs;
@@ -79,6 +81,9 @@ enum Command {
     Ls,
     /// Remove functions.
     Rm(list::RmArgs),
+    /// Make, list, disable and remove access keys.
+    #[command(subcommand)]
+    Keys(keys::KeysCommand),
     /// Build, list, inspect, verify and remove snapshots.
     #[command(subcommand)]
     Snapshot(snapshot::SnapshotCommand),
@@ -103,7 +108,7 @@ impl Global {
     }
 
     fn client(&self) -> anyhow::Result<Client> {
-        Client::new(&self.endpoint)
+        Ok(Client::new(&self.endpoint)?.signed_by(credentials::signer(&self.home()?)?))
     }
 
     fn format(&self) -> Format {
@@ -143,6 +148,7 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         Command::Logs(args) => wait(logs::run(global, args)),
         Command::Ls => wait(list::ls(global)),
         Command::Rm(args) => wait(list::rm(global, args)),
+        Command::Keys(command) => wait(keys::run(global, command)),
         Command::Snapshot(command) => snapshot::run(global, command),
         Command::Bench(args) => bench::run(global, args),
         Command::Lab(args) => lab::run(global, args),

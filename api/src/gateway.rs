@@ -50,6 +50,9 @@ pub struct GatewayConfig {
 }
 
 impl GatewayConfig {
+    /// File of the database, below `home`.
+    pub const DATABASE: &str = "thaw.db";
+
     /// A configuration with the defaults: 2 sandboxes ready, kept for a minute after demand, [`Budget::of_this_machine`],
     /// `us-east-1`, account `000000000000`.
     #[must_use]
@@ -222,7 +225,7 @@ impl Gateway {
             source,
         })?;
         let lock = lock(&config)?;
-        let database = config.home.join("thaw.db");
+        let database = config.home.join(GatewayConfig::DATABASE);
         keys::make_private(&database).map_err(|source| StartError::Home {
             act: "make private",
             path: database.clone(),

@@ -14,6 +14,8 @@ use serde::{Deserialize, Serialize};
 use thaw_api_types::keys::{Allow, CreateKeyRequest, KeySummary};
 use thiserror::Error;
 
+use super::signer::Signer;
+
 /// Longest name of a key, and longest pattern.
 const NAME_CHARS_MAX: usize = 64;
 /// Name of the root key, in refusals and lists.
@@ -165,9 +167,9 @@ fn matches(pattern: &[u8], name: &[u8]) -> bool {
 /// The file cannot be read or made, or is malformed.
 pub fn root(home: &Path, region: &str, now_unix_ms: i64) -> io::Result<AccessKey> {
     let path = home.join(ROOT_FILE);
-    if let Some(found) = read_root(&path)? {
+    if let Some(found) = root_signer(&path)? {
         restrict(&path)?;
-        return Ok(found);
+        return Ok(root_key(found.access_key_id, found.secret, 0));
     }
     let (id, secret) = draw().map_err(io::Error::other)?;
     let text = format!(
@@ -184,11 +186,11 @@ pub fn root(home: &Path, region: &str, now_unix_ms: i64) -> io::Result<AccessKey
     Ok(root_key(id, secret, now_unix_ms))
 }
 
-/// The root key of a home, if there is one.
+/// What signs with the root key in this file, if there is one.
 ///
 /// # Errors
 /// The file cannot be read, or is malformed.
-pub fn read_root(path: &Path) -> io::Result<Option<AccessKey>> {
+pub fn root_signer(path: &Path) -> io::Result<Option<Signer>> {
     let text = match fs::read_to_string(path) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -200,8 +202,17 @@ pub fn read_root(path: &Path) -> io::Result<Option<AccessKey>> {
             .filter(|value| !value.is_empty())
             .map(str::to_owned)
     };
-    match (value("AWS_ACCESS_KEY_ID"), value("AWS_SECRET_ACCESS_KEY")) {
-        (Some(id), Some(secret)) => Ok(Some(root_key(id, secret, 0))),
+    let fields = (
+        value("AWS_ACCESS_KEY_ID"),
+        value("AWS_SECRET_ACCESS_KEY"),
+        value("AWS_REGION"),
+    );
+    match fields {
+        (Some(access_key_id), Some(secret), Some(region)) => Ok(Some(Signer {
+            access_key_id,
+            secret,
+            region,
+        })),
         _ => Err(io::Error::new(
             io::ErrorKind::InvalidData,
             "it holds no key: remove it, and the next start makes a new one",
@@ -320,13 +331,18 @@ mod tests {
     fn the_root_key_is_made_once_and_is_its_owners_alone() {
         let home = tempfile::tempdir().unwrap();
         let path = home.path().join(ROOT_FILE);
-        assert!(read_root(&path).unwrap().is_none());
+        assert!(root_signer(&path).unwrap().is_none());
         let made = root(home.path(), "us-east-1", 7).unwrap();
         let mode = || fs::metadata(&path).unwrap().permissions().mode() & 0o777;
         assert_eq!(mode(), 0o600);
         fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
         let again = root(home.path(), "us-east-1", 8).unwrap();
-        assert_eq!((again.id, again.secret), (made.id, made.secret));
+        assert_eq!((again.id, again.secret), (made.id.clone(), made.secret));
+        let signer = root_signer(&path).unwrap().unwrap();
+        assert_eq!(
+            (signer.access_key_id, signer.region),
+            (made.id, "us-east-1".to_owned())
+        );
         assert_eq!(mode(), 0o600);
         fs::write(&path, "AWS_ACCESS_KEY_ID=\n").unwrap();
         assert!(root(home.path(), "us-east-1", 9).is_err());

@@ -3,15 +3,16 @@
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::ErrorKind;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
 use clap::Args;
-use thaw_api::Budget;
+use thaw_api::auth::keys::{self, ROOT_FILE};
 use thaw_api::gateway::{Exposure, Gateway, GatewayConfig};
+use thaw_api::{AuthMode, Budget};
 use thaw_images::{ImageStore, Progress, RuntimeName};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -30,9 +31,12 @@ const READY_LIMIT: Duration = Duration::from_secs(120);
 
 #[derive(Args)]
 pub struct UpArgs {
-    /// Where to serve; loopback only, as long as no keys are configured.
+    /// Where to serve; on another than a loopback address, requests must be signed.
     #[arg(long, default_value = "127.0.0.1:8080", value_name = "ADDRESS")]
     listen: SocketAddr,
+    /// Ask for signed requests on a loopback address, too.
+    #[arg(long)]
+    auth: bool,
     /// Sandboxes kept restored and ready for each function, at least; with 0 a function scales to zero.
     #[arg(long, default_value_t = 2)]
     ready: usize,
@@ -59,22 +63,32 @@ pub struct UpArgs {
     vmm: Option<std::path::PathBuf>,
 }
 
+impl UpArgs {
+    fn auth(&self) -> AuthMode {
+        if self.auth || !self.listen.ip().is_loopback() {
+            AuthMode::Required
+        } else {
+            AuthMode::Off
+        }
+    }
+}
+
 pub fn run(global: &Global, args: &UpArgs) -> anyhow::Result<ExitCode> {
     let (home, installation) = (global.home()?, Installation::locate()?);
     if args.in_lab {
         return serve(&home, &installation, args);
     }
-    ensure!(
-        args.listen.ip().is_loopback(),
-        "{} is not a loopback address: without keys the gateway serves this machine only",
-        args.listen
-    );
     std::fs::create_dir_all(&home).with_context(|| format!("cannot make {}", home.display()))?;
     let venue = Venue::choose(args.lab);
     eprintln!(
         "thaw: state in {}, sandboxes in {}",
         home.display(),
         venue.describe()
+    );
+    ensure!(
+        venue == Venue::Native || args.listen.ip().is_loopback(),
+        "{} is not a loopback address, and in the lab the gateway is reached from this machine only",
+        args.listen
     );
     let mut steps = Steps::new();
     prepare_images(&home, &installation, &mut steps)?;
@@ -110,6 +124,9 @@ fn in_lab_command(installation: &Installation, args: &UpArgs) -> Vec<OsString> {
     ]);
     command.extend(["--ready".into(), args.ready.to_string().into()]);
     command.extend(["--keep-alive".into(), args.keep_alive.to_string().into()]);
+    if args.auth() == AuthMode::Required {
+        command.push("--auth".into());
+    }
     if let Some(memory) = args.memory {
         command.extend(["--memory".into(), memory.to_string().into()]);
     }
@@ -225,6 +242,7 @@ fn serve(home: &Path, installation: &Installation, args: &UpArgs) -> anyhow::Res
             installation.agent.clone(),
         );
         config.exposure = exposure;
+        config.auth = args.auth();
         config.ready_count = args.ready;
         config.keep_alive = Duration::from_secs(args.keep_alive);
         config.budget = Budget {
@@ -234,11 +252,24 @@ fn serve(home: &Path, installation: &Installation, args: &UpArgs) -> anyhow::Res
         let gateway = Gateway::start(config)
             .await
             .context("the gateway cannot start")?;
-        let announcement = tokio::spawn(announce(
-            url,
-            format!("http://127.0.0.1:{}", args.listen.port()),
-            args.example.clone(),
-        ));
+        match args.auth() {
+            AuthMode::Off => eprintln!(
+                "thaw: auth is off: only this machine can reach {}",
+                args.listen
+            ),
+            AuthMode::Required => eprintln!(
+                "thaw: auth is on: requests are signed; `thaw keys create` makes keys, this home's own is {}",
+                home.join(ROOT_FILE).display()
+            ),
+        }
+        let inner = match args.listen.ip() {
+            ip if ip.is_unspecified() || args.in_lab => Ipv4Addr::LOCALHOST.into(),
+            ip => ip,
+        };
+        let inner = SocketAddr::from((inner, args.listen.port()));
+        let inner = Client::new(&format!("http://{inner}"))?
+            .signed_by(keys::root_signer(&home.join(ROOT_FILE)).context("cannot read the root key")?);
+        let announcement = tokio::spawn(announce(url, inner, args.example.clone()));
         let served = gateway
             .run_until(stop_signal()?)
             .await
@@ -262,15 +293,14 @@ pub fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
 }
 
 /// Once functions can be invoked, deploys the example if asked, and says how to call it.
-async fn announce(url: String, inner: String, example: Option<std::path::PathBuf>) {
+async fn announce(url: String, inner: Client, example: Option<std::path::PathBuf>) {
     if let Err(error) = try_announce(&url, &inner, example.as_deref()).await {
         eprintln!("thaw: {error:#}");
     }
 }
 
-async fn try_announce(url: &str, inner: &str, example: Option<&Path>) -> anyhow::Result<()> {
-    let client = Client::new(inner)?;
-    wait_healthy(&client).await?;
+async fn try_announce(url: &str, client: &Client, example: Option<&Path>) -> anyhow::Result<()> {
+    wait_healthy(client).await?;
     println!("thaw: serving on {url}");
     let Some(example) = example else {
         println!("  thaw deploy DIR --name NAME    then    curl {url}/fn/NAME/");
@@ -290,7 +320,7 @@ async fn try_announce(url: &str, inner: &str, example: Option<&Path>) -> anyhow:
             .await
             .context("cannot deploy the example")?;
     }
-    let last = super::deploy::follow(&client, EXAMPLE, &mut Steps::new()).await?;
+    let last = super::deploy::follow(client, EXAMPLE, &mut Steps::new()).await?;
     if let Some(error) = last.error {
         bail!("the example could not be frozen: {error}");
     }

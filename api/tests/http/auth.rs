@@ -5,7 +5,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use reqwest::header::HeaderMap;
 use serde_json::{Value, json};
 use tempfile::tempdir;
-use thaw_api::auth::keys::{ROOT_FILE, read_root};
+use thaw_api::auth::keys::{ROOT_FILE, root_signer};
 use thaw_api::auth::signer::Signer;
 use thaw_api::{AuthMode, StartError, clock};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -23,8 +23,8 @@ fn signer(id: &str, secret: &str) -> Signer {
 }
 
 fn root(server: &Server) -> Signer {
-    let key = read_root(&server.home().join(ROOT_FILE)).unwrap().unwrap();
-    signer(&key.id, &key.secret)
+    let signer = root_signer(&server.home().join(ROOT_FILE)).unwrap();
+    signer.unwrap()
 }
 
 /// Signs for one body and sends another.
