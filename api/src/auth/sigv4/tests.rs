@@ -58,9 +58,18 @@ impl Sent {
     }
 }
 
+type Vector = (
+    &'static str,
+    &'static str,
+    &'static str,
+    &'static [(&'static str, &'static str)],
+    &'static str,
+    &'static str,
+);
+
 /// Vectors of AWS's "Signature Version 4 test suite" (aws-sig-v4-test-suite, 2015, Apache-2.0): name, method, target, headers
 /// beside `Host` and `X-Amz-Date`, signed headers, signature. Targets stand as the suite's clients put them on the wire.
-const VECTORS: &[(&str, &str, &str, &[(&str, &str)], &str, &str)] = &[
+const VECTORS: &[Vector] = &[
     (
         "get-vanilla",
         "GET",
