@@ -17,6 +17,7 @@ mod output;
 mod package;
 mod progress;
 mod snapshot;
+mod tunnel;
 mod up;
 mod venue;
 
@@ -60,6 +61,9 @@ struct Global {
         value_name = "URL"
     )]
     endpoint: String,
+    /// Certificates to trust when the gateway speaks TLS, in PEM; this machine's unless given.
+    #[arg(long, global = true, env = "THAW_CA", value_name = "FILE")]
+    ca: Option<PathBuf>,
     /// Print JSON instead of text.
     #[arg(long, global = true)]
     json: bool,
@@ -108,7 +112,8 @@ impl Global {
     }
 
     fn client(&self) -> anyhow::Result<Client> {
-        Ok(Client::new(&self.endpoint)?.signed_by(credentials::signer(&self.home()?)?))
+        let client = Client::trusting(&self.endpoint, self.ca.as_deref())?;
+        Ok(client.signed_by(credentials::signer(&self.home()?)?))
     }
 
     fn format(&self) -> Format {

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use axum::serve::ListenerExt as _;
 use thaw_runtime::{Runtime, RuntimeConfig};
 use thiserror::Error;
 use tokio::net::TcpListener;
@@ -17,8 +18,9 @@ use crate::auth::{Auth, AuthMode, OpenAuthError, keys};
 use crate::budget::Budget;
 use crate::engine::{Engine, HostEngine};
 use crate::server;
-use crate::state::App;
+use crate::state::{App, Health};
 use crate::store::{Store, StoreError};
+use crate::tls::{Tls, TlsListener};
 
 /// How a gateway is set up.
 #[derive(Debug)]
@@ -45,6 +47,8 @@ pub struct GatewayConfig {
     pub account_id: String,
     /// Whether requests must be signed; anywhere but on loopback they must.
     pub auth: AuthMode,
+    /// A certificate, to speak TLS with.
+    pub tls: Option<Arc<Tls>>,
     /// Limits.
     pub limits: Limits,
 }
@@ -69,6 +73,7 @@ impl GatewayConfig {
             region: "us-east-1".to_owned(),
             account_id: "000000000000".to_owned(),
             auth: AuthMode::Off,
+            tls: None,
             limits: Limits::default(),
         }
     }
@@ -180,6 +185,7 @@ pub enum ServeError {
 pub struct Gateway {
     address: SocketAddr,
     listener: TcpListener,
+    tls: Option<Arc<Tls>>,
     app: Arc<App>,
     router: Router,
     /// Held until the end: one gateway for a state folder.
@@ -234,11 +240,13 @@ impl Gateway {
         let store = Store::open(&database).await?;
         let (region, account) = (&config.region, &config.account_id);
         let auth = Auth::open(config.auth, &config.home, region, account, store.clone()).await?;
+        let tls = config.tls.clone();
         let (app, listener) = App::open(config, address, store, engine).await?;
         let router = server::router(Arc::clone(&app), auth);
         Ok(Self {
             address,
             listener,
+            tls,
             app,
             router,
             _lock: lock,
@@ -249,6 +257,16 @@ impl Gateway {
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Ends when functions can be invoked, or the gateway stops.
+    #[must_use]
+    pub fn until_ready(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut health = self.app.health.subscribe();
+        async move {
+            let starts = |health: &Health| matches!(health, Health::NotReady(_));
+            let _ = health.wait_for(|health| !starts(health)).await;
+        }
     }
 
     /// Serves until `shutdown` ends, then refuses new requests, lets running ones end within the drain limit, and ends
@@ -263,11 +281,19 @@ impl Gateway {
         let Self {
             address,
             listener,
+            tls,
             app,
             router,
             _lock,
         } = self;
-        let served = server::serve(listener, router, &app, shutdown).await;
+        let served = match tls {
+            None => server::serve(listener, router, &app, shutdown).await,
+            Some(tls) => {
+                // The address of a connection is known to axum for its own listeners: this makes ours one of them.
+                let listener = TlsListener::new(listener, tls).tap_io(|_| {});
+                server::serve(listener, router, &app, shutdown).await
+            }
+        };
         app.close().await;
         served.map_err(|source| ServeError::Accept { address, source })
     }

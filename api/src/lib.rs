@@ -32,6 +32,7 @@ pub mod state;
 pub mod store;
 pub mod thaw_routes;
 pub mod timing;
+pub mod tls;
 
 #[cfg(test)]
 mod testing;

@@ -6,11 +6,12 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use axum::body::Body;
+use axum::extract::connect_info::Connected;
 use axum::extract::{Request, State};
 use axum::http::Response;
 use axum::routing::{any, get};
+use axum::serve::{IncomingStream, Listener};
 use axum::{Extension, Router, middleware};
-use tokio::net::TcpListener;
 use tower_http::trace::TraceLayer;
 
 use crate::auth::{self, Auth};
@@ -67,12 +68,16 @@ async fn url(app: Arc<App>, request: Request) -> Response<Body> {
 ///
 /// # Errors
 /// The listener failed.
-pub async fn serve(
-    listener: TcpListener,
+pub async fn serve<L>(
+    listener: L,
     router: Router,
     app: &Arc<App>,
     shutdown: impl Future<Output = ()> + Send + 'static,
-) -> io::Result<()> {
+) -> io::Result<()>
+where
+    L: Listener<Addr = SocketAddr>,
+    SocketAddr: for<'a> Connected<IncomingStream<'a, L>>,
+{
     let stop = app.stop.clone();
     let told = app.stop.clone();
     let service = router.into_make_service_with_connect_info::<SocketAddr>();

@@ -8,6 +8,8 @@ mod auth;
 mod machine;
 #[path = "http/server.rs"]
 mod server;
+#[path = "http/tls.rs"]
+mod tls;
 
 use serde_json::{Value, json};
 use server::{Server, zip};

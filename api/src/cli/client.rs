@@ -1,5 +1,7 @@
 //! A client of one gateway: the Lambda API where it says what is needed, Thaw's own routes for the rest.
 
+use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
@@ -14,9 +16,10 @@ use thaw_api::clock;
 use thaw_api::record::Settings;
 use thaw_api_types::keys::{ChangeKeyRequest, CreateKeyRequest, CreatedKey, KeyList};
 use thaw_api_types::thaw::{ListResponse, ProgressEvent};
-use url::Position;
+use url::{Position, Url};
 
 use super::credentials::ID_VARIABLE;
+use super::tunnel::Tunnel;
 
 /// Longest wait for a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -75,21 +78,40 @@ pub struct Answer {
 /// One gateway.
 #[derive(Clone)]
 pub struct Client {
+    /// As it was given, for people.
     endpoint: String,
+    /// What requests are sent to.
+    base: String,
     http: reqwest::Client,
+    tunnel: Option<Arc<Tunnel>>,
     signer: Option<Signer>,
 }
 
 impl Client {
     /// A client of the gateway at `endpoint`; nothing is sent yet.
     pub fn new(endpoint: &str) -> anyhow::Result<Self> {
-        let http = reqwest::Client::builder()
-            .connect_timeout(CONNECT_TIMEOUT)
-            .build()
-            .context("cannot make an HTTP client")?;
+        Self::trusting(endpoint, None)
+    }
+
+    /// The same, with the certificates that it trusts, if the endpoint begins with `https://`.
+    pub fn trusting(endpoint: &str, authorities: Option<&Path>) -> anyhow::Result<Self> {
+        let endpoint = endpoint.trim_end_matches('/').to_owned();
+        let mut builder = reqwest::Client::builder().connect_timeout(CONNECT_TIMEOUT);
+        let (mut base, mut tunnel) = (endpoint.clone(), None);
+        if endpoint.starts_with("https://") {
+            let url = Url::parse(&endpoint).with_context(|| format!("{endpoint} is no URL"))?;
+            let host = url.host_str().context("the endpoint has no host")?;
+            let port = url.port_or_known_default().unwrap_or(443);
+            let opened = Tunnel::open(host, port, authorities)?;
+            builder = builder.unix_socket(opened.socket());
+            (base, tunnel) = (format!("http://{host}:{port}"), Some(Arc::new(opened)));
+        }
+        let http = builder.build().context("cannot make an HTTP client")?;
         Ok(Self {
-            endpoint: endpoint.trim_end_matches('/').to_owned(),
+            endpoint,
+            base,
             http,
+            tunnel,
             signer: None,
         })
     }
@@ -102,6 +124,9 @@ impl Client {
 
     /// Whether anything listens there.
     pub async fn answers(&self) -> anyhow::Result<bool> {
+        if self.tunnel.is_some() {
+            return Ok(true); // only the first request tells
+        }
         match self.request(Method::GET, "/healthz").send().await {
             Err(error) if error.is_connect() => Ok(false),
             answer => answer
@@ -281,8 +306,7 @@ impl Client {
     }
 
     fn request(&self, method: Method, path: &str) -> RequestBuilder {
-        self.http
-            .request(method, format!("{}{path}", self.endpoint))
+        self.http.request(method, format!("{}{path}", self.base))
     }
 
     async fn send(&self, request: RequestBuilder) -> anyhow::Result<Response> {
@@ -291,7 +315,9 @@ impl Client {
             sign(signer, &mut request).context("this request cannot be signed")?;
         }
         self.http.execute(request).await.map_err(|error| {
-            if error.is_connect() {
+            if let Some(failure) = self.tunnel.as_ref().and_then(|tunnel| tunnel.failure()) {
+                anyhow!("no gateway speaks TLS at {}: {failure}", self.endpoint)
+            } else if error.is_connect() {
                 anyhow!("no gateway answers at {}: start one with `thaw up`, or name another with --endpoint", self.endpoint)
             } else {
                 anyhow!(error).context(format!("the gateway at {} did not answer", self.endpoint))
