@@ -20,6 +20,7 @@ use tokio::sync::{Mutex, Semaphore};
 pub mod action;
 pub mod admission;
 pub mod keys;
+mod links;
 pub mod routes;
 pub mod signer;
 pub mod sigv4;

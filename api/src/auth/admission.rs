@@ -23,7 +23,7 @@ use uuid::Uuid;
 use super::action::{Action, BodyKind, Need, Target};
 use super::keys::AccessKey;
 use super::sigv4::{Claim, Expected, Head, SignatureError, hex_digest};
-use super::{Allow, Auth, signer::SERVICE};
+use super::{Allow, Auth, links, signer::SERVICE};
 use crate::body::{self, BodyError};
 use crate::lambda::errors::ApiError;
 use crate::lambda::names::FunctionRef;
@@ -61,10 +61,15 @@ pub async fn guard(State(auth): State<Arc<Auth>>, request: Request, next: Next) 
         return next.run(request).await;
     }
     let action = Action::of(request.method(), request.uri().path());
-    match admit(&auth, request, &action).await {
-        Ok((request, _code)) => next.run(request).await,
-        Err(refusal) => refusal.into_response(),
+    let (request, _code) = match admit(&auth, request, &action).await {
+        Ok(admitted) => admitted,
+        Err(refusal) => return refusal.into_response(),
+    };
+    if action.name != "lambda:GetFunction" {
+        return next.run(request).await;
     }
+    let host = links::host(request.headers());
+    links::presigned(&auth, host, next.run(request).await).await
 }
 
 /// Health says nothing of functions, and function URLs have an authorization of their own.

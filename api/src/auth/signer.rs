@@ -69,19 +69,20 @@ impl Signer {
         Some(())
     }
 
-    /// Path and query of a GET that is good for `expires_seconds`, for a client that sends no header but this host.
+    /// Path and query, given and added, of a GET that is good for `expires_seconds`, for a client that sends no header but this host.
     /// `None` when path and host make no request.
     #[must_use]
     pub fn presign(
         &self,
-        path: &str,
+        target: &str,
         host: &str,
         expires_seconds: i64,
         now_unix_seconds: i64,
     ) -> Option<String> {
         let stamp = Stamp::at(now_unix_seconds);
+        let joint = if target.contains('?') { '&' } else { '?' };
         let target = format!(
-            "{path}?X-Amz-Algorithm={ALGORITHM}&X-Amz-Credential={}&X-Amz-Date={}&X-Amz-Expires={expires_seconds}&X-Amz-SignedHeaders=host",
+            "{target}{joint}X-Amz-Algorithm={ALGORITHM}&X-Amz-Credential={}&X-Amz-Date={}&X-Amz-Expires={expires_seconds}&X-Amz-SignedHeaders=host",
             canonical::component(&self.credential(&stamp)),
             stamp.text()
         );

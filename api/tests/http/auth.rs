@@ -121,6 +121,17 @@ async fn nothing_unsigned_altered_or_not_allowed_reaches_a_handler() {
     let made = send(&server, &root, ("POST", FUNCTIONS), &good("f")).await;
     assert_eq!(made.status, 201, "{}", made.text());
     until_active(&server, &root, "f").await;
+    // The link to the code is for clients that sign nothing.
+    let path = format!("{FUNCTIONS}/f");
+    let found = send(&server, &root, ("GET", &path), &Value::Null).await;
+    let location = found.json()["Code"]["Location"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    let link = location.strip_prefix(&format!("http://{}", server.address));
+    assert_eq!(server.get(link.unwrap()).await.status, 200);
+    let longer = link.unwrap().replace("Expires=600", "Expires=601");
+    refused(&server.get(&longer).await, "InvalidSignatureException");
     let arn = "arn%3Aaws%3Alambda%3Aus-east-1%3A000000000000%3Afunction%3Af";
     for path in [
         format!("{FUNCTIONS}/{arn}/invocations?Qualifier=%24LATEST"),
