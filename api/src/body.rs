@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use axum::body::Body;
+use axum::body::{Body, HttpBody as _};
 use axum::http::{HeaderMap, header};
 use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt as _;
@@ -14,6 +14,9 @@ const DRAIN_BYTES_MAX: usize = 256 * 1024 * 1024;
 
 /// Longest time for a body to arrive.
 const BODY_LIMIT: Duration = Duration::from_secs(300);
+
+/// Longest time to wait for the rest of a body that nobody wants.
+const SKIP_LIMIT: Duration = Duration::from_secs(30);
 
 /// Most bytes that are reserved on a client's word.
 const RESERVE_BYTES_MAX: usize = 1024 * 1024;
@@ -45,6 +48,27 @@ pub async fn read(headers: &HeaderMap, body: Body, limit: usize) -> Result<Bytes
         .unwrap_or(Err(BodyError::Slow))
 }
 
+/// Reads a body of at most `limit` bytes and drops it, for an answer that comes before it.
+///
+/// # Errors
+/// See [`BodyError`].
+pub async fn skip(mut body: Body, limit: usize) -> Result<(), BodyError> {
+    let skipping = async {
+        let mut dropped = 0_usize;
+        while let Some(frame) = body.frame().await {
+            let frame = frame.map_err(|_| BodyError::Broken)?;
+            dropped += frame.data_ref().map_or(0, Bytes::len);
+            if dropped > limit {
+                return Err(BodyError::TooLarge(limit));
+            }
+        }
+        Ok(())
+    };
+    tokio::time::timeout(SKIP_LIMIT, skipping)
+        .await
+        .unwrap_or(Err(BodyError::Slow))
+}
+
 async fn collect(
     announced: Option<usize>,
     mut body: Body,
@@ -58,6 +82,9 @@ async fn collect(
         let Ok(data) = frame.into_data() else {
             continue;
         };
+        if !over && collected.is_empty() && data.len() <= limit && body.is_end_stream() {
+            return Ok(data); // it came whole, or was in memory: nothing as large as code is held twice
+        }
         if over || collected.len() + data.len() > limit {
             over = true;
             collected.clear();
@@ -88,5 +115,19 @@ mod tests {
             read(&headers, body(), 99).await,
             Err(BodyError::TooLarge(99))
         );
+    }
+
+    #[tokio::test]
+    async fn a_body_in_memory_is_not_copied() {
+        let bytes = Bytes::from(vec![b'x'; 100]);
+        let found = read(&HeaderMap::new(), Body::from(bytes.clone()), 100).await;
+        assert_eq!(found.unwrap().as_ptr(), bytes.as_ptr());
+    }
+
+    #[tokio::test]
+    async fn an_unwanted_body_is_read_up_to_a_limit() {
+        let body = || Body::from(vec![b'x'; 100]);
+        assert_eq!(skip(body(), 100).await, Ok(()));
+        assert_eq!(skip(body(), 99).await, Err(BodyError::TooLarge(99)));
     }
 }

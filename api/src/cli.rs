@@ -4,10 +4,12 @@
 
 mod bench;
 mod client;
+mod credentials;
 mod deploy;
 mod doctor;
 mod installation;
 mod invoke;
+mod keys;
 mod lab;
 mod list;
 mod logs;
@@ -15,6 +17,7 @@ mod output;
 mod package;
 mod progress;
 mod snapshot;
+mod tunnel;
 mod up;
 mod venue;
 
@@ -58,6 +61,9 @@ struct Global {
         value_name = "URL"
     )]
     endpoint: String,
+    /// Certificates to trust when the gateway speaks TLS, in PEM; this machine's unless given.
+    #[arg(long, global = true, env = "THAW_CA", value_name = "FILE")]
+    ca: Option<PathBuf>,
     /// Print JSON instead of text.
     #[arg(long, global = true)]
     json: bool,
@@ -79,6 +85,9 @@ enum Command {
     Ls,
     /// Remove functions.
     Rm(list::RmArgs),
+    /// Make, list, disable and remove access keys.
+    #[command(subcommand)]
+    Keys(keys::KeysCommand),
     /// Build, list, inspect, verify and remove snapshots.
     #[command(subcommand)]
     Snapshot(snapshot::SnapshotCommand),
@@ -103,7 +112,8 @@ impl Global {
     }
 
     fn client(&self) -> anyhow::Result<Client> {
-        Client::new(&self.endpoint)
+        let client = Client::trusting(&self.endpoint, self.ca.as_deref())?;
+        Ok(client.signed_by(credentials::signer(&self.home()?)?))
     }
 
     fn format(&self) -> Format {
@@ -143,6 +153,7 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         Command::Logs(args) => wait(logs::run(global, args)),
         Command::Ls => wait(list::ls(global)),
         Command::Rm(args) => wait(list::rm(global, args)),
+        Command::Keys(command) => wait(keys::run(global, command)),
         Command::Snapshot(command) => snapshot::run(global, command),
         Command::Bench(args) => bench::run(global, args),
         Command::Lab(args) => lab::run(global, args),

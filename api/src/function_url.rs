@@ -108,6 +108,12 @@ async fn answer(
     }
 }
 
+/// The function that a path below [`PREFIX`] names.
+#[must_use]
+pub fn name(path: &str) -> String {
+    split(path).0
+}
+
 /// Name, and what follows it, percent-encoded as it came.
 fn split(path: &str) -> (String, String) {
     let rest = path.strip_prefix(PREFIX).unwrap_or_default();

@@ -9,16 +9,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use axum::serve::ListenerExt as _;
 use thaw_runtime::{Runtime, RuntimeConfig};
 use thiserror::Error;
 use tokio::net::TcpListener;
 
+use crate::auth::{Auth, AuthMode, OpenAuthError, keys};
 use crate::budget::Budget;
 use crate::engine::{Engine, HostEngine};
 use crate::events::outcome::Retries;
 use crate::server;
-use crate::state::App;
+use crate::state::{App, Health};
 use crate::store::{Store, StoreError};
+use crate::tls::{Tls, TlsListener};
 
 /// How a gateway is set up.
 #[derive(Debug)]
@@ -43,11 +46,18 @@ pub struct GatewayConfig {
     pub region: String,
     /// Account in ARNs, 12 digits.
     pub account_id: String,
+    /// Whether requests must be signed; anywhere but on loopback they must.
+    pub auth: AuthMode,
+    /// A certificate, to speak TLS with.
+    pub tls: Option<Arc<Tls>>,
     /// Limits.
     pub limits: Limits,
 }
 
 impl GatewayConfig {
+    /// File of the database, below `home`.
+    pub const DATABASE: &str = "thaw.db";
+
     /// A configuration with the defaults: 2 sandboxes ready, kept for a minute after demand, [`Budget::of_this_machine`],
     /// `us-east-1`, account `000000000000`.
     #[must_use]
@@ -63,15 +73,17 @@ impl GatewayConfig {
             budget: Budget::of_this_machine(),
             region: "us-east-1".to_owned(),
             account_id: "000000000000".to_owned(),
+            auth: AuthMode::Off,
+            tls: None,
             limits: Limits::default(),
         }
     }
 }
 
-/// Who can reach a listener. No client proves who it is yet, so only this machine's may.
+/// Who can reach a listener, as far as its address does not say it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exposure {
-    /// Its address is a loopback address; another is refused.
+    /// Who can reach its address: with auth off, another than a loopback address is refused.
     Loopback,
     /// The caller vouches that the address is reached only through a forwarding from a loopback address, as in the lab.
     ForwardedLoopback,
@@ -137,9 +149,9 @@ pub enum StartError {
         /// The lock file.
         path: PathBuf,
     },
-    /// The address is reachable from other machines, and clients are not authenticated.
+    /// The address is reachable from other machines, and requests need not be signed.
     #[error(
-        "{address} is not a loopback address, and without keys the gateway serves loopback only"
+        "{address} is not a loopback address, and with auth off the gateway serves loopback only"
     )]
     NotLoopback {
         /// The listener's address.
@@ -151,6 +163,9 @@ pub enum StartError {
     /// The database.
     #[error("cannot open the database")]
     Store(#[from] StoreError),
+    /// The keys.
+    #[error("cannot have the keys")]
+    Auth(#[from] OpenAuthError),
     /// The runtime.
     #[error("cannot start the runtime")]
     Runtime(#[from] thaw_runtime::StartError),
@@ -174,6 +189,7 @@ pub enum ServeError {
 pub struct Gateway {
     address: SocketAddr,
     listener: TcpListener,
+    tls: Option<Arc<Tls>>,
     app: Arc<App>,
     router: Router,
     /// Held until the end: one gateway for a state folder.
@@ -207,7 +223,10 @@ impl Gateway {
         engine: Arc<dyn Engine>,
     ) -> Result<Self, StartError> {
         let address = config.listener.local_addr().map_err(StartError::Listener)?;
-        if config.exposure == Exposure::Loopback && !address.ip().is_loopback() {
+        let is_guarded = config.auth == AuthMode::Required
+            || config.exposure == Exposure::ForwardedLoopback
+            || address.ip().is_loopback();
+        if !is_guarded {
             return Err(StartError::NotLoopback { address });
         }
         fs::create_dir_all(&config.home).map_err(|source| StartError::Home {
@@ -216,12 +235,22 @@ impl Gateway {
             source,
         })?;
         let lock = lock(&config)?;
-        let store = Store::open(&config.home.join("thaw.db")).await?;
+        let database = config.home.join(GatewayConfig::DATABASE);
+        keys::make_private(&database).map_err(|source| StartError::Home {
+            act: "make private",
+            path: database.clone(),
+            source,
+        })?;
+        let store = Store::open(&database).await?;
+        let (region, account) = (&config.region, &config.account_id);
+        let auth = Auth::open(config.auth, &config.home, region, account, store.clone()).await?;
+        let tls = config.tls.clone();
         let (app, listener) = App::open(config, address, store, engine).await?;
-        let router = server::router(Arc::clone(&app));
+        let router = server::router(Arc::clone(&app), auth);
         Ok(Self {
             address,
             listener,
+            tls,
             app,
             router,
             _lock: lock,
@@ -232,6 +261,16 @@ impl Gateway {
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Ends when functions can be invoked, or the gateway stops.
+    #[must_use]
+    pub fn until_ready(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut health = self.app.health.subscribe();
+        async move {
+            let starts = |health: &Health| matches!(health, Health::NotReady(_));
+            let _ = health.wait_for(|health| !starts(health)).await;
+        }
     }
 
     /// Serves until `shutdown` ends, then refuses new requests, lets running ones end within the drain limit, and ends
@@ -246,11 +285,19 @@ impl Gateway {
         let Self {
             address,
             listener,
+            tls,
             app,
             router,
             _lock,
         } = self;
-        let served = server::serve(listener, router, &app, shutdown).await;
+        let served = match tls {
+            None => server::serve(listener, router, &app, shutdown).await,
+            Some(tls) => {
+                // The address of a connection is known to axum for its own listeners: this makes ours one of them.
+                let listener = TlsListener::new(listener, tls).tap_io(|_| {});
+                server::serve(listener, router, &app, shutdown).await
+            }
+        };
         app.close().await;
         served.map_err(|source| ServeError::Accept { address, source })
     }

@@ -11,6 +11,7 @@
 //! is ready; bytes from clients and guests never panic; every queue and wait has a limit.
 #![forbid(unsafe_code)]
 
+pub mod auth;
 pub mod body;
 pub mod budget;
 pub mod clock;
@@ -32,9 +33,11 @@ pub mod state;
 pub mod store;
 pub mod thaw_routes;
 pub mod timing;
+pub mod tls;
 
 #[cfg(test)]
 mod testing;
 
+pub use auth::AuthMode;
 pub use budget::Budget;
 pub use gateway::{Exposure, Gateway, GatewayConfig, Limits, ServeError, StartError};

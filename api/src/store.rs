@@ -15,6 +15,7 @@ use serde::de::DeserializeOwned;
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot};
 
+use crate::auth::keys::AccessKey;
 use crate::events::Event;
 use crate::record::{Function, Version, VersionId};
 
@@ -22,7 +23,7 @@ use crate::record::{Function, Version, VersionId};
 const QUEUE_MAX: usize = 64;
 
 /// Statements that bring the schema from version `index` to `index + 1`.
-const MIGRATIONS: [&str; 3] = [
+const MIGRATIONS: [&str; 4] = [
     "CREATE TABLE functions (name TEXT PRIMARY KEY NOT NULL, document TEXT NOT NULL) STRICT",
     // What versions share got a document of its own.
     "ALTER TABLE functions RENAME TO latest;
@@ -35,6 +36,7 @@ const MIGRATIONS: [&str; 3] = [
     "CREATE TABLE events (id TEXT PRIMARY KEY NOT NULL, name TEXT NOT NULL REFERENCES functions ON DELETE CASCADE,
          document TEXT NOT NULL, payload BLOB NOT NULL) STRICT;
      CREATE INDEX events_of_functions ON events (name)",
+    "CREATE TABLE access_keys (id TEXT PRIMARY KEY NOT NULL, document TEXT NOT NULL) STRICT",
 ];
 
 type Job = Box<dyn FnOnce(&mut Connection) + Send>;
@@ -70,7 +72,7 @@ pub enum StoreError {
         known: usize,
     },
     /// A document is not what this gateway writes.
-    #[error("function {name} in the database is malformed")]
+    #[error("the document of {name} in the database is malformed")]
     Document {
         /// Whose document.
         name: String,
@@ -121,6 +123,10 @@ pub enum Write<'a> {
     Event(&'a Event),
     /// The end of an event.
     RemoveEvent(&'a str),
+    /// An access key, new or changed.
+    Key(&'a AccessKey),
+    /// The end of an access key.
+    RemoveKey(&'a str),
 }
 
 impl Write<'_> {
@@ -158,6 +164,12 @@ impl Write<'_> {
                     Value::Blob(event.payload.to_vec()),
                 ],
             ),
+            Self::Key(key) => (
+                "INSERT INTO access_keys (id, document) VALUES (?1, ?2)
+                 ON CONFLICT (id) DO UPDATE SET document = excluded.document",
+                vec![text(&key.id), write(&key.id, key)?],
+            ),
+            Self::RemoveKey(id) => ("DELETE FROM access_keys WHERE id = ?1", vec![text(id)]),
             Self::RemoveEvent(id) => ("DELETE FROM events WHERE id = ?1", vec![text(id)]),
         })
     }
@@ -304,7 +316,7 @@ impl Store {
             .iter()
             .map(Write::statement)
             .collect::<Result<Vec<_>, _>>()?;
-        self.run("write a function", move |connection| {
+        self.run("write", move |connection| {
             let transaction = connection.transaction()?;
             for (statement, values) in statements {
                 transaction.execute(statement, params_from_iter(values))?;
@@ -326,6 +338,24 @@ impl Store {
         });
         self.jobs.send(job).await.map_err(|_| StoreError::Ended)?;
         answered.await.map_err(|_| StoreError::Ended)?
+    }
+
+    /// All access keys, ordered by id.
+    ///
+    /// # Errors
+    /// See [`StoreError`].
+    pub async fn load_keys(&self) -> Result<Vec<AccessKey>, StoreError> {
+        let rows = self
+            .run("read the keys", |connection| {
+                connection
+                    .prepare("SELECT id, document FROM access_keys ORDER BY id")?
+                    .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?
+                    .collect::<Result<Vec<(String, String)>, _>>()
+            })
+            .await?;
+        rows.into_iter()
+            .map(|(id, document)| read(&id, &document))
+            .collect()
     }
 }
 

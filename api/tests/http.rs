@@ -2,12 +2,16 @@
 //! What real guests do is tested end to end elsewhere.
 #![expect(clippy::unwrap_used, reason = "a failed test says where")]
 
+#[path = "http/auth.rs"]
+mod auth;
 #[path = "http/events.rs"]
 mod events;
 #[path = "http/machine.rs"]
 mod machine;
 #[path = "http/server.rs"]
 mod server;
+#[path = "http/tls.rs"]
+mod tls;
 #[path = "http/versions.rs"]
 mod versions;
 

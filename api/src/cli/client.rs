@@ -1,5 +1,7 @@
 //! A client of one gateway: the Lambda API where it says what is needed, Thaw's own routes for the rest.
 
+use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
@@ -9,12 +11,20 @@ use futures_util::StreamExt as _;
 use futures_util::stream::BoxStream;
 use reqwest::{Method, RequestBuilder, Response, StatusCode};
 use serde_json::{Value, json};
+use thaw_api::auth::signer::Signer;
+use thaw_api::clock;
 use thaw_api::record::Settings;
+use thaw_api_types::keys::{ChangeKeyRequest, CreateKeyRequest, CreatedKey, KeyList};
 use thaw_api_types::thaw::{ListResponse, ProgressEvent};
+use url::{Position, Url};
+
+use super::credentials::ID_VARIABLE;
+use super::tunnel::Tunnel;
 
 /// Longest wait for a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const FUNCTIONS: &str = "/2015-03-31/functions";
+const KEYS: &str = "/thaw/v1/keys";
 
 /// Lambda demands a role; Thaw has no use for one.
 pub const ROLE: &str = "arn:aws:iam::000000000000:role/thaw";
@@ -69,21 +79,89 @@ pub struct Answer {
 /// One gateway.
 #[derive(Clone)]
 pub struct Client {
+    /// As it was given, for people.
     endpoint: String,
+    /// What requests are sent to.
+    base: String,
     http: reqwest::Client,
+    tunnel: Option<Arc<Tunnel>>,
+    signer: Option<Signer>,
 }
 
 impl Client {
     /// A client of the gateway at `endpoint`; nothing is sent yet.
     pub fn new(endpoint: &str) -> anyhow::Result<Self> {
-        let http = reqwest::Client::builder()
-            .connect_timeout(CONNECT_TIMEOUT)
-            .build()
-            .context("cannot make an HTTP client")?;
+        Self::trusting(endpoint, None)
+    }
+
+    /// The same, with the certificates that it trusts, if the endpoint begins with `https://`.
+    pub fn trusting(endpoint: &str, authorities: Option<&Path>) -> anyhow::Result<Self> {
+        let endpoint = endpoint.trim_end_matches('/').to_owned();
+        let mut builder = reqwest::Client::builder().connect_timeout(CONNECT_TIMEOUT);
+        let (mut base, mut tunnel) = (endpoint.clone(), None);
+        if endpoint.starts_with("https://") {
+            let url = Url::parse(&endpoint).with_context(|| format!("{endpoint} is no URL"))?;
+            let host = url.host_str().context("the endpoint has no host")?;
+            let port = url.port_or_known_default().unwrap_or(443);
+            let opened = Tunnel::open(host, port, authorities)?;
+            builder = builder.unix_socket(opened.socket());
+            (base, tunnel) = (format!("http://{host}:{port}"), Some(Arc::new(opened)));
+        }
+        let http = builder.build().context("cannot make an HTTP client")?;
         Ok(Self {
-            endpoint: endpoint.trim_end_matches('/').to_owned(),
+            endpoint,
+            base,
             http,
+            tunnel,
+            signer: None,
         })
+    }
+
+    /// The same, with requests signed if there is a key.
+    #[must_use]
+    pub fn signed_by(self, signer: Option<Signer>) -> Self {
+        Self { signer, ..self }
+    }
+
+    /// Whether anything listens there.
+    pub async fn answers(&self) -> anyhow::Result<bool> {
+        if self.tunnel.is_some() {
+            return Ok(true); // only the first request tells
+        }
+        match self.request(Method::GET, "/healthz").send().await {
+            Err(error) if error.is_connect() => Ok(false),
+            answer => answer
+                .map(|_| true)
+                .with_context(|| format!("the gateway at {} did not answer", self.endpoint)),
+        }
+    }
+
+    /// Makes a key.
+    pub async fn create_key(&self, request: &CreateKeyRequest) -> anyhow::Result<CreatedKey> {
+        let request = self.request(Method::POST, KEYS).json(request);
+        let answer = self.answer(request).await?;
+        let made = answer.json().await;
+        made.context("the gateway's key is malformed")
+    }
+
+    /// Every key.
+    pub async fn keys(&self) -> anyhow::Result<KeyList> {
+        let answer = self.answer(self.request(Method::GET, KEYS)).await?;
+        let list = answer.json().await;
+        list.context("the gateway's list of keys is malformed")
+    }
+
+    /// Removes a key.
+    pub async fn remove_key(&self, id: &str) -> anyhow::Result<()> {
+        let request = self.request(Method::DELETE, &format!("{KEYS}/{id}"));
+        self.answer(request).await.map(drop)
+    }
+
+    /// Lets a key in, or not any more.
+    pub async fn change_key(&self, id: &str, enabled: bool) -> anyhow::Result<()> {
+        let request = self.request(Method::PUT, &format!("{KEYS}/{id}"));
+        let request = request.json(&ChangeKeyRequest { enabled });
+        self.answer(request).await.map(drop)
     }
 
     /// The gateway's address.
@@ -229,13 +307,18 @@ impl Client {
     }
 
     fn request(&self, method: Method, path: &str) -> RequestBuilder {
-        self.http
-            .request(method, format!("{}{path}", self.endpoint))
+        self.http.request(method, format!("{}{path}", self.base))
     }
 
     async fn send(&self, request: RequestBuilder) -> anyhow::Result<Response> {
-        request.send().await.map_err(|error| {
-            if error.is_connect() {
+        let mut request = request.build().context("this is no request")?;
+        if let Some(signer) = &self.signer {
+            sign(signer, &mut request).context("this request cannot be signed")?;
+        }
+        self.http.execute(request).await.map_err(|error| {
+            if let Some(failure) = self.tunnel.as_ref().and_then(|tunnel| tunnel.failure()) {
+                anyhow!("no gateway speaks TLS at {}: {failure}", self.endpoint)
+            } else if error.is_connect() {
                 anyhow!("no gateway answers at {}: start one with `thaw up`, or name another with --endpoint", self.endpoint)
             } else {
                 anyhow!(error).context(format!("the gateway at {} did not answer", self.endpoint))
@@ -246,6 +329,24 @@ impl Client {
     async fn answer(&self, request: RequestBuilder) -> anyhow::Result<Response> {
         checked(self.send(request).await?).await
     }
+}
+
+/// Signs what will be sent, as it will be sent.
+fn sign(signer: &Signer, request: &mut reqwest::Request) -> Option<()> {
+    let url = request.url();
+    let uri = url[Position::BeforePath..Position::AfterQuery]
+        .parse()
+        .ok()?;
+    let host = match (url.host_str()?, url.port()) {
+        (host, Some(port)) => format!("{host}:{port}"),
+        (host, None) => host.to_owned(),
+    };
+    let (method, now) = (request.method().clone(), clock::unix_ms() / 1000);
+    let body = request
+        .body()
+        .map_or(Some(&[][..]), |body| body.as_bytes())?
+        .to_vec();
+    signer.sign(&method, &uri, &host, request.headers_mut(), &body, now)
 }
 
 /// An error of the gateway becomes an error with the gateway's own message.
@@ -271,7 +372,16 @@ async fn checked(answer: Response) -> anyhow::Result<Response> {
     } else {
         kind
     };
-    Err(anyhow!("{message} ({kind})"))
+    let hint = match kind.as_str() {
+        "UnrecognizedClientException" => format!(
+            ": the key is none of this gateway; {ID_VARIABLE}, where it is set, goes before the home's own key"
+        ),
+        "MissingAuthenticationTokenException" => format!(
+            ": this gateway asks for a key; set {ID_VARIABLE} and AWS_SECRET_ACCESS_KEY, or use the gateway's own --home"
+        ),
+        _ => String::new(),
+    };
+    Err(anyhow!("{message} ({kind}){hint}"))
 }
 
 /// A body's lines as they come.

@@ -3,18 +3,21 @@
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::ErrorKind;
-use std::net::SocketAddr;
-use std::path::Path;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
 use clap::Args;
-use thaw_api::Budget;
+use thaw_api::auth::keys::{self, ROOT_FILE};
 use thaw_api::gateway::{Exposure, Gateway, GatewayConfig};
+use thaw_api::tls::Tls;
+use thaw_api::{AuthMode, Budget};
 use thaw_images::{ImageStore, Progress, RuntimeName};
 use tokio::net::TcpListener;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::client::{Client, Deployment};
 use super::installation::Installation;
@@ -30,9 +33,23 @@ const READY_LIMIT: Duration = Duration::from_secs(120);
 
 #[derive(Args)]
 pub struct UpArgs {
-    /// Where to serve; loopback only, as long as no keys are configured.
+    /// Where to serve; on another than a loopback address, requests must be signed.
     #[arg(long, default_value = "127.0.0.1:8080", value_name = "ADDRESS")]
     listen: SocketAddr,
+    /// Ask for signed requests on a loopback address, too.
+    #[arg(long)]
+    auth: bool,
+    /// Speak TLS with this certificate chain, in PEM; SIGHUP reads it again.
+    #[arg(
+        long,
+        value_name = "FILE",
+        requires = "tls_key",
+        conflicts_with = "example"
+    )]
+    tls_cert: Option<PathBuf>,
+    /// Its private key, in PEM.
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
     /// Sandboxes kept restored and ready for each function, at least; with 0 a function scales to zero.
     #[arg(long, default_value_t = 2)]
     ready: usize,
@@ -47,7 +64,7 @@ pub struct UpArgs {
     cpus: Option<u32>,
     /// Deploy this folder as the function `hello`, if there is none yet.
     #[arg(long, value_name = "DIR")]
-    example: Option<std::path::PathBuf>,
+    example: Option<PathBuf>,
     /// Where sandboxes run.
     #[arg(long, value_enum, default_value_t = LabChoice::Auto)]
     lab: LabChoice,
@@ -56,7 +73,24 @@ pub struct UpArgs {
     in_lab: bool,
     /// Another monitor than the installation's, for measurements of the gateway itself.
     #[arg(long, hide = true, value_name = "PROGRAM")]
-    vmm: Option<std::path::PathBuf>,
+    vmm: Option<PathBuf>,
+}
+
+impl UpArgs {
+    fn auth(&self) -> AuthMode {
+        if self.auth || !self.listen.ip().is_loopback() {
+            AuthMode::Required
+        } else {
+            AuthMode::Off
+        }
+    }
+
+    fn tls(&self) -> anyhow::Result<Option<Arc<Tls>>> {
+        match (&self.tls_cert, &self.tls_key) {
+            (Some(cert), Some(key)) => Ok(Some(Tls::load(cert, key).context("cannot speak TLS")?)),
+            _ => Ok(None),
+        }
+    }
 }
 
 pub fn run(global: &Global, args: &UpArgs) -> anyhow::Result<ExitCode> {
@@ -64,17 +98,18 @@ pub fn run(global: &Global, args: &UpArgs) -> anyhow::Result<ExitCode> {
     if args.in_lab {
         return serve(&home, &installation, args);
     }
-    ensure!(
-        args.listen.ip().is_loopback(),
-        "{} is not a loopback address: without keys the gateway serves this machine only",
-        args.listen
-    );
+    args.tls()?; // before anything that takes long
     std::fs::create_dir_all(&home).with_context(|| format!("cannot make {}", home.display()))?;
     let venue = Venue::choose(args.lab);
     eprintln!(
         "thaw: state in {}, sandboxes in {}",
         home.display(),
         venue.describe()
+    );
+    ensure!(
+        venue == Venue::Native || args.listen.ip().is_loopback(),
+        "{} is not a loopback address, and in the lab the gateway is reached from this machine only",
+        args.listen
     );
     let mut steps = Steps::new();
     prepare_images(&home, &installation, &mut steps)?;
@@ -86,7 +121,7 @@ pub fn run(global: &Global, args: &UpArgs) -> anyhow::Result<ExitCode> {
         Venue::Lab(_) => {
             let _lock = lock(&home)?; // locks do not reach across the lab's border, so both sides hold one
             ensure_port_free(args.listen, PORT_PATIENCE)?;
-            let command = in_lab_command(&installation, args);
+            let command = in_lab_command(&installation, args)?;
             InLab {
                 home: &home,
                 command,
@@ -101,7 +136,7 @@ pub fn run(global: &Global, args: &UpArgs) -> anyhow::Result<ExitCode> {
     }
 }
 
-fn in_lab_command(installation: &Installation, args: &UpArgs) -> Vec<OsString> {
+fn in_lab_command(installation: &Installation, args: &UpArgs) -> anyhow::Result<Vec<OsString>> {
     let mut command: Vec<OsString> = vec![installation.thaw.clone().into(), "up".into()];
     command.extend([
         "--in-lab".into(),
@@ -110,6 +145,16 @@ fn in_lab_command(installation: &Installation, args: &UpArgs) -> Vec<OsString> {
     ]);
     command.extend(["--ready".into(), args.ready.to_string().into()]);
     command.extend(["--keep-alive".into(), args.keep_alive.to_string().into()]);
+    if args.auth() == AuthMode::Required {
+        command.push("--auth".into());
+    }
+    for (option, path) in [("--tls-cert", &args.tls_cert), ("--tls-key", &args.tls_key)] {
+        if let Some(path) = path {
+            let path = std::path::absolute(path)
+                .with_context(|| format!("{} is no usable path", path.display()))?;
+            command.extend([option.into(), path.into()]);
+        }
+    }
     if let Some(memory) = args.memory {
         command.extend(["--memory".into(), memory.to_string().into()]);
     }
@@ -122,7 +167,7 @@ fn in_lab_command(installation: &Installation, args: &UpArgs) -> Vec<OsString> {
     if let Some(example) = &args.example {
         command.extend(["--example".into(), example.into()]);
     }
-    command
+    Ok(command)
 }
 
 fn lock(home: &Path) -> anyhow::Result<File> {
@@ -205,40 +250,30 @@ fn serve(home: &Path, installation: &Installation, args: &UpArgs) -> anyhow::Res
         .build()
         .context("cannot start the I/O runtime")?;
     runtime.block_on(async {
-        // In the lab, the port is forwarded from this machine's loopback to the lab's only network interface.
-        let (address, exposure) = if args.in_lab {
-            (
-                SocketAddr::from(([0, 0, 0, 0], args.listen.port())),
-                Exposure::ForwardedLoopback,
-            )
-        } else {
-            (args.listen, Exposure::Loopback)
-        };
-        let listener = TcpListener::bind(address)
-            .await
-            .with_context(|| format!("cannot serve on {address}: choose another with --listen"))?;
-        let url = format!("http://{}", args.listen);
-        let mut config = GatewayConfig::new(
-            home.to_owned(),
-            listener,
-            args.vmm.clone().unwrap_or(installation.vmm.clone()),
-            installation.agent.clone(),
-        );
-        config.exposure = exposure;
-        config.ready_count = args.ready;
-        config.keep_alive = Duration::from_secs(args.keep_alive);
-        config.budget = Budget {
-            memory_mib: args.memory.unwrap_or(config.budget.memory_mib),
-            vcpus: args.cpus.unwrap_or(config.budget.vcpus),
-        };
+        let tls = args.tls()?;
+        let config = configure(home, installation, args, tls.clone()).await?;
         let gateway = Gateway::start(config)
             .await
             .context("the gateway cannot start")?;
-        let announcement = tokio::spawn(announce(
-            url,
-            format!("http://127.0.0.1:{}", args.listen.port()),
-            args.example.clone(),
-        ));
+        say_who_is_let_in(home, args);
+        let announcement = match tls {
+            None => {
+                let url = format!("http://{}", args.listen);
+                tokio::spawn(announce(
+                    url,
+                    inner_client(home, args)?,
+                    args.example.clone(),
+                ))
+            }
+            Some(tls) => {
+                tokio::spawn(reload_at_hangup(tls, signal(SignalKind::hangup())?));
+                let (url, ready) = (format!("https://{}", args.listen), gateway.until_ready());
+                tokio::spawn(async move {
+                    ready.await;
+                    println!("thaw: serving on {url}");
+                })
+            }
+        };
         let served = gateway
             .run_until(stop_signal()?)
             .await
@@ -247,6 +282,78 @@ fn serve(home: &Path, installation: &Installation, args: &UpArgs) -> anyhow::Res
         eprintln!("thaw: stopped");
         served.map(|()| ExitCode::SUCCESS)
     })
+}
+
+async fn configure(
+    home: &Path,
+    installation: &Installation,
+    args: &UpArgs,
+    tls: Option<Arc<Tls>>,
+) -> anyhow::Result<GatewayConfig> {
+    // In the lab, the port is forwarded from this machine's loopback to the lab's only network interface.
+    let (address, exposure) = if args.in_lab {
+        (
+            SocketAddr::from(([0, 0, 0, 0], args.listen.port())),
+            Exposure::ForwardedLoopback,
+        )
+    } else {
+        (args.listen, Exposure::Loopback)
+    };
+    let listener = TcpListener::bind(address)
+        .await
+        .with_context(|| format!("cannot serve on {address}: choose another with --listen"))?;
+    let mut config = GatewayConfig::new(
+        home.to_owned(),
+        listener,
+        args.vmm.clone().unwrap_or(installation.vmm.clone()),
+        installation.agent.clone(),
+    );
+    config.exposure = exposure;
+    config.auth = args.auth();
+    config.tls = tls;
+    config.ready_count = args.ready;
+    config.keep_alive = Duration::from_secs(args.keep_alive);
+    config.budget = Budget {
+        memory_mib: args.memory.unwrap_or(config.budget.memory_mib),
+        vcpus: args.cpus.unwrap_or(config.budget.vcpus),
+    };
+    Ok(config)
+}
+
+fn say_who_is_let_in(home: &Path, args: &UpArgs) {
+    match args.auth() {
+        AuthMode::Off => eprintln!(
+            "thaw: auth is off: only this machine can reach {}",
+            args.listen
+        ),
+        AuthMode::Required => eprintln!(
+            "thaw: auth is on: requests must be signed; `thaw keys create` makes keys, this home's own is in {}",
+            home.join(ROOT_FILE).display()
+        ),
+    }
+}
+
+/// A client of the gateway in this very process.
+fn inner_client(home: &Path, args: &UpArgs) -> anyhow::Result<Client> {
+    let ip = match args.listen.ip() {
+        ip if ip.is_unspecified() || args.in_lab => Ipv4Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    let address = SocketAddr::from((ip, args.listen.port()));
+    let root = keys::root_signer(&home.join(ROOT_FILE)).context("cannot read the root key")?;
+    Ok(Client::new(&format!("http://{address}"))?.signed_by(root))
+}
+
+async fn reload_at_hangup(tls: Arc<Tls>, mut hangups: Signal) {
+    while hangups.recv().await.is_some() {
+        match tls.reload() {
+            Ok(()) => eprintln!("thaw: the certificate was read again"),
+            Err(error) => eprintln!(
+                "thaw: the old certificate stays in use: {:#}",
+                anyhow::Error::from(error)
+            ),
+        }
+    }
 }
 
 /// Resolves at the first SIGINT or SIGTERM.
@@ -262,15 +369,14 @@ pub fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
 }
 
 /// Once functions can be invoked, deploys the example if asked, and says how to call it.
-async fn announce(url: String, inner: String, example: Option<std::path::PathBuf>) {
+async fn announce(url: String, inner: Client, example: Option<PathBuf>) {
     if let Err(error) = try_announce(&url, &inner, example.as_deref()).await {
         eprintln!("thaw: {error:#}");
     }
 }
 
-async fn try_announce(url: &str, inner: &str, example: Option<&Path>) -> anyhow::Result<()> {
-    let client = Client::new(inner)?;
-    wait_healthy(&client).await?;
+async fn try_announce(url: &str, client: &Client, example: Option<&Path>) -> anyhow::Result<()> {
+    wait_healthy(client).await?;
     println!("thaw: serving on {url}");
     let Some(example) = example else {
         println!("  thaw deploy DIR --name NAME    then    curl {url}/fn/NAME/");
@@ -290,7 +396,7 @@ async fn try_announce(url: &str, inner: &str, example: Option<&Path>) -> anyhow:
             .await
             .context("cannot deploy the example")?;
     }
-    let last = super::deploy::follow(&client, EXAMPLE, &mut Steps::new()).await?;
+    let last = super::deploy::follow(client, EXAMPLE, &mut Steps::new()).await?;
     if let Some(error) = last.error {
         bail!("the example could not be frozen: {error}");
     }

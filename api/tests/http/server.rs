@@ -11,7 +11,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::Value;
 use tempfile::TempDir;
 use thaw_api::events::outcome::Retries;
-use thaw_api::{Gateway, GatewayConfig, StartError};
+use thaw_api::{AuthMode, Gateway, GatewayConfig, StartError};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -59,7 +59,15 @@ impl Answer {
 }
 
 pub async fn try_start(home: &Path) -> Result<(Gateway, Arc<Machine>), StartError> {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    try_start_as(home, "127.0.0.1:0", AuthMode::Off).await
+}
+
+pub async fn try_start_as(
+    home: &Path,
+    address: &str,
+    auth: AuthMode,
+) -> Result<(Gateway, Arc<Machine>), StartError> {
+    let listener = TcpListener::bind(address).await.unwrap();
     let mut config = GatewayConfig::new(
         home.to_owned(),
         listener,
@@ -67,6 +75,7 @@ pub async fn try_start(home: &Path) -> Result<(Gateway, Arc<Machine>), StartErro
         "thaw-agent".into(),
     );
     config.limits.event_retries = Retries([Duration::from_millis(1); 2]);
+    config.auth = auth;
     let machine = Arc::new(Machine::new());
     let engine: Arc<Machine> = Arc::clone(&machine);
     Ok((Gateway::start_on(config, engine).await?, machine))
@@ -80,7 +89,12 @@ impl Server {
     }
 
     pub async fn start_in(home: TempDir) -> Self {
-        let (gateway, machine) = try_start(home.path()).await.unwrap();
+        Self::start_as(home, AuthMode::Off).await
+    }
+
+    pub async fn start_as(home: TempDir, auth: AuthMode) -> Self {
+        let started = try_start_as(home.path(), "127.0.0.1:0", auth).await;
+        let (gateway, machine) = started.unwrap();
         let address = gateway.address();
         let (stop, stopped) = oneshot::channel::<()>();
         let served = tokio::spawn(gateway.run_until(async {

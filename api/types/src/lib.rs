@@ -6,5 +6,6 @@
 #![forbid(unsafe_code)]
 
 pub mod function_url;
+pub mod keys;
 pub mod lambda;
 pub mod thaw;

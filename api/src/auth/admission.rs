@@ -1,0 +1,300 @@
+//! The way in: a request is taken apart, its signature and its key's permissions are checked, and it goes on with its body
+//! in memory, or is refused in AWS's words.
+//!
+//! Everything that can be checked before the body is read is. A client that declares (and signs) its body's digest, or sends
+//! none, is proven by then; boto3 declares nothing, so that a body must be read on the word of someone who only knows a key's
+//! id: such bodies, all together, have [`UNPROVEN_MIB_MAX`].
+//!
+//! **Invariant:** no handler runs before signature, body and permission were checked
+//! (`nothing_unsigned_altered_or_not_allowed_reaches_a_handler`).
+
+use std::sync::Arc;
+
+use axum::body::{Body, HttpBody as _};
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, HeaderValue, Response, StatusCode, header};
+use axum::middleware::Next;
+use bytes::Bytes;
+use serde::Deserialize;
+use serde_json::json;
+use tokio::sync::OwnedSemaphorePermit;
+use uuid::Uuid;
+
+use super::action::{Action, BodyKind, Need, Target};
+use super::keys::AccessKey;
+use super::sigv4::{Claim, Expected, Head, SignatureError, hex_digest};
+use super::{Allow, Auth, links, signer::SERVICE};
+use crate::body::{self, BodyError};
+use crate::lambda::errors::ApiError;
+use crate::lambda::names::FunctionRef;
+
+/// What bodies may weigh together while they are read, and code until its request is done, MiB.
+pub const UNPROVEN_MIB_MAX: u16 = 512;
+/// A body up to this size does not count, bytes.
+const SMALL_BYTES_MAX: usize = 64 * 1024;
+/// From this size on a body is hashed on a thread of its own, bytes.
+const HASH_INLINE_BYTES_MAX: usize = 1024 * 1024;
+
+/// Who a request is from, as handlers may ask for it.
+#[derive(Clone, Debug)]
+pub struct Caller {
+    /// Its key.
+    pub access_key_id: String,
+    /// `arn:aws:iam::…:user/NAME`.
+    pub user_arn: String,
+}
+
+/// Why a request is not let in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// Its signature.
+    Signature(SignatureError),
+    /// Its key may not do this.
+    Denied(String),
+    /// Its body.
+    Body(ApiError),
+}
+
+/// In front of every route: with auth on, all but the open ones are for signed requests.
+pub async fn guard(State(auth): State<Arc<Auth>>, request: Request, next: Next) -> Response<Body> {
+    if !auth.is_required() || is_open(request.uri().path()) {
+        return next.run(request).await;
+    }
+    let action = Action::of(
+        request.method(),
+        request.uri().path(),
+        request.uri().query().unwrap_or_default(),
+    );
+    let (request, _code) = match admit(&auth, request, &action).await {
+        Ok(admitted) => admitted,
+        Err(refusal) => return refusal.into_response(),
+    };
+    if action.name != "lambda:GetFunction" {
+        return next.run(request).await;
+    }
+    let host = links::host(request.headers());
+    links::presigned(&auth, host, next.run(request).await).await
+}
+
+/// Health says nothing of functions, and function URLs have an authorization of their own.
+fn is_open(path: &str) -> bool {
+    path == "/healthz" || path.starts_with(crate::function_url::PREFIX)
+}
+
+/// Lets a call of a function URL with auth `AWS_IAM` in, or says no as AWS does. The request goes on with its body in memory
+/// and a [`Caller`] among its extensions.
+///
+/// # Errors
+/// The answer for the client.
+pub async fn authorize_function_url(
+    auth: &Auth,
+    request: Request,
+    function: &str,
+) -> Result<Request, Response<Body>> {
+    let admitted = admit(auth, request, &Action::url(function)).await;
+    admitted.map(|(request, _)| request).map_err(|refusal| match refusal {
+        Refusal::Signature(SignatureError::Missing) | Refusal::Denied(_) => {
+            let text = "Forbidden. For troubleshooting Function URL authorization issues, see: https://docs.aws.amazon.com/lambda/latest/dg/urls-auth.html";
+            answer("AccessDeniedException", &json!({ "Message": text }))
+        }
+        other => other.into_response(),
+    })
+}
+
+/// Held as long as a body of code is in memory.
+type CodePermit = Option<OwnedSemaphorePermit>;
+
+async fn admit(
+    auth: &Auth,
+    request: Request,
+    action: &Action,
+) -> Result<(Request, CodePermit), Refusal> {
+    let (mut parts, body) = request.into_parts();
+    let checked = {
+        let head = Head {
+            method: &parts.method,
+            uri: &parts.uri,
+            headers: &parts.headers,
+        };
+        before_the_body(auth, head, action, body.is_end_stream())
+    };
+    let (claim, key) = match checked {
+        Ok(found) => found,
+        Err(refusal) => {
+            drain(&parts.headers, body, action).await;
+            return Err(refusal);
+        }
+    };
+    let permit = auth.body_permit(&parts.headers, action.limit.bytes).await;
+    let bytes = body::read(&parts.headers, body, action.limit.bytes)
+        .await
+        .map_err(|error| Refusal::Body(refused_body(&error, action)))?;
+    let digest = digest_of(&bytes).await?;
+    claim
+        .verify(&key.secret, &digest)
+        .map_err(Refusal::Signature)?;
+    let target = named_in(&bytes, &action.target);
+    auth.check(&key, action, &target)?;
+    parts.extensions.insert(Caller {
+        access_key_id: key.id.clone(),
+        user_arn: auth.user_arn(&key),
+    });
+    let permit = permit.filter(|_| action.limit.kind == BodyKind::Code);
+    Ok((Request::from_parts(parts, Body::from(bytes)), permit))
+}
+
+/// All checks that need no body; the signature's own too, when the body's digest is known.
+fn before_the_body(
+    auth: &Auth,
+    head: Head<'_>,
+    action: &Action,
+    is_empty: bool,
+) -> Result<(Claim, Arc<AccessKey>), Refusal> {
+    let expected = Expected {
+        region: &auth.region,
+        service: SERVICE,
+        now_unix_seconds: crate::clock::unix_ms().div_euclid(1000),
+    };
+    let claim = Claim::read(head, expected).map_err(Refusal::Signature)?;
+    // Nobody gives out session tokens here: one that comes belongs to another cloud's key.
+    let key = auth
+        .find(claim.access_key_id())
+        .filter(|_| !claim.has_token())
+        .ok_or(Refusal::Signature(SignatureError::UnknownKey))?;
+    let empty = is_empty.then(|| hex_digest(b""));
+    let known = claim.declared_digest().or(empty.as_deref());
+    if let Some(digest) = known {
+        claim
+            .verify(&key.secret, digest)
+            .map_err(Refusal::Signature)?;
+        if action.target != Target::InBody {
+            auth.check(&key, action, &action.target)?;
+        }
+    }
+    Ok((claim, key))
+}
+
+async fn digest_of(bytes: &Bytes) -> Result<String, Refusal> {
+    if bytes.len() <= HASH_INLINE_BYTES_MAX {
+        return Ok(hex_digest(bytes));
+    }
+    let bytes = bytes.clone();
+    tokio::task::spawn_blocking(move || hex_digest(&bytes))
+        .await
+        .map_err(|_| Refusal::Body(ApiError::service("the body could not be hashed")))
+}
+
+/// The function that a body names. One without a legible name is for keys that may do everything; its handler refuses it.
+fn named_in(body: &[u8], target: &Target) -> Target {
+    #[derive(Deserialize)]
+    struct Named {
+        #[serde(rename = "FunctionName")]
+        name: String,
+    }
+    if *target != Target::InBody {
+        return target.clone();
+    }
+    serde_json::from_slice::<Named>(body)
+        .ok()
+        .and_then(|named| FunctionRef::parse(&named.name, None).ok())
+        .map_or(Target::Everything, |found| Target::Function(found.name))
+}
+
+/// A client that is still sending would see a broken connection instead of the answer. One that waits to be told to go on
+/// (`Expect: 100-continue`) is not told to.
+async fn drain(headers: &HeaderMap, body: Body, action: &Action) {
+    if !body.is_end_stream() && !headers.contains_key(header::EXPECT) {
+        let _ = body::skip(body, action.limit.bytes).await;
+    }
+}
+
+fn refused_body(error: &BodyError, action: &Action) -> ApiError {
+    let operation = action.name.trim_start_matches("lambda:");
+    match error {
+        BodyError::TooLarge(limit) if action.limit.kind == BodyKind::Event => {
+            ApiError::request_too_large(*limit)
+        }
+        BodyError::TooLarge(limit) => ApiError::entity_too_large(*limit, operation),
+        other => ApiError::invalid_content(other.to_string()),
+    }
+}
+
+impl Auth {
+    /// Whether a key may do this.
+    fn check(&self, key: &AccessKey, action: &Action, target: &Target) -> Result<(), Refusal> {
+        let may = match key.allow {
+            Allow::Invoke => Need::Invoke,
+            Allow::Manage => Need::Manage,
+            Allow::All => Need::All,
+        };
+        let (covers, resource) = match target {
+            Target::Function(name) => {
+                let (region, account) = (&self.region, &self.account_id);
+                let arn = format!("arn:aws:lambda:{region}:{account}:function:{name}");
+                (key.covers(name), arn)
+            }
+            Target::Everything | Target::InBody => (key.covers_all(), "*".to_owned()),
+        };
+        if covers && action.need <= may {
+            return Ok(());
+        }
+        let (user, name) = (self.user_arn(key), &action.name);
+        Err(Refusal::Denied(format!(
+            "User: {user} is not authorized to perform: {name} on resource: {resource} because no identity-based policy allows the {name} action"
+        )))
+    }
+
+    fn user_arn(&self, key: &AccessKey) -> String {
+        format!("arn:aws:iam::{}:user/{}", self.account_id, key.name)
+    }
+
+    /// The right to hold a body of what the client announced, or of the whole limit.
+    async fn body_permit(&self, headers: &HeaderMap, limit: usize) -> CodePermit {
+        let announced = headers
+            .get(header::CONTENT_LENGTH)
+            .and_then(|value| value.to_str().ok()?.parse::<usize>().ok())
+            .unwrap_or(limit)
+            .min(limit);
+        if announced <= SMALL_BYTES_MAX {
+            return None;
+        }
+        let mib = u32::try_from(announced.div_ceil(1024 * 1024)).unwrap_or(u32::MAX);
+        let mib = mib.min(u32::from(UNPROVEN_MIB_MAX));
+        Arc::clone(&self.bodies).acquire_many_owned(mib).await.ok()
+    }
+}
+
+impl Refusal {
+    /// As Lambda answers.
+    #[must_use]
+    pub fn into_response(self) -> Response<Body> {
+        match self {
+            Self::Signature(error) => {
+                let code = match error {
+                    SignatureError::Missing => "MissingAuthenticationTokenException",
+                    SignatureError::Incomplete(_) => "IncompleteSignatureException",
+                    SignatureError::Invalid(_) => "InvalidSignatureException",
+                    SignatureError::UnknownKey => "UnrecognizedClientException",
+                };
+                answer(code, &json!({ "message": error.to_string() }))
+            }
+            Self::Denied(text) => answer("AccessDeniedException", &json!({ "Message": text })),
+            Self::Body(error) => error.into_response(&Uuid::new_v4().to_string()),
+        }
+    }
+}
+
+/// 403 in Lambda's shape.
+fn answer(code: &'static str, body: &serde_json::Value) -> Response<Body> {
+    tracing::debug!(code, "request refused");
+    let mut response = Response::new(Body::from(body.to_string()));
+    *response.status_mut() = StatusCode::FORBIDDEN;
+    let headers = response.headers_mut();
+    let json = HeaderValue::from_static("application/json");
+    headers.insert(header::CONTENT_TYPE, json);
+    headers.insert("x-amzn-errortype", HeaderValue::from_static(code));
+    if let Ok(id) = HeaderValue::from_str(&Uuid::new_v4().to_string()) {
+        headers.insert("x-amzn-requestid", id);
+    }
+    response
+}
