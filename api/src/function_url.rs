@@ -1,4 +1,7 @@
-//! Function URLs: `ANY /fn/{name}/…`, payload format 2.0, for curl and browsers.
+//! Function URLs, payload format 2.0, for curl and browsers: `ANY /fn/{name}/…` and `/fn/{name}:{alias}/…` on the gateway's own
+//! host, and any path on the host `{id}.lambda-url.…` of a URL that was configured.
+//!
+//! A function answers at its path without a configuration, too; that says who may call it, and what browsers may.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -13,23 +16,108 @@ use uuid::Uuid;
 
 use crate::body::{self, BodyError};
 use crate::invocation::{self, FunctionResult, PAYLOAD_BYTES_MAX, Refusal, Request};
-use crate::record::State;
+use crate::lambda;
+use crate::lambda::names::FunctionRef;
+use crate::record::{State, UrlConfig};
 use crate::state::{App, Live};
 use crate::timing;
 
+pub mod cors;
 pub mod event;
 pub mod result;
+
+pub use event::id;
 
 use event::Incoming;
 
 /// Path below which functions answer.
 pub const PREFIX: &str = "/fn/";
 
-/// Answers one request below [`PREFIX`].
-pub async fn serve(app: Arc<App>, request: HttpRequest) -> Response<Body> {
+/// What follows a URL's id in its host name.
+const HOST_INFIX: &str = ".lambda-url.";
+
+/// Which function a request is for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Destination {
+    /// Name, and alias or version behind a colon.
+    pub target: String,
+    /// Below the function's own path, percent-encoded as it came.
+    pub raw_path: String,
+}
+
+impl Destination {
+    /// By a path below [`PREFIX`].
+    #[must_use]
+    pub fn by_path(path: &str) -> Self {
+        let rest = path.strip_prefix(PREFIX).unwrap_or_default();
+        let (target, below) = match rest.find('/') {
+            Some(slash) => rest.split_at(slash),
+            None => (rest, "/"),
+        };
+        Self {
+            target: percent_decode_str(target).decode_utf8_lossy().into_owned(),
+            raw_path: below.to_owned(),
+        }
+    }
+
+    /// By the host; `None` for one that is no function's.
+    #[must_use]
+    pub fn by_host(app: &App, host: &str, path: &str) -> Option<Self> {
+        let (id, _) = host.split_once(HOST_INFIX)?;
+        app.all().iter().find_map(|function| {
+            let record = function.record();
+            let (qualifier, _) = record.urls.iter().find(|(_, url)| url.id == id)?;
+            let qualifier = Some(qualifier.as_str()).filter(|text| *text != "$LATEST");
+            Some(Self {
+                target: target(&function.name, qualifier),
+                raw_path: path.to_owned(),
+            })
+        })
+    }
+
+    /// The function's bare name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        self.target.split(':').next().unwrap_or_default()
+    }
+
+    /// The URL's configuration, if it has one.
+    #[must_use]
+    pub fn config(&self, app: &App) -> Option<UrlConfig> {
+        let qualifier = self.target.split_once(':').map_or("$LATEST", |(_, q)| q);
+        app.find(self.name())?.record().urls.get(qualifier).cloned()
+    }
+}
+
+/// A function, or an alias of it, in URLs and ARNs.
+#[must_use]
+pub fn target(name: &str, qualifier: Option<&str>) -> String {
+    match qualifier {
+        Some(qualifier) => format!("{name}:{qualifier}"),
+        None => name.to_owned(),
+    }
+}
+
+/// Answers one request; `config` is that of its destination.
+pub async fn serve(
+    app: Arc<App>,
+    destination: Destination,
+    config: Option<UrlConfig>,
+    request: HttpRequest,
+) -> Response<Body> {
     let arrived = Instant::now();
+    let cors = config.and_then(|config| config.cors);
+    if let Some(cors) = &cors
+        && let Some(granted) = cors::preflight(cors, request.method(), request.headers())
+    {
+        return granted;
+    }
+    let headers = cors.is_some().then(|| request.headers().clone());
     let request_id = Uuid::new_v4().to_string();
-    let mut response = answer(&app, request, &request_id, arrived).await;
+    let mut response = answer(&app, &destination, request, &request_id, arrived).await;
+    if let (Some(cors), Some(headers)) = (&cors, &headers) {
+        cors::allow(cors, headers, &mut response);
+    }
     if let Ok(id) = HeaderValue::from_str(&request_id) {
         response.headers_mut().insert("x-amzn-requestid", id);
     }
@@ -38,15 +126,20 @@ pub async fn serve(app: Arc<App>, request: HttpRequest) -> Response<Body> {
 
 async fn answer(
     app: &Arc<App>,
+    destination: &Destination,
     request: HttpRequest,
     request_id: &str,
     arrived: Instant,
 ) -> Response<Body> {
-    let (name, raw_path) = split(request.uri().path());
-    let Some(function) = app.find(&name) else {
-        return unknown(&name);
+    let name = destination.name();
+    let reference = FunctionRef::parse(&destination.target, None);
+    let Some(found) = reference
+        .ok()
+        .and_then(|named| lambda::find(app, named).ok())
+    else {
+        return unknown(name);
     };
-    let live = &function.latest;
+    let live = found.pick();
     let source = request
         .extensions()
         .get::<ConnectInfo<SocketAddr>>()
@@ -59,9 +152,9 @@ async fn answer(
     };
     let trace_id = timing::trace_id(&parts.headers);
     let event = event::build(&Incoming {
-        function: &live.name,
+        function: &destination.target,
         method: parts.method.as_str(),
-        raw_path: &raw_path,
+        raw_path: &destination.raw_path,
         raw_query: parts.uri.query().unwrap_or_default(),
         version: parts.version,
         headers: &parts.headers,
@@ -80,17 +173,17 @@ async fn answer(
     };
     let request = Request {
         request_id: request_id.to_owned(),
-        function_arn: app.arn(&live.name),
+        function_arn: found.arn(app),
         payload,
         client_context: None,
         trace_id: Some(trace_id),
         measure: timing::measure(&parts.headers),
     };
-    match invocation::run(app, &function, live, request).await {
+    match invocation::run(app, &found.function, &live, request).await {
         Ok(answer) => {
             let mut response = match answer.result {
                 FunctionResult::Response(payload) => {
-                    result::response(payload).unwrap_or_else(|fault| malformed(live, &fault))
+                    result::response(payload).unwrap_or_else(|fault| malformed(&live, &fault))
                 }
                 FunctionResult::Error { error_type, .. } => failed(&error_type),
             };
@@ -104,25 +197,8 @@ async fn answer(
             }
             response
         }
-        Err(refusal) => refused(&refusal, &name),
+        Err(refusal) => refused(&refusal, name),
     }
-}
-
-/// The function that a path below [`PREFIX`] names.
-#[must_use]
-pub fn name(path: &str) -> String {
-    split(path).0
-}
-
-/// Name, and what follows it, percent-encoded as it came.
-fn split(path: &str) -> (String, String) {
-    let rest = path.strip_prefix(PREFIX).unwrap_or_default();
-    let (name, below) = match rest.find('/') {
-        Some(slash) => rest.split_at(slash),
-        None => (rest, "/"),
-    };
-    let name = percent_decode_str(name).decode_utf8_lossy().into_owned();
-    (name, below.to_owned())
 }
 
 fn unknown(name: &str) -> Response<Body> {
@@ -240,13 +316,15 @@ mod tests {
     #[test]
     fn the_prefix_and_the_name_are_taken_off_the_path() {
         let of = |path| {
-            let (name, below) = split(path);
-            format!("{name} {below}")
+            let found = Destination::by_path(path);
+            format!("{} {}", found.target, found.raw_path)
         };
         assert_eq!(of("/fn/hello"), "hello /");
         assert_eq!(of("/fn/hello/"), "hello /");
         assert_eq!(of("/fn/hello/a%20b/c/"), "hello /a%20b/c/");
         assert_eq!(of("/fn/hello//x"), "hello //x");
+        assert_eq!(of("/fn/hello%3Alive/a"), "hello:live /a");
+        assert_eq!(Destination::by_path("/fn/hello:live/a").name(), "hello");
         assert_eq!(of("/fn/"), " /");
     }
 }

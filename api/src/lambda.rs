@@ -33,6 +33,7 @@ mod paging;
 mod read;
 mod tags;
 mod update;
+mod url_config;
 mod versions;
 
 use errors::ApiError;
@@ -140,6 +141,11 @@ async fn dispatch(app: &Arc<App>, found: Matched, call: Call) -> Answer {
         Operation::GetFunctionEventInvokeConfig => event_config::get(app, &call, &first),
         Operation::DeleteFunctionEventInvokeConfig => event_config::delete(app, call, &first).await,
         Operation::ListFunctionEventInvokeConfigs => event_config::list(app, &call, &first),
+        Operation::CreateFunctionUrlConfig => url_config::create(app, call, &first).await,
+        Operation::GetFunctionUrlConfig => url_config::get(app, &call, &first),
+        Operation::UpdateFunctionUrlConfig => url_config::update(app, call, &first).await,
+        Operation::DeleteFunctionUrlConfig => url_config::delete(app, call, &first).await,
+        Operation::ListFunctionUrlConfigs => url_config::list(app, &call, &first),
         Operation::GetAccountSettings => account::settings(app),
     }
 }

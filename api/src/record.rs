@@ -9,6 +9,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+use thaw_api_types::lambda::Cors;
 
 use crate::engine::Artifact;
 use crate::events::EventConfig;
@@ -36,6 +37,34 @@ pub struct Function {
     /// How asynchronous invocations are treated, by qualifier, `$LATEST` for none.
     #[serde(default)]
     pub event_configs: BTreeMap<String, EventConfig>,
+    /// URLs that were configured, by alias, `$LATEST` for none.
+    #[serde(default)]
+    pub urls: BTreeMap<String, UrlConfig>,
+}
+
+/// A function's URL.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UrlConfig {
+    /// First label of its host name.
+    pub id: String,
+    /// Who may call it.
+    pub auth: UrlAuth,
+    /// Which other origins may read answers; `None` leaves that to the function.
+    pub cors: Option<Cors>,
+    /// Milliseconds since the Unix epoch.
+    pub created_unix_ms: i64,
+    /// Milliseconds since the Unix epoch.
+    pub modified_unix_ms: i64,
+}
+
+/// Who may call a URL.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum UrlAuth {
+    /// Anyone.
+    None,
+    /// Who signs with a key that may invoke the function, wherever the gateway asks for signatures.
+    AwsIam,
 }
 
 /// The target of `$LATEST` as it was published.

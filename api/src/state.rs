@@ -42,6 +42,8 @@ pub struct App {
     pub home: PathBuf,
     /// Where the gateway serves.
     pub address: SocketAddr,
+    /// Whether it speaks TLS.
+    pub is_encrypted: bool,
     /// Region in ARNs.
     pub region: String,
     /// Account in ARNs.
@@ -197,6 +199,7 @@ impl App {
         let app = Arc::new(Self {
             home: config.home,
             address,
+            is_encrypted: config.tls.is_some(),
             region: config.region,
             account_id: config.account_id,
             ready_count: config.ready_count,

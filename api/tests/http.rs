@@ -12,6 +12,8 @@ mod machine;
 mod server;
 #[path = "http/tls.rs"]
 mod tls;
+#[path = "http/urls.rs"]
+mod urls;
 #[path = "http/versions.rs"]
 mod versions;
 

@@ -18,7 +18,7 @@ const API_ID_CHARS: usize = 32;
 /// A request as it came.
 #[derive(Clone, Copy, Debug)]
 pub struct Incoming<'a> {
-    /// The function's name.
+    /// The function's name, with the alias behind a colon if it has one.
     pub function: &'a str,
     /// `GET`, …
     pub method: &'a str,
@@ -61,7 +61,7 @@ pub fn build(incoming: &Incoming<'_>) -> HttpEvent {
         query_string_parameters: parameters(incoming.raw_query),
         request_context: RequestContext {
             account_id: "anonymous".to_owned(),
-            api_id: api_id(incoming.function),
+            api_id: id(incoming.function),
             domain_name,
             domain_prefix,
             http: HttpContext {
@@ -82,8 +82,9 @@ pub fn build(incoming: &Incoming<'_>) -> HttpEvent {
     }
 }
 
-/// Stable for a function's name.
-fn api_id(name: &str) -> String {
+/// The id of a function's URL, or of an alias's: stable for its name.
+#[must_use]
+pub fn id(name: &str) -> String {
     let digest = Sha256::digest(name.as_bytes());
     let mut id: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
     id.truncate(API_ID_CHARS);

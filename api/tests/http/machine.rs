@@ -72,6 +72,12 @@ impl Machine {
             .collect()
     }
 
+    /// As what functions were called so far.
+    pub fn arns(&self) -> Vec<String> {
+        let invoked = self.invoked.lock().unwrap();
+        invoked.iter().map(|one| one.function_arn.clone()).collect()
+    }
+
     /// Invocations that wait because they are held.
     pub fn held_answers(&self) -> usize {
         self.answers.borrow().waiting

@@ -4,8 +4,10 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+mod urls;
 mod versions;
 
+pub use urls::*;
 pub use versions::*;
 
 /// Body of CreateFunction.

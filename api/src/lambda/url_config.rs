@@ -1,0 +1,266 @@
+//! Create, Get, Update, Delete and List of FunctionUrlConfig.
+
+use std::sync::Arc;
+
+use axum::http::{StatusCode, header};
+use thaw_api_types::lambda::{
+    Cors, FunctionUrlConfig, FunctionUrlRequest, ListFunctionUrlConfigsResponse,
+};
+
+use super::errors::{ApiError, violation};
+use super::paging::Page;
+use super::{Answer, Call, Found, empty, json, validate};
+use crate::clock;
+use crate::engine::chain;
+use crate::function_url;
+use crate::record::{Function, UrlAuth, UrlConfig};
+use crate::state::App;
+
+/// Most seconds of `MaxAge`.
+const MAX_AGE_SECONDS_MAX: u32 = 86_400;
+/// Most entries of a list.
+const CORS_ENTRIES_MAX: usize = 100;
+
+pub(super) async fn create(app: &Arc<App>, call: Call, name: &str) -> Answer {
+    let found = find(app, &call, name)?;
+    let base = base(app, &call);
+    let limit = call.json_limit();
+    let request: FunctionUrlRequest = call.json(limit, "CreateFunctionUrlConfig").await?;
+    let Some(auth) = &request.auth_type else {
+        return Err(ApiError::validation(&[validate::null("authType")]));
+    };
+    let now = clock::unix_ms();
+    let config = merge(
+        UrlConfig {
+            id: function_url::id(&function_url::target(
+                &found.function.name,
+                found.reference.qualifier.as_deref(),
+            )),
+            auth: read_auth(auth)?,
+            cors: None,
+            created_unix_ms: now,
+            modified_unix_ms: now,
+        },
+        request,
+    )?;
+    let kept = config.clone();
+    let is_new = change(app, &found, move |record, qualifier| {
+        let is_new = !record.urls.contains_key(&qualifier);
+        if is_new {
+            record.urls.insert(qualifier, kept);
+        }
+        is_new
+    });
+    if !is_new.await? {
+        return Err(ApiError::conflict(format!(
+            "Failed to create function url config for [functionArn = {}]. Error message:  FunctionUrlConfig exists for this Lambda function",
+            found.arn(app)
+        )));
+    }
+    json(StatusCode::CREATED, &view(app, &base, &found, &config))
+}
+
+pub(super) fn get(app: &Arc<App>, call: &Call, name: &str) -> Answer {
+    let found = find(app, call, name)?;
+    let config = read(&found)?;
+    json(
+        StatusCode::OK,
+        &view(app, &base(app, call), &found, &config),
+    )
+}
+
+pub(super) async fn update(app: &Arc<App>, call: Call, name: &str) -> Answer {
+    let found = find(app, &call, name)?;
+    let base = base(app, &call);
+    let current = read(&found)?;
+    let limit = call.json_limit();
+    let request: FunctionUrlRequest = call.json(limit, "UpdateFunctionUrlConfig").await?;
+    let auth = match &request.auth_type {
+        Some(auth) => read_auth(auth)?,
+        None => current.auth,
+    };
+    let changed = UrlConfig {
+        auth,
+        modified_unix_ms: clock::unix_ms(),
+        ..current
+    };
+    let config = merge(changed, request)?;
+    let kept = config.clone();
+    change(app, &found, move |record, qualifier| {
+        record.urls.insert(qualifier, kept);
+    })
+    .await?;
+    json(StatusCode::OK, &view(app, &base, &found, &config))
+}
+
+pub(super) async fn delete(app: &Arc<App>, call: Call, name: &str) -> Answer {
+    let found = find(app, &call, name)?;
+    read(&found)?;
+    change(app, &found, |record, qualifier| {
+        record.urls.remove(&qualifier);
+    })
+    .await?;
+    Ok(empty(StatusCode::NO_CONTENT))
+}
+
+pub(super) fn list(app: &Arc<App>, call: &Call, name: &str) -> Answer {
+    let function = call.function(app, name)?;
+    let base = base(app, call);
+    let record = function.record();
+    let entries = record.urls.iter().map(|(qualifier, config)| {
+        let named = Some(qualifier.as_str()).filter(|qualifier| *qualifier != "$LATEST");
+        let view = view_of(app, &base, &function.name, named, config);
+        (qualifier.clone(), view)
+    });
+    let (function_url_configs, next_marker) = Page::of(call)?.cut(entries);
+    let body = ListFunctionUrlConfigsResponse {
+        function_url_configs,
+        next_marker,
+    };
+    json(StatusCode::OK, &body)
+}
+
+/// The function or the alias; versions have no URLs.
+fn find(app: &App, call: &Call, name: &str) -> Result<Found, ApiError> {
+    let mut found = call.version(app, name)?;
+    let qualifier = found.reference.qualifier.take();
+    if let Some(text) = qualifier.filter(|text| text != "$LATEST") {
+        if text.bytes().all(|byte| byte.is_ascii_digit()) {
+            return Err(ApiError::validation(&[violation(
+                &text,
+                "qualifier",
+                "Member must satisfy regular expression pattern: ((?!^\\d+$)^[0-9a-zA-Z-_]+$)",
+            )]));
+        }
+        found.reference.qualifier = Some(text);
+    }
+    Ok(found)
+}
+
+/// Where this client finds the gateway.
+fn base(app: &App, call: &Call) -> String {
+    let host = call
+        .headers
+        .get(header::HOST)
+        .and_then(|host| host.to_str().ok());
+    let host = host.map_or_else(|| app.address.to_string(), str::to_owned);
+    let scheme = if app.is_encrypted { "https" } else { "http" };
+    format!("{scheme}://{host}")
+}
+
+fn read(found: &Found) -> Result<UrlConfig, ApiError> {
+    let record = found.function.record();
+    let qualifier = found.reference.qualifier.as_deref().unwrap_or("$LATEST");
+    let config = record.urls.get(qualifier).cloned();
+    config.ok_or_else(|| ApiError::missing("The resource you requested does not exist."))
+}
+
+async fn change<T>(
+    app: &App,
+    found: &Found,
+    work: impl FnOnce(&mut Function, String) -> T,
+) -> Result<T, ApiError> {
+    let qualifier = found.reference.qualifier.as_deref().unwrap_or("$LATEST");
+    let changed = app.change_function(&found.function, None, |record| {
+        Some(work(record, qualifier.to_owned()))
+    });
+    changed
+        .await
+        .map_err(|error| ApiError::service(chain(&error)))?
+        .ok_or_else(|| ApiError::not_found(&found.arn(app)))
+}
+
+fn read_auth(text: &str) -> Result<UrlAuth, ApiError> {
+    match text {
+        "NONE" => Ok(UrlAuth::None),
+        "AWS_IAM" => Ok(UrlAuth::AwsIam),
+        other => Err(ApiError::validation(&[violation(
+            other,
+            "authType",
+            "Member must satisfy enum value set: [NONE, AWS_IAM]",
+        )])),
+    }
+}
+
+fn merge(config: UrlConfig, request: FunctionUrlRequest) -> Result<UrlConfig, ApiError> {
+    match request.invoke_mode.as_deref() {
+        None | Some("BUFFERED") => {}
+        Some("RESPONSE_STREAM") => {
+            return Err(ApiError::invalid_parameter(
+                "InvokeMode RESPONSE_STREAM is not supported by this gateway: use BUFFERED.",
+            ));
+        }
+        Some(other) => {
+            return Err(ApiError::validation(&[violation(
+                other,
+                "invokeMode",
+                "Member must satisfy enum value set: [BUFFERED, RESPONSE_STREAM]",
+            )]));
+        }
+    }
+    let cors = match request.cors {
+        Some(cors) => {
+            check_cors(&cors)?;
+            Some(cors).filter(|cors| *cors != Cors::default())
+        }
+        None => config.cors,
+    };
+    Ok(UrlConfig { cors, ..config })
+}
+
+fn check_cors(cors: &Cors) -> Result<(), ApiError> {
+    if let Some(seconds) = cors.max_age.filter(|age| *age > MAX_AGE_SECONDS_MAX) {
+        let constraint = "Member must have value less than or equal to 86400";
+        let text = seconds.to_string();
+        return Err(ApiError::validation(&[violation(
+            &text,
+            "cors.maxAge",
+            constraint,
+        )]));
+    }
+    for (member, entries) in [
+        ("cors.allowHeaders", &cors.allow_headers),
+        ("cors.allowMethods", &cors.allow_methods),
+        ("cors.allowOrigins", &cors.allow_origins),
+        ("cors.exposeHeaders", &cors.expose_headers),
+    ] {
+        let entries = entries.as_deref().unwrap_or_default();
+        let is_plain = |text: &String| text.bytes().all(|byte| byte.is_ascii_graphic());
+        if entries.len() > CORS_ENTRIES_MAX || !entries.iter().all(is_plain) {
+            let constraint = "Member must have at most 100 entries of printable characters";
+            let text = format!("[{}]", entries.join(", "));
+            return Err(ApiError::validation(&[violation(
+                &text, member, constraint,
+            )]));
+        }
+    }
+    Ok(())
+}
+
+fn view(app: &App, base: &str, found: &Found, config: &UrlConfig) -> FunctionUrlConfig {
+    let qualifier = found.reference.qualifier.as_deref();
+    view_of(app, base, &found.function.name, qualifier, config)
+}
+
+fn view_of(
+    app: &App,
+    base: &str,
+    name: &str,
+    qualifier: Option<&str>,
+    config: &UrlConfig,
+) -> FunctionUrlConfig {
+    let target = function_url::target(name, qualifier);
+    FunctionUrlConfig {
+        function_url: format!("{base}{}{target}/", function_url::PREFIX),
+        function_arn: app.arn(&target),
+        auth_type: match config.auth {
+            UrlAuth::None => "NONE",
+            UrlAuth::AwsIam => "AWS_IAM",
+        }
+        .to_owned(),
+        cors: config.cors.clone(),
+        creation_time: clock::log_stamp(config.created_unix_ms),
+        last_modified_time: clock::log_stamp(config.modified_unix_ms),
+        invoke_mode: "BUFFERED".to_owned(),
+    }
+}
