@@ -138,10 +138,9 @@ def second(home, tmp_path):
     shutil.rmtree(own, ignore_errors=True)
 
 
-def create(client, name):
+def create(client, name, code="def handler(e, c): return 'here'"):
     client.create_function(
-        FunctionName=name, Runtime="python3.11", Handler="app.handler", Role=ROLE, Timeout=30,
-        Code={"ZipFile": zip_of(app="def handler(e, c): return 'here'")},
+        FunctionName=name, Runtime="python3.11", Handler="app.handler", Role=ROLE, Timeout=30, Code={"ZipFile": zip_of(app=code)}
     )
 
 
@@ -172,6 +171,33 @@ def test_functions_survive_ctrl_c_and_kill_9_and_nothing_stays_behind(second):
     leftovers = [path for path in second.home.rglob("*") if ".thaw-tmp-" in path.name]
     assert leftovers == []
     assert [path for path in (second.home / "staging").iterdir() if path.is_dir()] == []
+
+
+def test_fifty_acknowledged_events_all_run_though_the_gateway_is_killed_among_them(second):
+    client = second.start().client()
+    create(client, "worker")
+    create(client, "sink", "def handler(event, context): print('got', event['requestPayload']['n'], flush=True)")
+    for name in ["worker", "sink"]:
+        client.get_waiter("function_active_v2").wait(FunctionName=name)
+    sink = client.get_function_configuration(FunctionName="sink")["FunctionArn"]
+    destination = {"OnSuccess": {"Destination": sink}}
+    client.put_function_event_invoke_config(FunctionName="worker", DestinationConfig=destination)
+    for number in range(50):
+        payload = json.dumps({"n": number})
+        assert client.invoke(FunctionName="worker", InvocationType="Event", Payload=payload)["StatusCode"] == 202
+        if number == 40:
+            reached = second.cli("logs", "sink").stdout.count("got ")
+    second.stop(signal.SIGKILL)
+    gone(second.home)
+    second.start()
+    seen, deadline = set(), time.monotonic() + 240
+    while seen != set(range(50)):
+        assert time.monotonic() < deadline, f"{50 - len(seen)} events did not run; {reached} had before the kill"
+        lines = second.cli("logs", "sink", "--tail", "1000").stdout.splitlines()
+        seen = {int(line.split()[1]) for line in lines if line.startswith("got ")}
+        time.sleep(0.2)
+    assert second.stop() == 0
+    gone(second.home)
 
 
 def test_a_full_disk_while_deploying_is_told_and_harms_nothing(second, tmp_path):
