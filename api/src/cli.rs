@@ -19,13 +19,15 @@ mod progress;
 mod snapshot;
 mod tunnel;
 mod up;
+mod url;
 mod venue;
+mod versions;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
 
 use client::Client;
 use output::Format;
@@ -85,6 +87,15 @@ enum Command {
     Ls,
     /// Remove functions.
     Rm(list::RmArgs),
+    /// Publish, list and remove versions of a function.
+    #[command(subcommand)]
+    Versions(versions::VersionsCommand),
+    /// Name versions of a function, and divide invocations between two.
+    #[command(subcommand)]
+    Alias(versions::AliasCommand),
+    /// Configure where functions answer HTTP.
+    #[command(subcommand)]
+    Url(url::UrlCommand),
     /// Make, list, disable and remove access keys.
     #[command(subcommand)]
     Keys(keys::KeysCommand),
@@ -95,6 +106,11 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Run a command in the lab, the emulated KVM host.
     Lab(lab::LabArgs),
+    /// Print completions for a shell: `source <(thaw completions bash)`.
+    Completions {
+        /// bash, zsh, fish, …
+        shell: clap_complete::Shell,
+    },
 }
 
 impl Global {
@@ -153,6 +169,13 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         Command::Logs(args) => wait(logs::run(global, args)),
         Command::Ls => wait(list::ls(global)),
         Command::Rm(args) => wait(list::rm(global, args)),
+        Command::Versions(command) => wait(versions::run(global, command)),
+        Command::Alias(command) => wait(versions::alias(global, command)),
+        Command::Url(command) => wait(url::run(global, command)),
+        Command::Completions { shell } => {
+            clap_complete::generate(*shell, &mut Cli::command(), "thaw", &mut std::io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Keys(command) => wait(keys::run(global, command)),
         Command::Snapshot(command) => snapshot::run(global, command),
         Command::Bench(args) => bench::run(global, args),

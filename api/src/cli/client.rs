@@ -10,6 +10,7 @@ use base64::engine::general_purpose::STANDARD;
 use futures_util::StreamExt as _;
 use futures_util::stream::BoxStream;
 use reqwest::{Method, RequestBuilder, Response, StatusCode};
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use thaw_api::auth::signer::Signer;
 use thaw_api::clock;
@@ -23,7 +24,7 @@ use super::tunnel::Tunnel;
 
 /// Longest wait for a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-const FUNCTIONS: &str = "/2015-03-31/functions";
+pub const FUNCTIONS: &str = "/2015-03-31/functions";
 const KEYS: &str = "/thaw/v1/keys";
 
 /// Lambda demands a role; Thaw has no use for one.
@@ -219,19 +220,57 @@ impl Client {
         Ok(())
     }
 
+    /// An operation that answers JSON.
+    pub async fn call<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&Value>,
+    ) -> anyhow::Result<T> {
+        let mut request = self.request(method, path);
+        if let Some(body) = body {
+            request = request.json(body);
+        }
+        let answer = self.answer(request).await?.json().await;
+        answer.context("the gateway's answer is malformed")
+    }
+
+    /// An operation without an answer.
+    pub async fn call_empty(&self, method: Method, path: &str) -> anyhow::Result<()> {
+        self.answer(self.request(method, path)).await.map(drop)
+    }
+
     /// The steps of the function's newest deployment, those that are over included.
     pub async fn progress(
         &self,
         name: &str,
     ) -> anyhow::Result<BoxStream<'static, anyhow::Result<ProgressEvent>>> {
-        let answer = self
-            .answer(self.request(Method::GET, &format!("/thaw/v1/functions/{name}/progress")))
-            .await?;
+        self.version_progress(name, "$LATEST").await
+    }
+
+    /// The same of a version.
+    pub async fn version_progress(
+        &self,
+        name: &str,
+        version: &str,
+    ) -> anyhow::Result<BoxStream<'static, anyhow::Result<ProgressEvent>>> {
+        let path = format!("/thaw/v1/functions/{name}/progress?version={version}");
+        let answer = self.answer(self.request(Method::GET, &path)).await?;
         Ok(lines(answer)
             .map(|line| {
                 serde_json::from_slice(&line?).context("the gateway's progress is malformed")
             })
             .boxed())
+    }
+
+    /// Hands a function an event that it works on later; answers the request's id.
+    pub async fn send_event(&self, name: &str, payload: Vec<u8>) -> anyhow::Result<String> {
+        let request = self.request(Method::POST, &format!("{FUNCTIONS}/{name}/invocations"));
+        let request = request.header("X-Amz-Invocation-Type", "Event");
+        let answer = self.answer(request.body(payload)).await?;
+        let id = answer.headers().get("x-amzn-requestid");
+        let id = id.and_then(|id| id.to_str().ok()).map(str::to_owned);
+        id.context("the gateway's answer has no request id")
     }
 
     /// Calls a function.

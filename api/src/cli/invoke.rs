@@ -12,7 +12,7 @@ use super::output::{self, Format};
 
 #[derive(Args)]
 pub struct InvokeArgs {
-    /// Function name.
+    /// Function name; a version or an alias may follow behind a colon.
     name: String,
     /// The event, JSON; `-` reads it from standard input.
     #[arg(short, long, default_value = "{}")]
@@ -20,6 +20,9 @@ pub struct InvokeArgs {
     /// Print what the function wrote, on standard error.
     #[arg(long)]
     tail: bool,
+    /// Do not wait for the answer: the gateway keeps the event and tries again when the function fails.
+    #[arg(long, conflicts_with = "tail")]
+    event: bool,
 }
 
 pub async fn run(global: &Global, args: &InvokeArgs) -> anyhow::Result<ExitCode> {
@@ -29,6 +32,17 @@ pub async fn run(global: &Global, args: &InvokeArgs) -> anyhow::Result<ExitCode>
         std::io::stdin()
             .read_to_end(&mut payload)
             .context("cannot read standard input")?;
+    }
+    if args.event {
+        let id = global.client()?.send_event(&args.name, payload).await?;
+        match global.format() {
+            Format::Json => output::json(&json!({ "requestId": id }))?,
+            Format::Text => println!(
+                "accepted as {id}: `thaw logs {}` shows what becomes of it",
+                function_of(&args.name)
+            ),
+        }
+        return Ok(ExitCode::SUCCESS);
     }
     let answer = global.client()?.invoke(&args.name, payload, false).await?;
     if global.format() == Format::Json {
@@ -51,4 +65,8 @@ pub async fn run(global: &Global, args: &InvokeArgs) -> anyhow::Result<ExitCode>
     } else {
         ExitCode::SUCCESS
     })
+}
+
+fn function_of(name: &str) -> &str {
+    name.split(':').next().unwrap_or(name)
 }
