@@ -316,7 +316,7 @@ impl Client {
         }
         self.http.execute(request).await.map_err(|error| {
             if let Some(failure) = self.tunnel.as_ref().and_then(|tunnel| tunnel.failure()) {
-                anyhow!("no gateway speaks TLS at {}: {failure}", self.endpoint)
+                anyhow!("cannot speak TLS with {}: {failure}", self.endpoint)
             } else if error.is_connect() {
                 anyhow!("no gateway answers at {}: start one with `thaw up`, or name another with --endpoint", self.endpoint)
             } else {
