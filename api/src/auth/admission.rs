@@ -294,3 +294,38 @@ fn answer(code: &'static str, body: &serde_json::Value) -> Response<Body> {
     }
     response
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::auth::AuthMode;
+    use crate::lambda::CODE_BODY_BYTES_MAX;
+    use crate::store::Store;
+
+    #[tokio::test]
+    async fn large_bodies_share_a_budget_by_what_they_may_weigh() {
+        let home = tempfile::tempdir().unwrap();
+        let store = Store::open(&home.path().join("thaw.db")).await.unwrap();
+        let auth = Auth::open(AuthMode::Required, home.path(), "us-east-1", "0", store);
+        let auth = auth.await.unwrap();
+        let total = usize::from(UNPROVEN_MIB_MAX);
+        let held = async |announced: Option<&'static str>, limit: usize| {
+            let mut headers = HeaderMap::new();
+            if let Some(length) = announced {
+                headers.insert(header::CONTENT_LENGTH, HeaderValue::from_static(length));
+            }
+            let permit = auth.body_permit(&headers, limit).await;
+            let held = total - auth.bodies.available_permits();
+            drop(permit);
+            assert_eq!(auth.bodies.available_permits(), total);
+            held
+        };
+        assert_eq!(held(Some("65536"), CODE_BODY_BYTES_MAX).await, 0);
+        assert_eq!(held(Some("65537"), CODE_BODY_BYTES_MAX).await, 1);
+        assert_eq!(held(Some("70000000"), CODE_BODY_BYTES_MAX).await, 67);
+        assert_eq!(held(Some("99999999999"), CODE_BODY_BYTES_MAX).await, 67);
+        // Who announces nothing, or nonsense, is taken to send the most.
+        assert_eq!(held(None, 6 * 1024 * 1024).await, 6);
+        assert_eq!(held(Some("-1"), 6 * 1024 * 1024).await, 6);
+    }
+}

@@ -122,6 +122,11 @@ impl Client {
         Self { signer, ..self }
     }
 
+    /// Whether requests are signed.
+    pub fn signs(&self) -> bool {
+        self.signer.is_some()
+    }
+
     /// Whether anything listens there.
     pub async fn answers(&self) -> anyhow::Result<bool> {
         if self.tunnel.is_some() {
@@ -320,7 +325,8 @@ impl Client {
             } else if error.is_connect() {
                 anyhow!("no gateway answers at {}: start one with `thaw up`, or name another with --endpoint", self.endpoint)
             } else {
-                anyhow!(error).context(format!("the gateway at {} did not answer", self.endpoint))
+                let secure = if self.tunnel.is_none() { "; if it speaks TLS, write https://" } else { "" };
+                anyhow!(error).context(format!("the gateway at {} did not answer{secure}", self.endpoint))
             }
         })
     }
