@@ -25,6 +25,7 @@ use super::keys::AccessKey;
 use super::sigv4::{Claim, Expected, Head, SignatureError, hex_digest};
 use super::{Allow, Auth, links, signer::SERVICE};
 use crate::body::{self, BodyError};
+use crate::function_url;
 use crate::lambda::errors::ApiError;
 use crate::lambda::names::FunctionRef;
 
@@ -74,7 +75,9 @@ pub async fn guard(State(auth): State<Arc<Auth>>, request: Request, next: Next) 
 
 /// Health says nothing of functions, and function URLs have an authorization of their own.
 fn is_open(path: &str) -> bool {
-    path == "/healthz" || path.starts_with(crate::function_url::PREFIX)
+    // Without a name it is no function URL, and no route of theirs takes it.
+    let is_url = |rest: &str| !rest.is_empty() && !rest.starts_with('/');
+    path == "/healthz" || path.strip_prefix(function_url::PREFIX).is_some_and(is_url)
 }
 
 /// Lets a call of a function URL with auth `AWS_IAM` in, or says no as AWS does. The request goes on with its body in memory

@@ -321,7 +321,11 @@ impl Client {
         }
         self.http.execute(request).await.map_err(|error| {
             if let Some(failure) = self.tunnel.as_ref().and_then(|tunnel| tunnel.failure()) {
-                anyhow!("cannot speak TLS with {}: {failure}", self.endpoint)
+                let hint = match failure.contains("certificate") {
+                    true => "; --ca names a file of certificates to trust",
+                    false => "",
+                };
+                anyhow!("cannot speak TLS with {}: {failure}{hint}", self.endpoint)
             } else if error.is_connect() {
                 anyhow!("no gateway answers at {}: start one with `thaw up`, or name another with --endpoint", self.endpoint)
             } else {
