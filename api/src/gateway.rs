@@ -264,7 +264,6 @@ impl Gateway {
     }
 
     /// Ends when functions can be invoked, or the gateway stops.
-    #[must_use]
     pub fn until_ready(&self) -> impl Future<Output = ()> + Send + use<> {
         let mut health = self.app.health.subscribe();
         async move {

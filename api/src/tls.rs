@@ -15,12 +15,12 @@ use axum::serve::Listener;
 use thiserror::Error;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
+use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::pem::PemObject as _;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::rustls::{self, ServerConfig};
 use tokio_rustls::server::TlsStream;
-use tokio_rustls::{TlsAcceptor, rustls::RootCertStore};
 
 /// Longest handshake.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
@@ -28,6 +28,10 @@ const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 const HANDSHAKES_MAX: usize = 256;
 /// What is spoken inside.
 const PROTOCOLS: [&[u8]; 1] = [b"http/1.1"];
+
+mod trust;
+
+pub use trust::client_config;
 
 /// Why TLS cannot be had.
 #[derive(Debug, Error)]
@@ -169,29 +173,6 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
         });
     }
     Ok(found)
-}
-
-/// What a client trusts: the certificates of this file.
-///
-/// # Errors
-/// See [`TlsError`].
-pub fn client_config(authorities: &Path) -> Result<rustls::ClientConfig, TlsError> {
-    let mut roots = RootCertStore::empty();
-    let (trusted, _) = roots.add_parsable_certificates(certificates(authorities)?);
-    if trusted == 0 {
-        return Err(TlsError::Nothing {
-            path: authorities.to_owned(),
-            what: "certificate that can be trusted",
-        });
-    }
-    let mut config =
-        rustls::ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
-            .with_safe_default_protocol_versions()
-            .map_err(TlsError::Client)?
-            .with_root_certificates(roots)
-            .with_no_client_auth();
-    config.alpn_protocols = PROTOCOLS.map(<[u8]>::to_vec).to_vec();
-    Ok(config)
 }
 
 type Connection = (TlsStream<TcpStream>, SocketAddr);

@@ -25,6 +25,7 @@ use super::keys::AccessKey;
 use super::sigv4::{Claim, Expected, Head, SignatureError, hex_digest};
 use super::{Allow, Auth, links, signer::SERVICE};
 use crate::body::{self, BodyError};
+use crate::function_url;
 use crate::lambda::errors::ApiError;
 use crate::lambda::names::FunctionRef;
 
@@ -78,7 +79,9 @@ pub async fn guard(State(auth): State<Arc<Auth>>, request: Request, next: Next) 
 
 /// Health says nothing of functions, and function URLs have an authorization of their own.
 fn is_open(path: &str) -> bool {
-    path == "/healthz" || path.starts_with(crate::function_url::PREFIX)
+    // Without a name it is no function URL, and no route of theirs takes it.
+    let is_url = |rest: &str| !rest.is_empty() && !rest.starts_with('/');
+    path == "/healthz" || path.strip_prefix(function_url::PREFIX).is_some_and(is_url)
 }
 
 /// Lets a call of a function URL with auth `AWS_IAM` in, or says no as AWS does. The request goes on with its body in memory
@@ -297,4 +300,39 @@ fn answer(code: &'static str, body: &serde_json::Value) -> Response<Body> {
         headers.insert("x-amzn-requestid", id);
     }
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::auth::AuthMode;
+    use crate::lambda::CODE_BODY_BYTES_MAX;
+    use crate::store::Store;
+
+    #[tokio::test]
+    async fn large_bodies_share_a_budget_by_what_they_may_weigh() {
+        let home = tempfile::tempdir().unwrap();
+        let store = Store::open(&home.path().join("thaw.db")).await.unwrap();
+        let auth = Auth::open(AuthMode::Required, home.path(), "us-east-1", "0", store);
+        let auth = auth.await.unwrap();
+        let total = usize::from(UNPROVEN_MIB_MAX);
+        let held = async |announced: Option<&'static str>, limit: usize| {
+            let mut headers = HeaderMap::new();
+            if let Some(length) = announced {
+                headers.insert(header::CONTENT_LENGTH, HeaderValue::from_static(length));
+            }
+            let permit = auth.body_permit(&headers, limit).await;
+            let held = total - auth.bodies.available_permits();
+            drop(permit);
+            assert_eq!(auth.bodies.available_permits(), total);
+            held
+        };
+        assert_eq!(held(Some("65536"), CODE_BODY_BYTES_MAX).await, 0);
+        assert_eq!(held(Some("65537"), CODE_BODY_BYTES_MAX).await, 1);
+        assert_eq!(held(Some("70000000"), CODE_BODY_BYTES_MAX).await, 67);
+        assert_eq!(held(Some("99999999999"), CODE_BODY_BYTES_MAX).await, 67);
+        // Who announces nothing, or nonsense, is taken to send the most.
+        assert_eq!(held(None, 6 * 1024 * 1024).await, 6);
+        assert_eq!(held(Some("-1"), 6 * 1024 * 1024).await, 6);
+    }
 }

@@ -124,6 +124,11 @@ impl Client {
         Self { signer, ..self }
     }
 
+    /// Whether requests are signed.
+    pub fn signs(&self) -> bool {
+        self.signer.is_some()
+    }
+
     /// Whether anything listens there.
     pub async fn answers(&self) -> anyhow::Result<bool> {
         if self.tunnel.is_some() {
@@ -356,11 +361,16 @@ impl Client {
         }
         self.http.execute(request).await.map_err(|error| {
             if let Some(failure) = self.tunnel.as_ref().and_then(|tunnel| tunnel.failure()) {
-                anyhow!("no gateway speaks TLS at {}: {failure}", self.endpoint)
+                let hint = match failure.contains("certificate") {
+                    true => "; --ca names a file of certificates to trust",
+                    false => "",
+                };
+                anyhow!("cannot speak TLS with {}: {failure}{hint}", self.endpoint)
             } else if error.is_connect() {
                 anyhow!("no gateway answers at {}: start one with `thaw up`, or name another with --endpoint", self.endpoint)
             } else {
-                anyhow!(error).context(format!("the gateway at {} did not answer", self.endpoint))
+                let secure = if self.tunnel.is_none() { "; if it speaks TLS, write https://" } else { "" };
+                anyhow!(error).context(format!("the gateway at {} did not answer{secure}", self.endpoint))
             }
         })
     }

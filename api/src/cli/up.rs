@@ -340,7 +340,12 @@ fn inner_client(home: &Path, args: &UpArgs) -> anyhow::Result<Client> {
         ip => ip,
     };
     let address = SocketAddr::from((ip, args.listen.port()));
-    let root = keys::root_signer(&home.join(ROOT_FILE)).context("cannot read the root key")?;
+    let root = match args.auth() {
+        AuthMode::Off => None,
+        AuthMode::Required => {
+            keys::root_signer(&home.join(ROOT_FILE)).context("cannot read the root key")?
+        }
+    };
     Ok(Client::new(&format!("http://{address}"))?.signed_by(root))
 }
 
@@ -379,6 +384,10 @@ async fn try_announce(url: &str, client: &Client, example: Option<&Path>) -> any
     wait_healthy(client).await?;
     println!("thaw: serving on {url}");
     let Some(example) = example else {
+        if client.signs() {
+            println!("  thaw deploy DIR --name NAME    then    thaw invoke NAME");
+            return Ok(());
+        }
         println!("  thaw deploy DIR --name NAME    then    curl {url}/fn/NAME/");
         return Ok(());
     };

@@ -14,7 +14,7 @@ from botocore.awsrequest import AWSRequest
 from botocore.config import Config
 from botocore.credentials import Credentials
 from botocore.exceptions import ClientError
-from conftest import ROLE, zip_of
+from conftest import ROLE, THAW, zip_of
 
 ARN = "arn:aws:lambda:us-east-1:000000000000:function:hello"
 
@@ -28,6 +28,10 @@ def guarded(gateway, hello):
     gateway.stop()
     gateway.options = ()
     gateway.start()
+
+
+def run(*arguments):
+    return subprocess.run([THAW, *arguments], capture_output=True, text=True, timeout=60)
 
 
 def key(gateway, *options):
@@ -55,7 +59,7 @@ def test_boto3_names_functions_in_every_way_with_a_key(guarded, manager):
     boto = client(guarded, manager)
     for name in ["hello", "000000000000:hello", ARN, ARN + ":$LATEST"]:
         answer = boto.invoke(FunctionName=name, Payload=b'{"name": "key"}', LogType="Tail", ClientContext="e30=")
-        assert json.loads(answer["Payload"].read())["greeting"] == "hi, key!", name
+        assert json.loads(answer["Payload"].read())["greeting"] == "Hello, key!", name
     assert [f["FunctionName"] for f in boto.list_functions(MaxItems=50)["Functions"]].count("hello") == 1
     location = boto.get_function(FunctionName=ARN)["Code"]["Location"]
     with urllib.request.urlopen(location) as answer:
@@ -117,13 +121,23 @@ def test_the_aws_cli_takes_a_key(guarded, manager, tmp_path):
     command = [pathlib.Path(sys.executable).parent / "aws", "--endpoint-url", guarded.url, "lambda", "invoke"]
     command += ["--function-name", ARN, "--payload", '{"name": "aws"}', tmp_path / "answer"]
     subprocess.run(command, check=True, env=environment, timeout=120, stdout=subprocess.DEVNULL)
-    assert json.loads((tmp_path / "answer").read_text())["greeting"] == "hi, aws!"
+    assert json.loads((tmp_path / "answer").read_text())["greeting"] == "Hello, aws!"
 
 
 def test_the_command_line_of_this_home_needs_no_key_and_another_does(guarded, tmp_path):
     assert "hello" in guarded.cli("ls").stdout
-    assert json.loads(guarded.cli("invoke", "hello", "-d", '{"name": "cli"}').stdout)["greeting"] == "hi, cli!"
+    assert json.loads(guarded.cli("invoke", "hello", "-d", '{"name": "cli"}').stdout)["greeting"] == "Hello, cli!"
     for name in ["root-key", "thaw.db"]:
         assert (guarded.home / name).stat().st_mode & 0o777 == 0o600
-    stranger = guarded.cli("--home", tmp_path, "ls", check=False)
+    stranger = run("--home", tmp_path, "--endpoint", guarded.url, "ls")
     assert stranger.returncode == 1 and "asks for a key" in stranger.stderr
+
+
+def test_keys_are_made_before_there_is_a_gateway_but_not_beside_one(guarded, tmp_path):
+    nowhere = ["--endpoint", "http://127.0.0.1:1", "--json", "keys"]
+    made = json.loads(run("--home", tmp_path, *nowhere, "create", "--name", "early", "--allow", "invoke").stdout)
+    listed = run("--home", tmp_path, *nowhere, "ls").stdout
+    assert [found["access_key_id"] for found in json.loads(listed)["keys"]] == [made["access_key_id"]]
+    assert made["secret_access_key"] not in listed and (tmp_path / "thaw.db").stat().st_mode & 0o777 == 0o600
+    beside = run("--home", guarded.home, *nowhere, "create")
+    assert beside.returncode == 1 and "name it with --endpoint" in beside.stderr

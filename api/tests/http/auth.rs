@@ -92,7 +92,16 @@ async fn nothing_unsigned_altered_or_not_allowed_reaches_a_handler() {
     let server = guarded().await;
     let root = root(&server);
     let missing = "MissingAuthenticationTokenException";
-    for path in [FUNCTIONS, "/thaw/v1/functions", "/thaw/v1/keys", "/", "/x"] {
+    for path in [
+        FUNCTIONS,
+        "/thaw/v1/functions",
+        "/thaw/v1/keys",
+        "/",
+        "/x",
+        "/fn/",
+        "/fn//x",
+        "//fn/f/",
+    ] {
         let answer = server.get(path).await;
         assert_eq!(refused(&answer, missing), "Missing Authentication Token");
     }
