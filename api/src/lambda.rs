@@ -206,6 +206,15 @@ impl Call {
             })
     }
 
+    /// Where this client finds the gateway.
+    pub(crate) fn base(&self, app: &App) -> String {
+        let host = self.headers.get(header::HOST);
+        let host = host.and_then(|host| host.to_str().ok());
+        let host = host.map_or_else(|| app.address.to_string(), str::to_owned);
+        let scheme = if app.is_encrypted { "https" } else { "http" };
+        format!("{scheme}://{host}")
+    }
+
     pub(crate) fn json_limit(&self) -> usize {
         BODY_BYTES_MAX
     }

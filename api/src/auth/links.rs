@@ -38,8 +38,8 @@ pub(super) async fn presigned(
 fn signed(auth: &Auth, host: &str, bytes: &[u8]) -> Option<Vec<u8>> {
     let mut document: Value = serde_json::from_slice(bytes).ok()?;
     let location = document.get_mut("Code")?.get_mut("Location")?;
-    let origin = format!("http://{host}");
-    let target = location.as_str()?.strip_prefix(&origin)?;
+    let (scheme, rest) = location.as_str()?.split_once("://")?;
+    let (origin, target) = (format!("{scheme}://{host}"), rest.strip_prefix(host)?);
     let now = clock::unix_ms().div_euclid(1000);
     let target = auth.signer()?.presign(target, host, LIFE_SECONDS, now)?;
     *location = Value::String(format!("{origin}{target}"));

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use axum::http::{StatusCode, header};
+use axum::http::StatusCode;
 use thaw_api_types::lambda::{Concurrency, ListFunctionsResponse};
 
 use super::errors::{ApiError, violation};
@@ -13,15 +13,12 @@ use crate::state::App;
 
 pub(super) fn function(app: &Arc<App>, call: &Call, name: &str) -> Answer {
     let found = call.version(app, name)?;
-    let host = call
-        .headers
-        .get(header::HOST)
-        .and_then(|host| host.to_str().ok())
-        .map_or_else(|| app.address.to_string(), str::to_owned);
     let version = found.live.record();
     let location = format!(
-        "http://{host}/thaw/v1/functions/{}/code?version={}",
-        version.name, version.id
+        "{}/thaw/v1/functions/{}/code?version={}",
+        call.base(app),
+        version.name,
+        version.id
     );
     let view = view::configuration(&version, &found.arn(app), &app.region, Detail::Full);
     let record = found.function.record();

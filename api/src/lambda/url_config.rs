@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use axum::http::{StatusCode, header};
+use axum::http::StatusCode;
 use thaw_api_types::lambda::{
     Cors, FunctionUrlConfig, FunctionUrlRequest, ListFunctionUrlConfigsResponse,
 };
@@ -23,7 +23,7 @@ const CORS_ENTRIES_MAX: usize = 100;
 
 pub(super) async fn create(app: &Arc<App>, call: Call, name: &str) -> Answer {
     let found = find(app, &call, name)?;
-    let base = base(app, &call);
+    let base = call.base(app);
     let limit = call.json_limit();
     let request: FunctionUrlRequest = call.json(limit, "CreateFunctionUrlConfig").await?;
     let Some(auth) = &request.auth_type else {
@@ -63,15 +63,12 @@ pub(super) async fn create(app: &Arc<App>, call: Call, name: &str) -> Answer {
 pub(super) fn get(app: &Arc<App>, call: &Call, name: &str) -> Answer {
     let found = find(app, call, name)?;
     let config = read(&found)?;
-    json(
-        StatusCode::OK,
-        &view(app, &base(app, call), &found, &config),
-    )
+    json(StatusCode::OK, &view(app, &call.base(app), &found, &config))
 }
 
 pub(super) async fn update(app: &Arc<App>, call: Call, name: &str) -> Answer {
     let found = find(app, &call, name)?;
-    let base = base(app, &call);
+    let base = call.base(app);
     let current = read(&found)?;
     let limit = call.json_limit();
     let request: FunctionUrlRequest = call.json(limit, "UpdateFunctionUrlConfig").await?;
@@ -105,7 +102,7 @@ pub(super) async fn delete(app: &Arc<App>, call: Call, name: &str) -> Answer {
 
 pub(super) fn list(app: &Arc<App>, call: &Call, name: &str) -> Answer {
     let function = call.function(app, name)?;
-    let base = base(app, call);
+    let base = call.base(app);
     let record = function.record();
     let entries = record.urls.iter().map(|(qualifier, config)| {
         let named = Some(qualifier.as_str()).filter(|qualifier| *qualifier != "$LATEST");
@@ -135,17 +132,6 @@ fn find(app: &App, call: &Call, name: &str) -> Result<Found, ApiError> {
         found.reference.qualifier = Some(text);
     }
     Ok(found)
-}
-
-/// Where this client finds the gateway.
-fn base(app: &App, call: &Call) -> String {
-    let host = call
-        .headers
-        .get(header::HOST)
-        .and_then(|host| host.to_str().ok());
-    let host = host.map_or_else(|| app.address.to_string(), str::to_owned);
-    let scheme = if app.is_encrypted { "https" } else { "http" };
-    format!("{scheme}://{host}")
 }
 
 fn read(found: &Found) -> Result<UrlConfig, ApiError> {
