@@ -12,7 +12,7 @@ use command_fds::{CommandFdExt as _, FdMapping};
 use thaw_snapshot::{TouchedRun, WorkingSet, set_working_set};
 use thaw_vmm_control::wire::{self, Read, Receiver};
 use thaw_vmm_control::{
-    AGENT_FD, BootRequest, CONTROL_FD, Event, FromMonitor, Prefetch, PrepareRequest, Reply,
+    AGENT_FD, BootRequest, CONTROL_FD, Event, FromMonitor, Paging, Prefetch, PrepareRequest, Reply,
     Request, RestoreRequest, SaveForm, SaveRequest, Timings,
 };
 
@@ -70,11 +70,16 @@ impl Ours {
         }
     }
 
-    /// Lets a clone answer once and writes what it touched into the snapshot.
+    /// Lets a clone answer once and writes what it touched into the snapshot, page by page as userfaultfd tells it.
     fn record(&self) -> anyhow::Result<()> {
         let mut monitor = self.shell()?;
         monitor.question()?;
-        monitor.send_claim(&self.open()?, Prefetch::Off)?;
+        let restore = Request::Restore(RestoreRequest {
+            resume: true,
+            paging: Paging::Recorded,
+            ..Default::default()
+        });
+        monitor.send(&restore, &[self.open()?.as_fd()])?;
         monitor.hear()?;
         monitor.finish()?;
         let Reply::WorkingSet(touched) = monitor.ask(&Request::WorkingSet, &[])? else {
@@ -83,7 +88,6 @@ impl Ours {
         let runs = touched
             .runs
             .iter()
-            .filter(|run| run.written)
             .map(|run| TouchedRun::new(run.start, run.count, run.written));
         let set = WorkingSet::new(runs.collect(), u64::from(self.memory_mib) << 20)?;
         set_working_set(&self.snapshot, &set)?;

@@ -20,6 +20,7 @@ pub mod machine;
 pub mod memory;
 pub mod outbox;
 pub mod paging;
+pub mod prefault;
 pub mod prefetch;
 pub mod rehearsal;
 pub mod restore;

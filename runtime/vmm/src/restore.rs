@@ -364,6 +364,9 @@ pub fn restore(
         vcpu_state::claim(&running.fd(), fresh, saved, &machine.limits, cpu.tsc_khz)
             .map_err(|source| RestoreError::Vcpu { vcpu, source })?;
     }
+    if let Some(first) = machine.vcpus.first() {
+        machine.to_fetch.map_ahead(&first.fd(), &machine.memory);
+    }
     timings.vcpus_set_ns = Some(monotonic_ns());
     interrupts::restore(&machine.vm, &state.chips).map_err(RestoreError::Interrupts)?;
     timings.chips_set_ns = Some(monotonic_ns());

@@ -23,5 +23,8 @@ mod freeze;
 #[path = "harness/lazily.rs"]
 mod lazily;
 #[cfg(test)]
+#[path = "harness/prefault.rs"]
+mod prefault;
+#[cfg(test)]
 #[path = "harness/rewind.rs"]
 mod rewind;
