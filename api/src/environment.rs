@@ -31,6 +31,9 @@ pub const RESERVED: [&str; 19] = [
 /// Runtimes that this gateway has images for.
 pub const RUNTIMES: [&str; 4] = ["python3.11", "provided", "provided.al2", "provided.al2023"];
 
+/// The version of code that is not published.
+const UNPUBLISHED: &str = "$LATEST";
+
 /// Memory for which AWS gives a function one whole CPU.
 const MIB_PER_VCPU: u32 = 1769;
 
@@ -65,16 +68,55 @@ pub fn bootstrap(runtime: &str) -> Vec<String> {
     paths.iter().map(|path| (*path).to_owned()).collect()
 }
 
-/// The runtime's whole environment but for `AWS_LAMBDA_RUNTIME_API`, which the agent adds. Recorded from AWS.
+/// How a function's code was started: `AWS_LAMBDA_INITIALIZATION_TYPE`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Initialization {
+    /// SnapStart is off, or the code is not published.
+    #[default]
+    OnDemand,
+    /// A published version with SnapStart.
+    SnapStart,
+}
+
+impl Initialization {
+    /// As AWS spells it.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::OnDemand => "on-demand",
+            Self::SnapStart => "snap-start",
+        }
+    }
+}
+
+/// [`variables_of`] the unpublished code.
 #[must_use]
 pub fn variables(name: &str, region: &str, settings: &Settings) -> BTreeMap<String, String> {
+    variables_of(
+        name,
+        UNPUBLISHED,
+        Initialization::OnDemand,
+        region,
+        settings,
+    )
+}
+
+/// The runtime's whole environment but for `AWS_LAMBDA_RUNTIME_API`, which the agent adds. Recorded from AWS.
+#[must_use]
+pub fn variables_of(
+    name: &str,
+    version: &str,
+    initialization: Initialization,
+    region: &str,
+    settings: &Settings,
+) -> BTreeMap<String, String> {
     let path = if is_provided(&settings.runtime) {
         "/usr/local/bin:/usr/bin:/bin:/opt/bin"
     } else {
         "/var/lang/bin:/usr/local/bin:/usr/bin:/bin:/opt/bin"
     };
     let stream = format!(
-        "{}/[$LATEST]{}",
+        "{}/[{version}]{}",
         clock::day(clock::unix_ms()),
         uuid::Uuid::new_v4().simple()
     );
@@ -86,11 +128,11 @@ pub fn variables(name: &str, region: &str, settings: &Settings) -> BTreeMap<Stri
         ("LAMBDA_TASK_ROOT", "/var/task"),
         ("LAMBDA_RUNTIME_DIR", "/var/runtime"),
         ("AWS_LAMBDA_FUNCTION_NAME", name),
-        ("AWS_LAMBDA_FUNCTION_VERSION", "$LATEST"),
+        ("AWS_LAMBDA_FUNCTION_VERSION", version),
         ("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", &memory),
         ("AWS_LAMBDA_LOG_GROUP_NAME", &group),
         ("AWS_LAMBDA_LOG_STREAM_NAME", &stream),
-        ("AWS_LAMBDA_INITIALIZATION_TYPE", "on-demand"),
+        ("AWS_LAMBDA_INITIALIZATION_TYPE", initialization.as_str()),
         ("AWS_REGION", region),
         ("AWS_DEFAULT_REGION", region),
         // Thaw has no IAM: SDKs inside a function find credentials, and no service accepts them.
@@ -151,6 +193,12 @@ mod tests {
         assert_eq!(variables["AWS_EXECUTION_ENV"], "AWS_Lambda_python3.11");
         assert!(!variables.contains_key("AWS_LAMBDA_RUNTIME_API"));
         assert!(!variables.contains_key("AWS_LAMBDA_MAX_CONCURRENCY"));
+        assert_eq!(variables["AWS_LAMBDA_FUNCTION_VERSION"], "$LATEST");
+        assert_eq!(variables["AWS_LAMBDA_INITIALIZATION_TYPE"], "on-demand");
+        let published = variables_of("f", "7", Initialization::SnapStart, "r", &settings);
+        assert_eq!(published["AWS_LAMBDA_FUNCTION_VERSION"], "7");
+        assert_eq!(published["AWS_LAMBDA_INITIALIZATION_TYPE"], "snap-start");
+        assert!(published["AWS_LAMBDA_LOG_STREAM_NAME"].contains("/[7]"));
         settings.runtime = "provided.al2023".to_owned();
         let variables = super::variables("f", "eu-west-1", &settings);
         assert!(!variables.contains_key("AWS_EXECUTION_ENV"));

@@ -290,6 +290,16 @@ fn sort(request: &Request, serving: &Serving, outcome: Outcome) -> Result<Answer
             };
             (result, None, None)
         }
+        End::RestoreError {
+            error_type,
+            document,
+        } => {
+            let result = FunctionResult::Error {
+                error_type,
+                document,
+            };
+            (result, None, None)
+        }
         End::TimedOut => {
             let fault = fault::timed_out(limit);
             let stamp = clock::log_stamp(clock::unix_ms());

@@ -77,6 +77,14 @@ pub enum End {
         /// The error document as the function's runtime wrote it, JSON.
         document: Bytes,
     },
+    /// A hook for restored clones failed; the handler never saw the request. Agents of older snapshots say
+    /// [`Self::FunctionError`] with the same type.
+    RestoreError {
+        /// `Lambda-Runtime-Function-Error-Type`: `Runtime.AfterRestoreError` from the clients that have hooks.
+        error_type: String,
+        /// The error document as the function's runtime wrote it, JSON.
+        document: Bytes,
+    },
     /// No answer within [`Invocation::timeout`]; the VM is gone.
     TimedOut,
     /// The function's process ended.

@@ -316,7 +316,10 @@ impl Sandbox {
         })?;
         let answered = Moment::now();
         let end = self.with_console(end, config).await;
-        let answer = matches!(end, End::Response { .. } | End::FunctionError { .. });
+        let answer = matches!(
+            end,
+            End::Response { .. } | End::FunctionError { .. } | End::RestoreError { .. }
+        );
         let moments = Moments {
             asked,
             claimed,

@@ -114,7 +114,7 @@ impl Lease {
                 }
                 if matches!(
                     outcome.end,
-                    End::Response { .. } | End::FunctionError { .. }
+                    End::Response { .. } | End::FunctionError { .. } | End::RestoreError { .. }
                 ) {
                     self.fate = Fate::Used(Verdict::Clean);
                 }

@@ -10,6 +10,9 @@ use crate::tail::Tail;
 use crate::vm::VmEvent;
 use crate::{End, HostError, INVOCATION_LOG_BYTES_MAX};
 
+/// What a failed hook is called that its client gave no name.
+const AFTER_RESTORE: &str = "Runtime.AfterRestoreError";
+
 /// A sandbox whose guest has been told its request and is being run.
 #[derive(Debug)]
 pub(crate) struct Life {
@@ -203,6 +206,15 @@ impl Life {
                     document: Bytes::from(error.payload),
                 }))
             }
+            AgentMessage::RestoreError(error) => {
+                if let Some(broken) = self.not_an_answer(thawed, &error.request_id) {
+                    return guest_fault(broken);
+                }
+                Step::Ended(Ok(End::RestoreError {
+                    error_type: error.error_type.unwrap_or_else(|| AFTER_RESTORE.into()),
+                    document: Bytes::from(error.payload),
+                }))
+            }
             AgentMessage::RuntimeExit(exit) => Step::Ended(Ok(End::RuntimeExit(exit))),
             AgentMessage::Fatal { message } => {
                 guest_fault(format!("agent cannot go on: {message}"))
@@ -353,6 +365,27 @@ mod tests {
     #[test]
     fn an_answer_to_another_request_is_a_guest_fault() {
         assert!(is_guest_fault(thawed().step(agent(answer("other", 1)))));
+    }
+
+    #[test]
+    fn a_failed_restore_hook_is_an_end_of_its_own_and_only_after_the_thaw() {
+        let failed = |request_id: &str| {
+            agent(AgentMessage::RestoreError(InvocationError {
+                request_id: request_id.into(),
+                error_type: None,
+                payload: b"{}".to_vec(),
+            }))
+        };
+        assert_eq!(
+            end(thawed().step(failed("r"))),
+            End::RestoreError {
+                error_type: AFTER_RESTORE.into(),
+                document: Bytes::from_static(b"{}"),
+            }
+        );
+        assert!(is_guest_fault(thawed().step(failed("other"))));
+        let mut life = Life::new("r".into(), Begin::Resume);
+        assert!(is_guest_fault(life.step(failed("r"))));
     }
 
     #[test]
