@@ -220,7 +220,9 @@ async fn attempt(
             {
                 closed = Some(pool);
             }
-            Err(error @ InvokeError::Host(_)) => return Err(Refusal::Host(chain(&error))),
+            Err(error @ (InvokeError::Host(_) | InvokeError::Abandoned)) => {
+                return Err(Refusal::Host(chain(&error)));
+            }
         }
     }
     Err(Refusal::Host(format!(

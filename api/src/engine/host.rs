@@ -11,9 +11,10 @@ use thaw_images::{Fault, ImageStore, Quiet, RuntimeImage, RuntimeName};
 
 use thaw_runtime::{
     BaseRequest, Configure, FreezeRequest, FreezeStep, Frozen, Invocation, InvokeError,
-    OpenPoolError, Outcome, Pool, PoolSpec, PoolStats, Runtime, RuntimeStats,
+    OpenPoolError, Outcome, Pool, PoolSpec, PoolStats, Runtime, RuntimeStats, StreamPart,
 };
 use thaw_snapshot::Metadata;
+use tokio::sync::mpsc;
 
 use super::bases;
 use super::{Artifact, Engine, EngineError, EngineStep, FreezeJob, Sandboxes};
@@ -179,6 +180,14 @@ impl Engine for HostEngine {
 impl Sandboxes for Pool {
     fn invoke(&self, invocation: Invocation) -> BoxFuture<'_, Result<Outcome, InvokeError>> {
         Pool::invoke(self, invocation).boxed()
+    }
+
+    fn invoke_streaming(
+        &self,
+        invocation: Invocation,
+        sink: mpsc::Sender<StreamPart>,
+    ) -> BoxFuture<'_, Result<Outcome, InvokeError>> {
+        Pool::invoke_streaming(self, invocation, sink).boxed()
     }
 
     fn stats(&self) -> PoolStats {
