@@ -142,8 +142,12 @@ pub enum LifeError {
 #[derive(Debug)]
 enum Phase {
     Booted,
-    Initialising { limit_ms: u64 },
-    Idle { announced: bool },
+    Initialising {
+        limit_ms: u64,
+    },
+    Idle {
+        announced: bool,
+    },
     Assigned(Invocation),
     Running(Invocation),
     /// A streamed response of this request is under way.

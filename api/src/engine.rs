@@ -84,6 +84,9 @@ pub trait Sandboxes: Send + Sync + 'static {
     fn close(&self) -> BoxFuture<'_, ()>;
 }
 
+/// Lambda's default for [`FreezeJob::ephemeral_mib`].
+pub const EPHEMERAL_MIB_DEFAULT: u32 = 512;
+
 /// One function to freeze.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FreezeJob {
@@ -101,6 +104,8 @@ pub struct FreezeJob {
     pub memory_mib: u32,
     /// Virtual CPUs.
     pub vcpu_count: u8,
+    /// Writable space, MiB: the size of the disk that /tmp is on. 512 to 10,240, as on Lambda.
+    pub ephemeral_mib: u32,
     /// Programs that speak the Runtime API, tried in order.
     pub bootstrap: Vec<String>,
     /// Environment of the function's runtime.

@@ -55,7 +55,11 @@ pub(crate) async fn receive(mut body: Incoming) -> Result<Received, hyper::Error
 
 /// The failure that true HTTP trailers report, as Node's client writes them.
 pub(crate) fn trailer_failure(trailers: &HeaderMap) -> Option<StreamFailure> {
-    let trailer = |name| trailers.get(name).and_then(|v: &HeaderValue| v.to_str().ok());
+    let trailer = |name| {
+        trailers
+            .get(name)
+            .and_then(|v: &HeaderValue| v.to_str().ok())
+    };
     let error_type = trailer("lambda-runtime-function-error-type")?;
     let encoded = trailer("lambda-runtime-function-error-body").unwrap_or_default();
     Some(failure(error_type, encoded))
@@ -78,7 +82,8 @@ impl Tail {
             Bytes::from(std::mem::take(&mut self.held))
         };
         let first = all.len().saturating_sub(HELD_BYTES_MAX);
-        let start = (first..all.len()).find(|at| all[*at] == IN_BAND_TYPE[0] && may_become_lines(&all[*at..]));
+        let start = (first..all.len())
+            .find(|at| all[*at] == IN_BAND_TYPE[0] && may_become_lines(&all[*at..]));
         let start = start.unwrap_or(all.len());
         self.held = all[start..].to_vec();
         all.slice(..start)
@@ -102,7 +107,10 @@ fn may_become_lines(bytes: &[u8]) -> bool {
         return true;
     };
     // The line's end is the beginning of what comes between.
-    let Some(rest) = line.checked_sub(1).and_then(|cr| after(IN_BAND_BODY, &rest[cr..])) else {
+    let Some(rest) = line
+        .checked_sub(1)
+        .and_then(|cr| after(IN_BAND_BODY, &rest[cr..]))
+    else {
         return false;
     };
     match rest.iter().position(|byte| *byte == b'\n') {
@@ -193,7 +201,10 @@ mod tests {
     #[test]
     fn what_cannot_become_a_failure_is_not_held_back() {
         let mut tail = Tail::default();
-        assert_eq!(tail.push(Bytes::from_static(b"data: Lambda\n\n")), "data: Lambda\n\n");
+        assert_eq!(
+            tail.push(Bytes::from_static(b"data: Lambda\n\n")),
+            "data: Lambda\n\n"
+        );
         assert_eq!(tail.push(Bytes::from_static(b"All")), "All");
         assert_eq!(tail.push(Bytes::from_static(b"ah L")), "ah ");
         assert_eq!(tail.push(Bytes::from_static(b"a")), "");
@@ -205,8 +216,14 @@ mod tests {
     #[test]
     fn true_trailers_carry_the_document() {
         let mut trailers = HeaderMap::new();
-        trailers.insert("lambda-runtime-function-error-type", "Error".parse().unwrap());
-        trailers.insert("lambda-runtime-function-error-body", "eyJlcnJvck1lc3NhZ2UiOiJ4In0=".parse().unwrap());
+        trailers.insert(
+            "lambda-runtime-function-error-type",
+            "Error".parse().unwrap(),
+        );
+        trailers.insert(
+            "lambda-runtime-function-error-body",
+            "eyJlcnJvck1lc3NhZ2UiOiJ4In0=".parse().unwrap(),
+        );
         let failure = trailer_failure(&trailers).unwrap();
         assert_eq!(failure.document, br#"{"errorMessage":"x"}"#);
         assert_eq!(trailer_failure(&HeaderMap::new()), None);

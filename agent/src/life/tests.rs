@@ -171,7 +171,14 @@ fn a_streamed_response_is_one_answer_and_nothing_else_fits_between() {
             failure: None,
         })
     };
-    let is_refused = |effects: Vec<Effect>| matches!(effects[..], [Effect::Answer(Answer::NotAllowed { .. } | Answer::InvalidRequestId)]);
+    let is_refused = |effects: Vec<Effect>| {
+        matches!(
+            effects[..],
+            [Effect::Answer(
+                Answer::NotAllowed { .. } | Answer::InvalidRequestId
+            )]
+        )
+    };
     assert!(is_refused(life.call(chunk("a"))));
     assert!(is_refused(life.call(begin("b"))));
     assert_eq!(life.call(begin("a")).len(), 2);

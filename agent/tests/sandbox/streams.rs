@@ -1,7 +1,7 @@
 //! Streamed responses: forwarded piece by piece, no faster than the host takes them.
 
 use std::io::Write as _;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use thaw_agent_protocol::{AgentMessage, StreamBegin, StreamEnd, StreamFailure};
 
@@ -69,8 +69,9 @@ fn each_piece_is_with_the_host_before_the_next_is_written() {
 
 #[test]
 fn a_failure_in_true_trailers_ends_the_stream_with_it() {
-    let (mut sandbox, mut client) =
-        begun("Trailer: Lambda-Runtime-Function-Error-Type, Lambda-Runtime-Function-Error-Body\r\n");
+    let (mut sandbox, mut client) = begun(
+        "Trailer: Lambda-Runtime-Function-Error-Type, Lambda-Runtime-Function-Error-Body\r\n",
+    );
     client.raw(
         b"3\r\nabc\r\n0\r\nLambda-Runtime-Function-Error-Type: Oops\r\n\
           Lambda-Runtime-Function-Error-Body: eyJlcnJvck1lc3NhZ2UiOiJ4In0=\r\n\r\n",
@@ -113,10 +114,12 @@ fn a_connection_that_breaks_midway_ends_the_stream_as_truncated() {
 
 #[test]
 fn a_stream_is_read_only_as_fast_as_the_host_takes_it() {
-    let (mut sandbox, mut client) = begun("");
+    let (mut sandbox, client) = begun("");
     let block = vec![b'x'; 64 * 1024];
     let socket = client.writer();
-    socket.set_write_timeout(Some(Duration::from_millis(500))).unwrap();
+    socket
+        .set_write_timeout(Some(Duration::from_millis(500)))
+        .unwrap();
     let mut sent = 0usize;
     // Nobody reads the channel: sockets' buffers fill, and then the client cannot write.
     let blocked = loop {
@@ -156,4 +159,40 @@ fn a_stream_for_another_request_is_refused_and_harms_nothing() {
     assert_eq!(client.finish().status, 400);
     client.start_next();
     assert_eq!(sandbox.message(), AgentMessage::Ready);
+}
+
+#[test]
+fn ten_pieces_that_curl_sends_a_tenth_of_a_second_apart_arrive_so() {
+    let mut sandbox = Sandbox::script(
+        "#!/bin/bash
+api=http://$AWS_LAMBDA_RUNTIME_API/2018-06-01/runtime/invocation
+id=$(curl -sD - -o /dev/null $api/next | tr -d '\\r' | sed -n 's/^lambda-runtime-aws-request-id: //Ip')
+for i in 0 1 2 3 4 5 6 7 8 9; do echo data: $i; sleep 0.1; done |
+  curl -s -X POST -T - -H 'Content-Type: text/event-stream' -H 'Transfer-Encoding: chunked' \\
+    -H 'Lambda-Runtime-Function-Response-Mode: streaming' $api/$id/response
+exec sleep 1000
+",
+    );
+    assert_eq!(sandbox.message(), AgentMessage::Ready);
+    sandbox.thaw(1);
+    sandbox.hear_thawed();
+    sandbox.invoke(1, "r1", b"{}");
+    assert_eq!(sandbox.message(), begin(Some("text/event-stream")));
+    let mut arrivals = Vec::new();
+    for number in 0..10 {
+        assert_eq!(
+            sandbox.message(),
+            chunk(format!("data: {number}\n").as_bytes())
+        );
+        arrivals.push(Instant::now());
+    }
+    assert_eq!(sandbox.message(), end(None));
+    for pair in arrivals.windows(2) {
+        let gap = pair[1] - pair[0];
+        assert!(
+            gap > Duration::from_millis(20),
+            "two pieces came together: {gap:?}"
+        );
+    }
+    assert!(arrivals[9] - arrivals[0] > Duration::from_millis(850));
 }

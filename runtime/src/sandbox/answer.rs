@@ -68,7 +68,7 @@ impl Answer {
         let Self::Whole(collected) = self else {
             return end;
         };
-        let collected = std::mem::replace(collected, Some(Vec::new()));
+        let collected = collected.replace(Vec::new());
         match (end, collected) {
             (End::Response { .. }, None) => too_large(),
             (
