@@ -152,7 +152,7 @@ async fn freeze(
         folder: folder.clone(),
         memory_mib: settings.memory_mib,
         vcpu_count: environment::vcpu_count(settings.memory_mib),
-        ephemeral_mib: crate::engine::EPHEMERAL_MIB_DEFAULT,
+        ephemeral_mib: thaw_api::engine::EPHEMERAL_MIB_DEFAULT,
         bootstrap: environment::bootstrap(&settings.runtime),
         environment: environment::variables(&args.name, "us-east-1", &settings),
         init_limit: INIT_LIMIT,
