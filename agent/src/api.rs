@@ -5,6 +5,7 @@
 
 pub(crate) mod body;
 pub(crate) mod render;
+pub(crate) mod stream;
 
 use std::sync::Arc;
 
@@ -32,7 +33,6 @@ const CONNECTIONS_MAX: usize = 64;
 pub(crate) const CALLS_MAX: usize = 16;
 
 const ERROR_TYPE: &str = "lambda-runtime-function-error-type";
-const RESPONSE_MODE: &str = "lambda-runtime-function-response-mode";
 
 /// A call with the way to answer it. Dropping it answers 500.
 pub(crate) struct PendingCall {
@@ -128,6 +128,12 @@ async fn answer(
     let call = match Route::of(&parts.method, parts.uri.path()) {
         Route::Next => Call::Next,
         Route::RestoreNext => Call::RestoreNext,
+        Route::Response(id) if stream::is_streamed(&parts.headers) => {
+            let forward = stream::forward(id.to_owned(), parts.headers, body, calls);
+            // A task of its own outlives the connection. It fails only if it panics.
+            let answer = tokio::spawn(forward).await.unwrap_or(Ok(None))?;
+            return Ok(rendered(answer));
+        }
         Route::Response(id) => response_call(id, &parts.headers, receive(body).await?),
         Route::Error(id) => error_call(id, &parts.headers, receive(body).await?),
         Route::InitError => Call::InitError(init_error(&parts.headers, receive(body).await?)),
@@ -145,14 +151,21 @@ async fn answer(
         Route::WrongMethod => return Ok(render::plain(StatusCode::METHOD_NOT_ALLOWED)),
         Route::Unknown => return Ok(render::plain(StatusCode::NOT_FOUND)),
     };
+    Ok(rendered(ask(&calls, call).await))
+}
+
+/// What the driver answers; `None` when it is gone.
+async fn ask(calls: &mpsc::Sender<PendingCall>, call: Call) -> Option<Answer> {
     let (reply, answer) = oneshot::channel();
-    if calls.send(PendingCall { call, reply }).await.is_err() {
-        return Ok(render::plain(StatusCode::INTERNAL_SERVER_ERROR));
+    calls.send(PendingCall { call, reply }).await.ok()?;
+    answer.await.ok()
+}
+
+fn rendered(answer: Option<Answer>) -> Response<Full<Bytes>> {
+    match answer {
+        Some(answer) => render::answer(answer),
+        None => render::plain(StatusCode::INTERNAL_SERVER_ERROR),
     }
-    Ok(match answer.await {
-        Ok(answer) => render::answer(answer),
-        Err(_) => render::plain(StatusCode::INTERNAL_SERVER_ERROR),
-    })
 }
 
 fn text(headers: &HeaderMap, name: impl hyper::header::AsHeaderName) -> Option<String> {
@@ -163,33 +176,20 @@ fn text(headers: &HeaderMap, name: impl hyper::header::AsHeaderName) -> Option<S
 
 fn response_call(id: &str, headers: &HeaderMap, received: Received) -> Call {
     let request_id = id.to_owned();
-    let Received::Whole {
-        mut payload,
-        trailers,
-    } = received
-    else {
-        return Call::TooLarge { request_id };
-    };
-    let streamed =
-        text(headers, RESPONSE_MODE).is_some_and(|m| m.eq_ignore_ascii_case("streaming"));
-    if streamed && let Some(failure) = body::stream_failure(&mut payload, &trailers) {
-        return Call::Error(InvocationError {
+    match received {
+        Received::Whole { payload } => Call::Response(Reply {
             request_id,
-            error_type: Some(failure.error_type),
-            payload: failure.document,
-        });
+            content_type: text(headers, CONTENT_TYPE),
+            payload,
+        }),
+        Received::TooLarge => Call::TooLarge { request_id },
     }
-    Call::Response(Reply {
-        request_id,
-        content_type: text(headers, CONTENT_TYPE),
-        payload,
-    })
 }
 
 fn error_call(id: &str, headers: &HeaderMap, received: Received) -> Call {
     let request_id = id.to_owned();
     match received {
-        Received::Whole { payload, .. } => Call::Error(InvocationError {
+        Received::Whole { payload } => Call::Error(InvocationError {
             request_id,
             error_type: text(headers, ERROR_TYPE),
             payload,
@@ -201,7 +201,7 @@ fn error_call(id: &str, headers: &HeaderMap, received: Received) -> Call {
 fn init_error(headers: &HeaderMap, received: Received) -> InitError {
     let error_type = text(headers, ERROR_TYPE).unwrap_or_else(|| "Runtime.Unknown".into());
     let payload = match received {
-        Received::Whole { payload, .. } => payload,
+        Received::Whole { payload } => payload,
         Received::TooLarge => crate::document::error(
             &error_type,
             &format!("the error document is over {RESPONSE_BYTES_MAX} bytes"),

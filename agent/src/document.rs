@@ -13,6 +13,9 @@ pub const TIMED_OUT: &str = "Sandbox.Timedout";
 /// The function answered more than [`RESPONSE_BYTES_MAX`].
 pub const RESPONSE_TOO_LARGE: &str = "Function.ResponseSizeTooLarge";
 
+/// A streamed response broke off.
+pub const TRUNCATED: &str = "Runtime.TruncatedResponse";
+
 /// A document of this type with this message.
 pub fn error(error_type: &str, message: &str) -> Vec<u8> {
     json!({"errorType": error_type, "errorMessage": message})

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! Booted --Configure--> Initialising --next | restore/next--> Idle --Invoke--> Assigned --next--> Running --answer--> Idle
+//!                                                                    Running --begin--> Streaming --end--> Idle
 //! ```
 //! An invocation that finds the runtime already blocked in `/next` skips `Assigned`. Every phase can turn into `Ended`.
 //!
@@ -14,7 +15,7 @@
 use bytes::Bytes;
 use thaw_agent_protocol::{
     AgentMessage, Configure, Generation, HostMessage, InitError, InvocationError, Invoke, Reply,
-    RuntimeExit, RuntimeExitCause, Thaw,
+    RuntimeExit, RuntimeExitCause, StreamBegin, StreamEnd, StreamFailure, Thaw,
 };
 use thiserror::Error;
 
@@ -42,6 +43,17 @@ pub enum Call {
     RestoreNext,
     /// `POST …/invocation/{id}/response`.
     Response(Reply),
+    /// The head of a `POST …/invocation/{id}/response` in response mode `streaming`.
+    ResponseBegin(StreamBegin),
+    /// A piece of its body, not empty.
+    ResponseChunk {
+        /// The id in the path.
+        request_id: String,
+        /// At most [`thaw_agent_protocol::STREAM_CHUNK_BYTES_MAX`].
+        bytes: Bytes,
+    },
+    /// The end of its body.
+    ResponseEnd(StreamEnd),
     /// `POST …/invocation/{id}/response` or `…/error`, over the size limit.
     TooLarge {
         /// The id in the path.
@@ -130,10 +142,16 @@ pub enum LifeError {
 #[derive(Debug)]
 enum Phase {
     Booted,
-    Initialising { limit_ms: u64 },
-    Idle { announced: bool },
+    Initialising {
+        limit_ms: u64,
+    },
+    Idle {
+        announced: bool,
+    },
     Assigned(Invocation),
     Running(Invocation),
+    /// A streamed response of this request is under way.
+    Streaming(String),
     Ended,
 }
 
@@ -200,6 +218,7 @@ impl Life {
             Phase::Assigned(invocation) | Phase::Running(invocation) => {
                 Some(&invocation.head.request_id)
             }
+            Phase::Streaming(request_id) => Some(request_id),
             _ => None,
         }
     }
@@ -232,6 +251,34 @@ impl Life {
             Call::Response(reply) => {
                 let id = reply.request_id.clone();
                 self.finish(&id, "InvocationResponse", AgentMessage::Response(reply))
+            }
+            Call::ResponseBegin(begin) => self.begin_stream(begin),
+            Call::ResponseChunk { request_id, bytes } => {
+                if self.is_rehearsal(&request_id) {
+                    return vec![Effect::Answer(Answer::Accepted)];
+                }
+                if !self.is_streaming(&request_id) {
+                    return self.not_allowed("InvocationResponse");
+                }
+                vec![
+                    Effect::Send(AgentMessage::ResponseChunk(bytes.into())),
+                    Effect::Answer(Answer::Accepted),
+                ]
+            }
+            Call::ResponseEnd(end) if self.is_streaming(&end.request_id) => self.end_stream(end),
+            Call::ResponseEnd(end) if self.is_rehearsal(&end.request_id) => {
+                vec![Effect::Answer(Answer::Accepted)]
+            }
+            Call::ResponseEnd(_) => self.not_allowed("InvocationResponse"),
+            // What the handler raises while its response is under way ends the response.
+            Call::Error(error) if self.is_streaming(&error.request_id) => {
+                self.end_stream(StreamEnd {
+                    request_id: error.request_id,
+                    failure: Some(StreamFailure {
+                        error_type: error.error_type.unwrap_or_else(|| "Unhandled".into()),
+                        document: error.payload,
+                    }),
+                })
             }
             Call::Error(error) => {
                 let id = error.request_id.clone();
@@ -393,7 +440,7 @@ impl Life {
                 self.phase = Phase::Running(invocation.clone());
                 vec![Effect::Answer(Answer::Invocation(invocation))]
             }
-            Phase::Booted | Phase::Ended => self.not_allowed("Ready"),
+            Phase::Booted | Phase::Streaming(_) | Phase::Ended => self.not_allowed("Ready"),
         }
     }
 
@@ -432,6 +479,32 @@ impl Life {
             _ if self.answered.as_deref() == Some(id) => self.not_allowed(to),
             _ => vec![Effect::Answer(Answer::InvalidRequestId)],
         }
+    }
+
+    fn is_rehearsal(&self, id: &str) -> bool {
+        id == REHEARSAL && self.is_initialising()
+    }
+
+    fn is_streaming(&self, id: &str) -> bool {
+        matches!(&self.phase, Phase::Streaming(streamed) if streamed == id)
+    }
+
+    fn begin_stream(&mut self, begin: StreamBegin) -> Vec<Effect> {
+        let id = begin.request_id.clone();
+        let message = AgentMessage::ResponseBegin(begin);
+        let effects = self.finish(&id, "InvocationResponse", message);
+        if matches!(effects.first(), Some(Effect::Send(_))) {
+            self.phase = Phase::Streaming(id);
+        }
+        effects
+    }
+
+    fn end_stream(&mut self, end: StreamEnd) -> Vec<Effect> {
+        self.phase = Phase::Idle { announced: false };
+        vec![
+            Effect::Send(AgentMessage::ResponseEnd(end)),
+            Effect::Answer(Answer::Accepted),
+        ]
     }
 
     fn restore_failed(&mut self, error: InitError) -> Vec<Effect> {
@@ -475,13 +548,14 @@ impl Life {
             Phase::Idle { announced: false } => "ResponseSent",
             Phase::Assigned(_) => "Assigned",
             Phase::Running(_) => "Running",
+            Phase::Streaming(_) => "Streaming",
             Phase::Ended => "Ended",
         }
     }
 }
 
 fn failed_restore(request_id: String, error: InitError) -> AgentMessage {
-    AgentMessage::InvocationError(InvocationError {
+    AgentMessage::RestoreError(InvocationError {
         request_id,
         error_type: Some(error.error_type),
         payload: error.payload,

@@ -11,9 +11,11 @@ use std::time::Duration;
 use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 use thaw_runtime::{
-    FreezeError, Invocation, InvokeError, OpenPoolError, Outcome, PoolSpec, PoolStats, RuntimeStats,
+    End, FreezeError, Invocation, InvokeError, OpenPoolError, Outcome, PoolSpec, PoolStats,
+    RuntimeStats, StreamPart,
 };
 use thiserror::Error;
+use tokio::sync::mpsc;
 
 mod bases;
 pub mod host;
@@ -50,11 +52,40 @@ pub trait Engine: Send + Sync + 'static {
 pub trait Sandboxes: Send + Sync + 'static {
     /// Runs one request in a sandbox of its own.
     fn invoke(&self, invocation: Invocation) -> BoxFuture<'_, Result<Outcome, InvokeError>>;
+    /// Runs one request and sends its answer as it comes; see [`thaw_runtime::Pool::invoke_streaming`]. Where answers come whole
+    /// alone, that is one piece.
+    fn invoke_streaming(
+        &self,
+        invocation: Invocation,
+        sink: mpsc::Sender<StreamPart>,
+    ) -> BoxFuture<'_, Result<Outcome, InvokeError>> {
+        Box::pin(async move {
+            let mut outcome = self.invoke(invocation).await?;
+            if let End::Response {
+                payload,
+                content_type,
+            } = &mut outcome.end
+            {
+                let content_type = content_type.clone();
+                for part in [
+                    StreamPart::Head { content_type },
+                    StreamPart::Chunk(std::mem::take(payload)),
+                ] {
+                    let sent = sink.send(part).await;
+                    sent.map_err(|_| InvokeError::Abandoned)?;
+                }
+            }
+            Ok(outcome)
+        })
+    }
     /// The pool at this moment.
     fn stats(&self) -> PoolStats;
     /// Refuses new invocations, lets running ones finish within a deadline, destroys the rest.
     fn close(&self) -> BoxFuture<'_, ()>;
 }
+
+/// Lambda's default for [`FreezeJob::ephemeral_mib`].
+pub const EPHEMERAL_MIB_DEFAULT: u32 = 512;
 
 /// One function to freeze.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,6 +104,8 @@ pub struct FreezeJob {
     pub memory_mib: u32,
     /// Virtual CPUs.
     pub vcpu_count: u8,
+    /// Writable space, MiB: the size of the disk that /tmp is on. 512 to 10,240, as on Lambda.
+    pub ephemeral_mib: u32,
     /// Programs that speak the Runtime API, tried in order.
     pub bootstrap: Vec<String>,
     /// Environment of the function's runtime.

@@ -229,7 +229,9 @@ async fn attempt(
             {
                 closed = Some(pool);
             }
-            Err(error @ InvokeError::Host(_)) => return Err(Refusal::Host(chain(&error))),
+            Err(error @ (InvokeError::Host(_) | InvokeError::Abandoned)) => {
+                return Err(Refusal::Host(chain(&error)));
+            }
         }
     }
     Err(Refusal::Host(format!(
@@ -298,6 +300,16 @@ fn sort(
             document,
         } => {
             let error_type = error_type.unwrap_or_else(|| "Unhandled".to_owned());
+            let result = FunctionResult::Error {
+                error_type,
+                document,
+            };
+            (result, None, None)
+        }
+        End::RestoreError {
+            error_type,
+            document,
+        } => {
             let result = FunctionResult::Error {
                 error_type,
                 document,

@@ -35,6 +35,19 @@ pub struct Invocation {
     pub measure: Measure,
 }
 
+/// What comes of an answer before the outcome, for [`crate::Pool::invoke_streaming`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StreamPart {
+    /// The function begins to answer. Comes first, once; not at all if the function fails before.
+    Head {
+        /// As the function's runtime sent it; `application/vnd.awslambda.http-integration-response` announces a prelude.
+        content_type: Option<String>,
+    },
+    /// The next bytes, not empty, as the guest wrote them: at most [`thaw_agent_protocol::STREAM_CHUNK_BYTES_MAX`] of a stream,
+    /// [`thaw_agent_protocol::RESPONSE_BYTES_MAX`] of an answer that the function gave whole.
+    Chunk(Bytes),
+}
+
 /// Whether an invocation is measured.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Measure {
@@ -65,7 +78,7 @@ pub struct Outcome {
 pub enum End {
     /// The function answered.
     Response {
-        /// The answer, at most [`thaw_agent_protocol::RESPONSE_BYTES_MAX`] bytes.
+        /// The answer, at most [`thaw_agent_protocol::RESPONSE_BYTES_MAX`] bytes; empty when it was streamed.
         payload: Bytes,
         /// As the function's runtime sent it.
         content_type: Option<String>,
@@ -74,6 +87,14 @@ pub enum End {
     FunctionError {
         /// `Lambda-Runtime-Function-Error-Type`, when sent.
         error_type: Option<String>,
+        /// The error document as the function's runtime wrote it, JSON.
+        document: Bytes,
+    },
+    /// A hook for restored clones failed; the handler never saw the request. Agents of older snapshots say
+    /// [`Self::FunctionError`] with the same type.
+    RestoreError {
+        /// `Lambda-Runtime-Function-Error-Type`: `Runtime.AfterRestoreError` from the clients that have hooks.
+        error_type: String,
         /// The error document as the function's runtime wrote it, JSON.
         document: Bytes,
     },
@@ -108,6 +129,9 @@ pub enum InvokeError {
     /// The payload or a head field is over a limit of the agent protocol.
     #[error("request does not fit the agent protocol")]
     TooLarge(#[source] Arc<thaw_agent_protocol::MessageError>),
+    /// The receiver of [`crate::Pool::invoke_streaming`] was dropped: nobody waits for the answer, and the VM is gone.
+    #[error("nobody takes the answer any more")]
+    Abandoned,
     /// The pool is closed.
     #[error("the pool is closed")]
     Closed,
@@ -134,7 +158,7 @@ impl InvokeError {
     #[must_use]
     pub fn fault(&self) -> Fault {
         match self {
-            Self::Throttled { .. } | Self::TooLarge(_) => Fault::Caller,
+            Self::Throttled { .. } | Self::TooLarge(_) | Self::Abandoned => Fault::Caller,
             Self::Closed | Self::Host(_) => Fault::Host,
         }
     }

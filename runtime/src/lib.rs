@@ -35,7 +35,7 @@ pub use freeze::{
 };
 pub use invocation::{
     End, INVOCATION_LOG_BYTES_MAX, Invocation, InvocationTimings, InvokeError, Measure, Outcome,
-    ThrottleReason,
+    StreamPart, ThrottleReason,
 };
 pub use pool::{Learn, OpenPoolError, Pool, PoolSpec, PoolStats};
 pub use schedule::{Recycle, Start};

@@ -12,14 +12,15 @@ use thaw_agent_protocol::{FrameError, PAYLOAD_BYTES_MAX};
 use thaw_snapshot::Snapshot;
 use thaw_vmm_control::Paging;
 use thiserror::Error;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::freeze::open;
 use crate::node::{Learning, Lease, Member, Node, RunError, learning};
+use crate::sandbox::answer::Answer;
 use crate::sandbox::{Moment, SnapshotFiles};
 use crate::schedule::{Input, Shape, Ticket, Time, Turn};
-use crate::{HostError, Invocation, InvokeError, Outcome};
+use crate::{End, HostError, Invocation, InvokeError, Outcome, StreamPart};
 
 /// Sandboxes that one invocation tries: those found dead before use, and claims that failed before the guest ran. Claims
 /// that go on failing are refused by the schedule long before.
@@ -177,6 +178,47 @@ impl Pool {
     /// No VM within the limits of pool and machine, the pool closed, or a failure of this machine. What the function did is
     /// an [`Outcome`].
     pub async fn invoke(&self, invocation: Invocation) -> Result<Outcome, InvokeError> {
+        self.invoke_for(invocation, Answer::whole()).await
+    }
+
+    /// Runs one request in a VM of its own, and sends its answer to `sink` as the guest writes it: a [`StreamPart::Head`] and
+    /// chunks, no faster than they are taken; an answer that the function gives whole is one chunk. The outcome comes
+    /// at the end, its [`End::Response`] without a payload; an [`End::FunctionError`] after the head is one midway. The time
+    /// that a slow receiver takes counts as the function's.
+    ///
+    /// Dropping the receiver, or the future, destroys the VM.
+    ///
+    /// # Errors
+    /// As of [`Self::invoke`], and [`InvokeError::Abandoned`] when the receiver was dropped before the end.
+    pub async fn invoke_streaming(
+        &self,
+        invocation: Invocation,
+        sink: mpsc::Sender<StreamPart>,
+    ) -> Result<Outcome, InvokeError> {
+        let answer = Answer::Parts(sink.clone());
+        let mut outcome = self.invoke_for(invocation, answer).await?;
+        if let End::Response {
+            payload,
+            content_type,
+        } = &mut outcome.end
+            && !payload.is_empty()
+        {
+            // The function gave it whole. Its sandbox is free by now, however slow the caller.
+            let head = StreamPart::Head {
+                content_type: content_type.clone(),
+            };
+            for part in [head, StreamPart::Chunk(std::mem::take(payload))] {
+                sink.send(part).await.map_err(|_| InvokeError::Abandoned)?;
+            }
+        }
+        Ok(outcome)
+    }
+
+    async fn invoke_for(
+        &self,
+        invocation: Invocation,
+        mut answer: Answer,
+    ) -> Result<Outcome, InvokeError> {
         let bytes = invocation.payload.len();
         if bytes > PAYLOAD_BYTES_MAX {
             return Err(InvokeError::TooLarge(Arc::new(
@@ -201,7 +243,7 @@ impl Pool {
             let result = tokio::select! {
                 biased;
                 () = member.stop_running.cancelled() => return Err(InvokeError::Closed),
-                result = lease.run(&invocation, asked) => result,
+                result = lease.run(&invocation, &mut answer, asked) => result,
             };
             match result {
                 Ok(outcome) => return Ok(outcome),

@@ -1,8 +1,10 @@
 //! One monitor, from a shell to its end: claims, invocations and rewinds.
 
+pub(crate) mod answer;
 pub(crate) mod life;
 
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -14,6 +16,7 @@ use thaw_vmm_control::{
 };
 use tokio::time::Instant;
 
+use self::answer::{Answer, Taken};
 use self::life::{Begin, Input, Life, Step};
 use crate::channel::AgentChannel;
 use crate::monitor::{Spawner, socket_pair};
@@ -126,7 +129,7 @@ enum Stage {
 #[derive(Debug)]
 pub(crate) enum NotRun {
     /// The monitor refused: not one instruction of the guest was run.
-    Surely(HostError),
+    Surely(Arc<HostError>),
     /// The guest may have run.
     Perhaps(InvokeError),
 }
@@ -287,6 +290,7 @@ impl Sandbox {
         &mut self,
         invocation: &Invocation,
         files: &SnapshotFiles,
+        answer: &mut Answer,
         (asked, claimed): (Moment, Moment),
         config: &RuntimeConfig,
         begun: &mut (dyn FnMut() + Send),
@@ -309,20 +313,28 @@ impl Sandbox {
         }
         let mut life = Life::new(invocation.request_id.clone(), begin);
         let limits = (config.restore_limit, invocation.timeout);
-        let lived = self.live(&mut life, begin, limits, begun).await;
+        let lived = self.live(&mut life, answer, begin, limits, begun).await;
         let (end, duration) = lived.map_err(|error| match error {
-            error @ HostError::Refused { .. } if !life.has_begun() => NotRun::Surely(error),
-            error => error.into(),
+            NotRun::Perhaps(InvokeError::Host(error))
+                if !life.has_begun() && matches!(*error, HostError::Refused { .. }) =>
+            {
+                NotRun::Surely(error)
+            }
+            error => error,
         })?;
+        let end = answer.complete(end);
         let answered = Moment::now();
         let end = self.with_console(end, config).await;
-        let answer = matches!(end, End::Response { .. } | End::FunctionError { .. });
+        let is_answer = matches!(
+            end,
+            End::Response { .. } | End::FunctionError { .. } | End::RestoreError { .. }
+        );
         let moments = Moments {
             asked,
             claimed,
             answered,
         };
-        let timings = if invocation.measure == Measure::On && answer {
+        let timings = if invocation.measure == Measure::On && is_answer {
             let identity = life.unique_after().map(|took| took.min(duration));
             let timings = self.timings(moments, config).await;
             timings.map(|timings| InvocationTimings {
@@ -383,10 +395,11 @@ impl Sandbox {
     async fn live(
         &mut self,
         life: &mut Life,
+        answer: &mut Answer,
         begin: Begin,
         (claim_limit, timeout): (Duration, Duration),
         begun: &mut (dyn FnMut() + Send),
-    ) -> Result<(End, Duration), HostError> {
+    ) -> Result<(End, Duration), NotRun> {
         let mut started = Instant::now();
         // A claim has its own time; the function's begins with the guest.
         let mut is_claiming = begin == Begin::Claim;
@@ -400,10 +413,11 @@ impl Sandbox {
                 () = tokio::time::sleep_until(until) => {
                     if until == deadline { Input::Deadline } else { Input::GraceOver }
                 }
+                () = answer.abandoned() => return Err(NotRun::Perhaps(InvokeError::Abandoned)),
                 event = self.vm.next() => Input::Vm(event),
             };
             if is_claiming && matches!(input, Input::Deadline) {
-                return Err(self.vm.monitor.silent("restore", claim_limit));
+                return Err(self.vm.monitor.silent("restore", claim_limit).into());
             }
             let step = life.step(input);
             if is_claiming && life.has_begun() {
@@ -413,6 +427,15 @@ impl Sandbox {
             }
             match step {
                 Step::Continue => {}
+                // The guest is read no faster than the caller takes its answer.
+                Step::Part(part) => match answer.take(part, deadline).await {
+                    Taken::Yes => {}
+                    Taken::TooLate => {
+                        life.step(Input::Deadline);
+                        return Ok((End::TimedOut, started.elapsed()));
+                    }
+                    Taken::Abandoned => return Err(NotRun::Perhaps(InvokeError::Abandoned)),
+                },
                 Step::Orphaned => grace = Some(Instant::now() + ORPHAN_LIMIT),
                 Step::Ended(result) => return Ok((result?, started.elapsed())),
             }

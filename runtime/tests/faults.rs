@@ -8,6 +8,8 @@ mod lessons;
 mod lives;
 #[path = "faults/stage.rs"]
 mod stage;
+#[path = "faults/streams.rs"]
+mod streams;
 
 use std::fs;
 use std::time::{Duration, Instant};

@@ -14,7 +14,7 @@ pub mod message;
 pub use frame::{Decoder, Frame, FrameError, Generation};
 pub use message::{
     AgentMessage, Configure, HostMessage, InitError, InvocationError, Invoke, LogStream, Message,
-    MessageError, Reply, RuntimeExit, RuntimeExitCause, Thaw,
+    MessageError, Reply, RuntimeExit, RuntimeExitCause, StreamBegin, StreamEnd, StreamFailure, Thaw,
 };
 
 /// vsock port on the host (CID 2) to which the agent connects once, at boot.
@@ -28,3 +28,9 @@ pub const PAYLOAD_BYTES_MAX: usize = 6 * 1024 * 1024;
 
 /// Largest function response, bytes: Lambda's documented limit of 6 MB + 100 bytes.
 pub const RESPONSE_BYTES_MAX: usize = 6_291_556;
+
+/// Largest streamed response, bytes: Lambda's documented limit of 200 MB.
+pub const STREAM_BYTES_MAX: usize = 200 * 1024 * 1024;
+
+/// Largest piece of a streamed response in one message, bytes. Bounds what each step on the way holds.
+pub const STREAM_CHUNK_BYTES_MAX: usize = 512 * 1024;

@@ -2,7 +2,8 @@
 //!
 //! Order of a sandbox's life as seen on the channel:
 //! `Hello` ← · `Configure` → · `Log`* ← · `Ready` ← (the snapshot is taken here) or `InitError`/`RuntimeExit` ← ·
-//! then, in each clone: `Thaw` → · `Invoke` → · `Thawed` ← · `Log`* ← · `Response`, `InvocationError` or `RuntimeExit` ←.
+//! then, in each clone: `Thaw` → · `Invoke` → · `Thawed` ← · `Log`* ← · `Response`, `InvocationError`, `RestoreError` or
+//! `RuntimeExit` ←. A streamed response is `ResponseBegin` ← · `ResponseChunk`* ← · `ResponseEnd` ←, with `Log`s between.
 
 use std::collections::BTreeMap;
 
@@ -72,6 +73,37 @@ pub struct Reply {
     /// The answer, at most [`crate::RESPONSE_BYTES_MAX`] bytes.
     #[serde(skip)]
     pub payload: Vec<u8>,
+}
+
+/// The beginning of a streamed response: a `POST …/response` in response mode `streaming` of which the head was read.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamBegin {
+    /// The invocation answered.
+    pub request_id: String,
+    /// Content-Type as the runtime sent it; `application/vnd.awslambda.http-integration-response` announces a prelude.
+    #[serde(default)]
+    pub content_type: Option<String>,
+}
+
+/// The end of a streamed response.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamEnd {
+    /// The invocation answered.
+    pub request_id: String,
+    /// Why it ended early; `None`: it is whole.
+    #[serde(default)]
+    pub failure: Option<StreamFailure>,
+}
+
+/// A streamed response that failed midway: what its trailers report, or what the agent found. The error document is the
+/// body of the frame.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamFailure {
+    /// `Lambda-Runtime-Function-Error-Type`, or the agent's own finding (`Runtime.TruncatedResponse`).
+    pub error_type: String,
+    /// The error document.
+    #[serde(skip)]
+    pub document: Vec<u8>,
 }
 
 /// A function's own error, from `POST …/error`. The error document is the body of the frame.
@@ -170,8 +202,18 @@ pub enum AgentMessage {
     },
     /// The function answered.
     Response(Reply),
+    /// The function begins to answer in pieces.
+    ResponseBegin(StreamBegin),
+    /// The next piece, not empty, at most [`crate::STREAM_CHUNK_BYTES_MAX`] bytes; of all pieces together
+    /// [`crate::STREAM_BYTES_MAX`]. The bytes are the body of the frame.
+    ResponseChunk(Vec<u8>),
+    /// The function has answered, or failed to.
+    ResponseEnd(StreamEnd),
     /// The function raised.
     InvocationError(InvocationError),
+    /// A hook for restored clones failed, from `POST …/restore/error`: the function's handler never saw the invocation.
+    /// Agents of older snapshots send [`Self::InvocationError`].
+    RestoreError(InvocationError),
     /// The runtime process ended.
     RuntimeExit(RuntimeExit),
     /// The agent cannot go on; for people and logs.
@@ -214,6 +256,10 @@ const RESPONSE: u8 = 70;
 const INVOCATION_ERROR: u8 = 71;
 const RUNTIME_EXIT: u8 = 72;
 const FATAL: u8 = 73;
+const RESTORE_ERROR: u8 = 74;
+const RESPONSE_BEGIN: u8 = 75;
+const RESPONSE_CHUNK: u8 = 76;
+const RESPONSE_END: u8 = 77;
 
 #[derive(Serialize, Deserialize)]
 struct HelloHead {
@@ -342,9 +388,19 @@ impl Message for AgentMessage {
                 let payload = std::mem::take(&mut reply.payload);
                 frame(RESPONSE, generation, &reply, payload)
             }
+            Self::ResponseBegin(begin) => frame(RESPONSE_BEGIN, generation, &begin, Vec::new()),
+            Self::ResponseChunk(bytes) => frame(RESPONSE_CHUNK, generation, &Empty {}, bytes),
+            Self::ResponseEnd(mut end) => {
+                let document = end.failure.as_mut().map(|f| std::mem::take(&mut f.document));
+                frame(RESPONSE_END, generation, &end, document.unwrap_or_default())
+            }
             Self::InvocationError(mut error) => {
                 let payload = std::mem::take(&mut error.payload);
                 frame(INVOCATION_ERROR, generation, &error, payload)
+            }
+            Self::RestoreError(mut error) => {
+                let payload = std::mem::take(&mut error.payload);
+                frame(RESTORE_ERROR, generation, &error, payload)
             }
             Self::RuntimeExit(exit) => frame(RUNTIME_EXIT, generation, &exit, Vec::new()),
             Self::Fatal { message } => frame(FATAL, generation, &FatalHead { message }, Vec::new()),
@@ -381,9 +437,28 @@ impl Message for AgentMessage {
                     ..reply
                 }))
             }
+            RESPONSE_BEGIN => Ok(Self::ResponseBegin(head(&frame)?)),
+            RESPONSE_CHUNK => {
+                head::<Empty>(&frame)?;
+                Ok(Self::ResponseChunk(frame.body))
+            }
+            RESPONSE_END => {
+                let mut end: StreamEnd = head(&frame)?;
+                if let Some(failure) = &mut end.failure {
+                    failure.document = frame.body;
+                }
+                Ok(Self::ResponseEnd(end))
+            }
             INVOCATION_ERROR => {
                 let error: InvocationError = head(&frame)?;
                 Ok(Self::InvocationError(InvocationError {
+                    payload: frame.body,
+                    ..error
+                }))
+            }
+            RESTORE_ERROR => {
+                let error: InvocationError = head(&frame)?;
+                Ok(Self::RestoreError(InvocationError {
                     payload: frame.body,
                     ..error
                 }))
@@ -447,6 +522,27 @@ mod tests {
         round_trip(AgentMessage::InvocationError(InvocationError {
             request_id: "r".into(),
             ..InvocationError::default()
+        }));
+        round_trip(AgentMessage::ResponseBegin(StreamBegin {
+            request_id: "r".into(),
+            content_type: Some("text/event-stream".into()),
+        }));
+        round_trip(AgentMessage::ResponseChunk(b"data: 1\n\n".to_vec()));
+        round_trip(AgentMessage::ResponseEnd(StreamEnd {
+            request_id: "r".into(),
+            failure: None,
+        }));
+        round_trip(AgentMessage::ResponseEnd(StreamEnd {
+            request_id: "r".into(),
+            failure: Some(StreamFailure {
+                error_type: "E".into(),
+                document: b"{}".to_vec(),
+            }),
+        }));
+        round_trip(AgentMessage::RestoreError(InvocationError {
+            request_id: "r".into(),
+            error_type: Some("Runtime.AfterRestoreError".into()),
+            payload: b"{}".to_vec(),
         }));
         round_trip(AgentMessage::RuntimeExit(RuntimeExit {
             cause: RuntimeExitCause::Signal(9),

@@ -59,8 +59,8 @@ pub(crate) fn plain(status: StatusCode) -> Reply {
 /// welcome; wanting events is refused, because none would ever come.
 pub(crate) fn registered(headers: &HeaderMap, received: Received, body: Bytes) -> Reply {
     let wants_events = match received {
-        Received::Whole { payload, .. } if payload.is_empty() => Some(false),
-        Received::Whole { payload, .. } => serde_json::from_slice::<serde_json::Value>(&payload)
+        Received::Whole { payload } if payload.is_empty() => Some(false),
+        Received::Whole { payload } => serde_json::from_slice::<serde_json::Value>(&payload)
             .ok()
             .map(|body| body["events"].as_array().is_some_and(|e| !e.is_empty())),
         Received::TooLarge => None,

@@ -151,6 +151,74 @@ fn only_the_last_answered_id_is_a_second_answer() {
     );
 }
 
+#[test]
+fn a_streamed_response_is_one_answer_and_nothing_else_fits_between() {
+    let mut life = thawed();
+    life.host(Generation(1), invoke("a")).unwrap();
+    let begin = |id: &str| {
+        Call::ResponseBegin(StreamBegin {
+            request_id: id.into(),
+            content_type: None,
+        })
+    };
+    let chunk = |id: &str| Call::ResponseChunk {
+        request_id: id.into(),
+        bytes: Bytes::from_static(b"x"),
+    };
+    let end = |id: &str| {
+        Call::ResponseEnd(StreamEnd {
+            request_id: id.into(),
+            failure: None,
+        })
+    };
+    let is_refused = |effects: Vec<Effect>| {
+        matches!(
+            effects[..],
+            [Effect::Answer(
+                Answer::NotAllowed { .. } | Answer::InvalidRequestId
+            )]
+        )
+    };
+    assert!(is_refused(life.call(chunk("a"))));
+    assert!(is_refused(life.call(begin("b"))));
+    assert_eq!(life.call(begin("a")).len(), 2);
+    assert!(is_refused(life.call(begin("a"))));
+    assert!(is_refused(life.call(reply("a"))));
+    assert!(is_refused(life.call(Call::Next)));
+    assert!(is_refused(life.call(chunk("b"))));
+    assert_eq!(
+        life.call(chunk("a")),
+        [
+            Effect::Send(AgentMessage::ResponseChunk(b"x".to_vec())),
+            Effect::Answer(Answer::Accepted)
+        ]
+    );
+    assert_eq!(life.request_id(), Some("a"));
+    assert_eq!(life.call(end("a")).len(), 2);
+    assert_eq!(life.request_id(), None);
+    assert!(is_refused(life.call(end("a"))));
+    assert_eq!(life.call(Call::Next).len(), 2);
+}
+
+#[test]
+fn an_error_posted_while_a_response_streams_ends_it() {
+    let mut life = thawed();
+    life.host(Generation(1), invoke("a")).unwrap();
+    life.call(Call::ResponseBegin(StreamBegin {
+        request_id: "a".into(),
+        content_type: None,
+    }));
+    let effects = life.call(Call::Error(InvocationError {
+        request_id: "a".into(),
+        error_type: Some("E".into()),
+        payload: b"{}".to_vec(),
+    }));
+    let [Effect::Send(AgentMessage::ResponseEnd(end)), _] = &effects[..] else {
+        panic!("{effects:?}");
+    };
+    assert_eq!(end.failure.as_ref().unwrap().error_type, "E");
+}
+
 #[derive(Clone, Debug)]
 enum Input {
     Host(u64, HostMessage),
@@ -171,6 +239,9 @@ fn input() -> impl Strategy<Value = Input> {
         8 => Just(Input::Call(Call::Next)),
         2 => Just(Input::Call(Call::RestoreNext)),
         6 => id().prop_map(|id| Input::Call(reply(&id))),
+        4 => id().prop_map(|request_id| Input::Call(Call::ResponseBegin(StreamBegin { request_id, content_type: None }))),
+        4 => id().prop_map(|request_id| Input::Call(Call::ResponseChunk { request_id, bytes: Bytes::from_static(b"x") })),
+        4 => id().prop_map(|request_id| Input::Call(Call::ResponseEnd(StreamEnd { request_id, failure: None }))),
         2 => id().prop_map(|request_id| Input::Call(Call::TooLarge { request_id })),
         2 => id().prop_map(|request_id| Input::Call(Call::Error(InvocationError { request_id, ..Default::default() }))),
         1 => Just(Input::Call(Call::InitError(error.clone()))),
@@ -194,6 +265,7 @@ proptest! {
         life.host(Generation(first), HostMessage::Configure(configure())).unwrap();
         let mut generation = first;
         let mut open: Option<String> = None;
+        let mut streaming = false;
         for input in inputs {
             let was_frozen = life.is_frozen();
             let ended = matches!(input, Input::Ended);
@@ -247,15 +319,28 @@ proptest! {
                     }
                     Effect::Send(message) => {
                         prop_assert!(!was_frozen || ended, "wrote while frozen: {message:?}");
+                        match message {
+                            AgentMessage::ResponseBegin(begin) => {
+                                prop_assert!(!streaming);
+                                prop_assert_eq!(Some(&begin.request_id), open.as_ref());
+                                streaming = true;
+                            }
+                            AgentMessage::ResponseChunk(_) | AgentMessage::ResponseEnd(_) => prop_assert!(streaming),
+                            AgentMessage::Response(_) | AgentMessage::InvocationError(_) => prop_assert!(!streaming),
+                            _ => {}
+                        }
                         let answered = match message {
+                            AgentMessage::ResponseEnd(end) => Some(end.request_id.clone()),
                             AgentMessage::Response(reply) => Some(reply.request_id.clone()),
-                            AgentMessage::InvocationError(error) => Some(error.request_id.clone()),
+                            AgentMessage::InvocationError(error)
+                            | AgentMessage::RestoreError(error) => Some(error.request_id.clone()),
                             AgentMessage::RuntimeExit(exit) => exit.request_id.clone(),
                             _ => None,
                         };
                         if answered.is_some() {
                             prop_assert_eq!(&answered, &open, "answered what was not asked");
                             open = None;
+                            streaming = false;
                         }
                     }
                     Effect::Start(_) | Effect::Kill | Effect::PowerOff => {}

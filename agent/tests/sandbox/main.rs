@@ -5,4 +5,5 @@ mod channel;
 mod processes;
 mod runtime_api;
 mod runtimes;
+mod streams;
 mod support;

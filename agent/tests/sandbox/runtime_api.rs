@@ -139,47 +139,6 @@ fn the_largest_response_passes_and_one_byte_more_is_413() {
 }
 
 #[test]
-fn a_streamed_response_is_forwarded_whole() {
-    let (mut sandbox, mut client) = invoked();
-    client.raw(
-        format!(
-            "POST {} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\
-             Lambda-Runtime-Function-Response-Mode: streaming\r\n\r\n\
-             3\r\nabc\r\n4\r\ndefg\r\n0\r\n\r\n",
-            response_path("r1")
-        )
-        .as_bytes(),
-    );
-    let AgentMessage::Response(answer) = sandbox.message() else {
-        panic!("no response");
-    };
-    assert_eq!(answer.payload, b"abcdefg");
-    assert_eq!(client.finish().status, 202);
-}
-
-#[test]
-fn a_stream_that_fails_midway_is_an_invocation_error() {
-    let (mut sandbox, mut client) = invoked();
-    client.raw(
-        format!(
-            "POST {} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\
-             Lambda-Runtime-Function-Response-Mode: streaming\r\n\
-             Trailer: Lambda-Runtime-Function-Error-Type, Lambda-Runtime-Function-Error-Body\r\n\r\n\
-             3\r\nabc\r\n0\r\nLambda-Runtime-Function-Error-Type: Oops\r\n\
-             Lambda-Runtime-Function-Error-Body: eyJlcnJvck1lc3NhZ2UiOiJ4In0=\r\n\r\n",
-            response_path("r1")
-        )
-        .as_bytes(),
-    );
-    let AgentMessage::InvocationError(error) = sandbox.message() else {
-        panic!("no error");
-    };
-    assert_eq!(error.error_type.as_deref(), Some("Oops"));
-    assert_eq!(error.payload, br#"{"errorMessage":"x"}"#);
-    assert_eq!(client.finish().status, 202);
-}
-
-#[test]
 fn a_warm_sandbox_answers_again_and_says_when_it_is_idle() {
     let (mut sandbox, mut client) = thawed();
     for round in 0..3 {
@@ -286,7 +245,7 @@ fn a_failing_restore_hook_fails_the_invocation() {
     );
     assert_eq!(client.finish().status, 202);
     sandbox.invoke(5, "r1", b"{}");
-    let AgentMessage::InvocationError(error) = sandbox.message() else {
+    let AgentMessage::RestoreError(error) = sandbox.message() else {
         panic!("no error");
     };
     assert_eq!(error.request_id, "r1");
@@ -301,10 +260,7 @@ fn a_restore_hook_may_fail_in_the_first_invocation_of_a_clone_and_not_later() {
     let failed = "/2018-06-01/runtime/restore/error";
     let (mut sandbox, mut client) = invoked();
     assert_eq!(client.post(failed, b"{}").status, 202);
-    assert!(matches!(
-        sandbox.message(),
-        AgentMessage::InvocationError(_)
-    ));
+    assert!(matches!(sandbox.message(), AgentMessage::RestoreError(_)));
     let (mut sandbox, mut client) = invoked();
     assert_eq!(client.post(&response_path("r1"), b"1").status, 202);
     assert!(matches!(sandbox.message(), AgentMessage::Response(_)));

@@ -47,7 +47,11 @@ fn image_runtime() -> String {
 
 /// A function as the image runs it.
 fn python(app: &str, handler: &str) -> Sandbox {
-    start_python("thaw_runtime", app, &[("_HANDLER", handler)])
+    let variables = [
+        ("_HANDLER", handler),
+        ("AWS_LAMBDA_INITIALIZATION_TYPE", "on-demand"),
+    ];
+    start_python("thaw_runtime", app, &variables)
 }
 
 /// A function that the client alone runs, by its own SnapStart protocol.
@@ -265,7 +269,7 @@ def handler(event, context):
     for mut sandbox in [python(app, "app.handler"), snap_start(app)] {
         thaw(&mut sandbox);
         sandbox.invoke(1, "r1", b"{}");
-        let AgentMessage::InvocationError(error) = sandbox.message() else {
+        let AgentMessage::RestoreError(error) = sandbox.message() else {
             panic!("no error: {}", sandbox.log_text());
         };
         assert_eq!(error.request_id, "r1");
@@ -311,7 +315,7 @@ def handler(event, context):
     thaw(&mut sandbox);
     sandbox.write("thawed", "");
     sandbox.invoke(1, "r1", b"{}");
-    let AgentMessage::InvocationError(error) = sandbox.message() else {
+    let AgentMessage::RestoreError(error) = sandbox.message() else {
         panic!("no error: {}", sandbox.log_text());
     };
     let error_type = error.error_type.as_deref();
@@ -352,4 +356,26 @@ def handler(event, context):
     thaw(&mut sandbox);
     sandbox.invoke(1, "r1", b"{}");
     assert_eq!(response(&mut sandbox), json!(true));
+}
+
+#[test]
+fn python_functions_see_the_hosts_initialization_type_and_hooks_run_in_any_case() {
+    let app = "
+import os
+from snapshot_restore_py import register_after_restore
+seen = [os.environ['AWS_LAMBDA_INITIALIZATION_TYPE']]
+register_after_restore(lambda: seen.append('after'))
+def handler(event, context):
+    return seen + [os.environ['AWS_LAMBDA_INITIALIZATION_TYPE']]
+";
+    for kind in ["on-demand", "snap-start"] {
+        let variables = [
+            ("_HANDLER", "app.handler"),
+            ("AWS_LAMBDA_INITIALIZATION_TYPE", kind),
+        ];
+        let mut sandbox = start_python("thaw_runtime", app, &variables);
+        thaw(&mut sandbox);
+        sandbox.invoke(1, "r1", b"{}");
+        assert_eq!(response(&mut sandbox), json!([kind, "after", kind]));
+    }
 }

@@ -373,6 +373,10 @@ impl Client {
         self.stream.get_mut().write_all(bytes).unwrap();
     }
 
+    pub fn writer(&self) -> TcpStream {
+        self.stream.get_ref().try_clone().unwrap()
+    }
+
     pub fn finish(&mut self) -> Reply {
         let mut lines = Vec::new();
         loop {

@@ -153,6 +153,7 @@ async fn freeze(
         folder: folder.clone(),
         memory_mib: settings.memory_mib,
         vcpu_count: environment::vcpu_count(settings.memory_mib),
+        ephemeral_mib: thaw_api::engine::EPHEMERAL_MIB_DEFAULT,
         bootstrap: environment::bootstrap(&settings.runtime),
         environment: environment::variables(&args.name, VersionId::Latest, "us-east-1", &settings),
         init_limit: INIT_LIMIT,

@@ -11,16 +11,16 @@ use thaw_images::{Fault, ImageStore, Quiet, RuntimeImage, RuntimeName};
 
 use thaw_runtime::{
     BaseRequest, Configure, FreezeRequest, FreezeStep, Frozen, Invocation, InvokeError,
-    OpenPoolError, Outcome, Pool, PoolSpec, PoolStats, Runtime, RuntimeStats,
+    OpenPoolError, Outcome, Pool, PoolSpec, PoolStats, Runtime, RuntimeStats, StreamPart,
 };
 use thaw_snapshot::Metadata;
+use tokio::sync::mpsc;
 
 use super::bases;
-use super::{Artifact, Engine, EngineError, EngineStep, FreezeJob, Sandboxes};
+use super::{
+    Artifact, EPHEMERAL_MIB_DEFAULT, Engine, EngineError, EngineStep, FreezeJob, Sandboxes,
+};
 use crate::clock;
-
-/// Writable space of a sandbox: Lambda's default for /tmp.
-const OVERLAY_MIB: u32 = 512;
 
 /// Longest time from a VM's start to its agent's first message. An emulated host takes several seconds.
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
@@ -96,7 +96,7 @@ impl Engine for HostEngine {
     fn prepare(&self) -> BoxFuture<'_, Result<(), EngineError>> {
         let home = self.home.clone();
         self.blocking(move |images, agent| {
-            base(images, agent)?;
+            base(images, agent, EPHEMERAL_MIB_DEFAULT)?;
             for name in RuntimeName::ALL {
                 rootfs(images, name)?;
             }
@@ -113,8 +113,14 @@ impl Engine for HostEngine {
         async move {
             step(EngineStep::Images);
             let runtime = runtime_name(&job.runtime)?;
+            let ephemeral_mib = job.ephemeral_mib;
             let (base, rootfs) = self
-                .blocking(move |images, agent| Ok((base(images, agent)?, rootfs(images, runtime)?)))
+                .blocking(move |images, agent| {
+                    Ok((
+                        base(images, agent, ephemeral_mib)?,
+                        rootfs(images, runtime)?,
+                    ))
+                })
                 .await?;
             step(EngineStep::Code);
             let (zip, out) = (job.zip.clone(), job.folder.join(CODE_FILE));
@@ -181,6 +187,14 @@ impl Sandboxes for Pool {
         Pool::invoke(self, invocation).boxed()
     }
 
+    fn invoke_streaming(
+        &self,
+        invocation: Invocation,
+        sink: mpsc::Sender<StreamPart>,
+    ) -> BoxFuture<'_, Result<Outcome, InvokeError>> {
+        Pool::invoke_streaming(self, invocation, sink).boxed()
+    }
+
     fn stats(&self) -> PoolStats {
         Pool::stats(self)
     }
@@ -197,7 +211,7 @@ fn image<E: Error + Send + Sync + 'static>(what: &'static str) -> impl FnOnce(E)
     }
 }
 
-fn base(images: &ImageStore, agent: &Path) -> Result<Base, EngineError> {
+fn base(images: &ImageStore, agent: &Path, overlay_mib: u32) -> Result<Base, EngineError> {
     let kernel = images
         .kernel(&mut Quiet)
         .map_err(image("the guest's kernel"))?;
@@ -205,7 +219,7 @@ fn base(images: &ImageStore, agent: &Path) -> Result<Base, EngineError> {
         .initramfs(&kernel, agent)
         .map_err(image("the initramfs"))?;
     let overlay = images
-        .overlay(OVERLAY_MIB)
+        .overlay(overlay_mib)
         .map_err(image("the writable overlay"))?;
     Ok(Base {
         // The monitor loads it without unpacking it in the guest.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::{Lesson, Member, Node};
+use crate::sandbox::answer::Answer;
 use crate::sandbox::{Moment, NotRun, Sandbox};
 use crate::schedule::{Input, Start, Verdict, VmId};
 use crate::{End, HostError, Invocation, InvokeError, Outcome, PoolStats};
@@ -69,6 +70,7 @@ impl Lease {
     pub(crate) async fn run(
         &mut self,
         invocation: &Invocation,
+        answer: &mut Answer,
         asked: Moment,
     ) -> Result<Outcome, RunError> {
         // What is dropped half-way is not used again.
@@ -101,6 +103,7 @@ impl Lease {
             .run(
                 invocation,
                 &member.files(),
+                answer,
                 (asked, claimed_at),
                 &node.config,
                 &mut begun,
@@ -114,14 +117,13 @@ impl Lease {
                 }
                 if matches!(
                     outcome.end,
-                    End::Response { .. } | End::FunctionError { .. }
+                    End::Response { .. } | End::FunctionError { .. } | End::RestoreError { .. }
                 ) {
                     self.fate = Fate::Used(Verdict::Clean);
                 }
                 Ok(outcome)
             }
             Err(NotRun::Surely(error)) => {
-                let error = Arc::new(error);
                 if claims {
                     self.fate = Fate::ClaimFailed(Arc::clone(&error));
                     return Err(RunError::NotRun(error));

@@ -7,6 +7,7 @@ use thaw_vmm_control::Paging;
 
 use super::Pool;
 use crate::node::touched;
+use crate::sandbox::answer::Answer;
 use crate::sandbox::{Moment, NotRun, Sandbox};
 use crate::{HostError, Invocation, InvokeError, Outcome};
 
@@ -37,7 +38,14 @@ impl Pool {
         let mut sandbox = Sandbox::spawn(&node.spawner).await.map_err(host)?;
         let asked = Moment::now();
         let ran = sandbox
-            .run(invocation, &files, (asked, asked), &node.config, &mut || {})
+            .run(
+                invocation,
+                &files,
+                &mut Answer::whole(),
+                (asked, asked),
+                &node.config,
+                &mut || {},
+            )
             .await;
         let told = match &ran {
             Ok(_) => sandbox.working_set(&node.config).await.map_err(host),
@@ -45,7 +53,7 @@ impl Pool {
         };
         sandbox.end().await;
         let outcome = ran.map_err(|error| match error {
-            NotRun::Surely(error) => host(error),
+            NotRun::Surely(error) => InvokeError::Host(error),
             NotRun::Perhaps(error) => error,
         })?;
         let bytes = u64::from(member.shape.memory_mib) << 20;

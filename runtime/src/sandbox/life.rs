@@ -3,12 +3,15 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use thaw_agent_protocol::{AgentMessage, RESPONSE_BYTES_MAX};
+use thaw_agent_protocol::{AgentMessage, RESPONSE_BYTES_MAX, STREAM_BYTES_MAX, StreamEnd};
 use thaw_vmm_control::{Exit, ExitReason, Failure, Fault, Reply};
 
 use crate::tail::Tail;
 use crate::vm::VmEvent;
-use crate::{End, HostError, INVOCATION_LOG_BYTES_MAX};
+use crate::{End, HostError, INVOCATION_LOG_BYTES_MAX, StreamPart};
+
+/// What a failed hook is called that its client gave no name.
+const AFTER_RESTORE: &str = "Runtime.AfterRestoreError";
 
 /// A sandbox whose guest has been told its request and is being run.
 #[derive(Debug)]
@@ -18,7 +21,17 @@ pub(crate) struct Life {
     has_begun: bool,
     unique_after: Option<Duration>,
     log: Tail,
+    /// A streamed answer that has begun.
+    stream: Option<Stream>,
     state: State,
+}
+
+/// A streamed answer.
+#[derive(Debug)]
+struct Stream {
+    content_type: Option<String>,
+    /// Bytes so far.
+    total: usize,
 }
 
 /// How a guest comes to run.
@@ -76,6 +89,8 @@ pub(crate) enum Input {
 pub(crate) enum Step {
     /// Go on.
     Continue,
+    /// A piece of the answer, for the caller.
+    Part(StreamPart),
     /// The agent is gone; give the monitor a bounded time to say why.
     Orphaned,
     /// It is over. Comes once.
@@ -90,6 +105,7 @@ impl Life {
             has_begun: begin == Begin::Continue,
             unique_after: None,
             log: Tail::new(INVOCATION_LOG_BYTES_MAX),
+            stream: None,
             state: match begin {
                 Begin::Claim | Begin::Resume => State::Beginning,
                 Begin::Continue => State::Running,
@@ -194,12 +210,46 @@ impl Life {
                     content_type: reply.content_type,
                 }))
             }
+            AgentMessage::ResponseBegin(begin) => {
+                if let Some(broken) = self.not_an_answer(thawed, &begin.request_id) {
+                    return guest_fault(broken);
+                }
+                self.stream = Some(Stream {
+                    content_type: begin.content_type.clone(),
+                    total: 0,
+                });
+                Step::Part(StreamPart::Head {
+                    content_type: begin.content_type,
+                })
+            }
+            AgentMessage::ResponseChunk(bytes) => {
+                let Some(stream) = &mut self.stream else {
+                    return guest_fault("agent sent a piece of no answer".into());
+                };
+                stream.total = stream.total.saturating_add(bytes.len());
+                if stream.total > STREAM_BYTES_MAX {
+                    return guest_fault(format!(
+                        "agent streamed a response over the limit of {STREAM_BYTES_MAX} bytes"
+                    ));
+                }
+                Step::Part(StreamPart::Chunk(bytes.into()))
+            }
+            AgentMessage::ResponseEnd(end) => self.stream_ended(end),
             AgentMessage::InvocationError(error) => {
                 if let Some(broken) = self.not_an_answer(thawed, &error.request_id) {
                     return guest_fault(broken);
                 }
                 Step::Ended(Ok(End::FunctionError {
                     error_type: error.error_type,
+                    document: Bytes::from(error.payload),
+                }))
+            }
+            AgentMessage::RestoreError(error) => {
+                if let Some(broken) = self.not_an_answer(thawed, &error.request_id) {
+                    return guest_fault(broken);
+                }
+                Step::Ended(Ok(End::RestoreError {
+                    error_type: error.error_type.unwrap_or_else(|| AFTER_RESTORE.into()),
                     document: Bytes::from(error.payload),
                 }))
             }
@@ -215,12 +265,33 @@ impl Life {
         }
     }
 
+    fn stream_ended(&mut self, end: StreamEnd) -> Step {
+        let Some(stream) = self.stream.take() else {
+            return guest_fault("agent ended no answer".into());
+        };
+        if end.request_id != self.request_id {
+            return guest_fault("agent answered another request".into());
+        }
+        Step::Ended(Ok(match end.failure {
+            Some(failure) => End::FunctionError {
+                error_type: Some(failure.error_type),
+                document: Bytes::from(failure.document),
+            },
+            None => End::Response {
+                payload: Bytes::new(),
+                content_type: stream.content_type,
+            },
+        }))
+    }
+
     /// Fail closed: an answer from a clone that never said it was unique is none.
     fn not_an_answer(&self, thawed: bool, request_id: &str) -> Option<String> {
         if !thawed {
             Some("agent answered before it was thawed".into())
         } else if request_id != self.request_id {
             Some("agent answered another request".into())
+        } else if self.stream.is_some() {
+            Some("agent answered twice".into())
         } else {
             None
         }
@@ -258,6 +329,7 @@ mod tests {
     use proptest::prelude::*;
     use thaw_agent_protocol::{
         InitError, InvocationError, LogStream, Reply as Answer, RuntimeExit, RuntimeExitCause,
+        StreamBegin, StreamFailure,
     };
     use thaw_vmm_control::Status;
 
@@ -356,6 +428,85 @@ mod tests {
     }
 
     #[test]
+    fn a_streamed_answer_comes_in_parts_and_ends_once() {
+        let begin = |id: &str| {
+            agent(AgentMessage::ResponseBegin(StreamBegin {
+                request_id: id.into(),
+                content_type: Some("t".into()),
+            }))
+        };
+        let chunk = |length| agent(AgentMessage::ResponseChunk(vec![b'x'; length]));
+        let over = |id: &str, failure| {
+            agent(AgentMessage::ResponseEnd(StreamEnd {
+                request_id: id.into(),
+                failure,
+            }))
+        };
+        let streaming = || {
+            let mut life = thawed();
+            assert!(matches!(
+                life.step(begin("r")),
+                Step::Part(StreamPart::Head { .. })
+            ));
+            assert!(
+                matches!(life.step(chunk(2)), Step::Part(StreamPart::Chunk(bytes)) if bytes == "xx")
+            );
+            life
+        };
+        let content_type = Some("t".into());
+        let payload = Bytes::new();
+        assert_eq!(
+            end(streaming().step(over("r", None))),
+            End::Response {
+                payload,
+                content_type
+            }
+        );
+        let failure = StreamFailure {
+            error_type: "E".into(),
+            document: b"{}".to_vec(),
+        };
+        assert!(matches!(
+            end(streaming().step(over("r", Some(failure)))),
+            End::FunctionError { error_type: Some(kind), .. } if kind == "E"
+        ));
+        assert!(is_guest_fault(streaming().step(begin("r"))));
+        assert!(is_guest_fault(streaming().step(agent(answer("r", 1)))));
+        assert!(is_guest_fault(streaming().step(over("q", None))));
+        assert!(is_guest_fault(thawed().step(begin("q"))));
+        assert!(is_guest_fault(thawed().step(chunk(1))));
+        assert!(is_guest_fault(thawed().step(over("r", None))));
+        let mut unthawed = Life::new("r".into(), Begin::Resume);
+        assert!(is_guest_fault(unthawed.step(begin("r"))));
+        let mut life = streaming();
+        for _ in 0..STREAM_BYTES_MAX >> 20 {
+            assert!(!matches!(life.step(chunk((1 << 20) - 1)), Step::Ended(_)));
+        }
+        assert!(is_guest_fault(life.step(chunk(1 << 20))));
+    }
+
+    #[test]
+    fn a_failed_restore_hook_is_an_end_of_its_own_and_only_after_the_thaw() {
+        let failed = |request_id: &str| {
+            agent(AgentMessage::RestoreError(InvocationError {
+                request_id: request_id.into(),
+                error_type: None,
+                payload: b"{}".to_vec(),
+            }))
+        };
+        assert_eq!(
+            end(thawed().step(failed("r"))),
+            End::RestoreError {
+                error_type: AFTER_RESTORE.into(),
+                document: Bytes::from_static(b"{}"),
+            }
+        );
+        assert!(is_guest_fault(thawed().step(failed("other"))));
+        let mut life = Life::new("r".into(), Begin::Resume);
+        assert!(is_guest_fault(life.step(failed("r"))));
+    }
+
+    #[test]
     fn an_answer_over_the_limit_is_a_guest_fault() {
         assert!(is_guest_fault(
             thawed().step(agent(answer("r", RESPONSE_BYTES_MAX + 1)))
@@ -401,7 +552,7 @@ mod tests {
     }
 
     fn input() -> impl Strategy<Value = u8> {
-        0u8..16
+        0u8..20
     }
 
     fn make(kind: u8) -> Input {
@@ -436,6 +587,16 @@ mod tests {
             12 => Input::Vm(VmEvent::Reply(Reply::Status(Status::default()))),
             13 => Input::Vm(VmEvent::Reply(Reply::Done)),
             14 => Input::GraceOver,
+            15 => agent(AgentMessage::ResponseBegin(StreamBegin {
+                request_id: "r".into(),
+                content_type: None,
+            })),
+            16 => agent(AgentMessage::ResponseChunk(b"x".to_vec())),
+            17 => agent(AgentMessage::ResponseEnd(StreamEnd {
+                request_id: "r".into(),
+                failure: None,
+            })),
+            18 => agent(AgentMessage::ResponseEnd(StreamEnd::default())),
             _ => Input::Deadline,
         }
     }
@@ -453,6 +614,7 @@ mod tests {
                         ends += 1;
                     }
                     Step::Ended(_) => ends += 1,
+                    Step::Part(_) => prop_assert!(thawed),
                     Step::Continue | Step::Orphaned => {}
                 }
             }

@@ -10,7 +10,7 @@ use std::process::exit;
 
 use thaw_agent_protocol::{
     AgentMessage, Decoder, Generation, HostMessage, InitError, Invoke, LogStream, Message as _,
-    Reply as Answer,
+    Reply as Answer, StreamBegin, StreamEnd, StreamFailure,
 };
 use thaw_vmm_control::wire::{Read, Receiver, send};
 use thaw_vmm_control::{
@@ -219,6 +219,24 @@ impl Monitor {
                 self.answer(old, 0);
                 self.answer(invoke, generation);
             }
+            "streams" => self.stream(invoke, generation, None),
+            "breaks-off" => self.stream(
+                invoke,
+                generation,
+                Some(StreamFailure {
+                    error_type: "Runtime.StreamError".into(),
+                    document: b"{}".to_vec(),
+                }),
+            ),
+            "streams-forever" => {
+                self.begin_stream(&invoke, generation);
+                let chunk = frame(
+                    &AgentMessage::ResponseChunk(vec![b'x'; 512 * 1024]),
+                    generation,
+                );
+                while self.agent.write_all(&chunk).is_ok() {}
+            }
+            "begins-and-hangs" => self.begin_stream(&invoke, generation),
             // Invocations follow one another without a word of the runtime's to the monitor.
             "stays-warm" => {
                 self.answer(invoke, generation);
@@ -265,6 +283,33 @@ impl Monitor {
             payload: invoke.payload,
         };
         self.say(AgentMessage::Response(reply), generation);
+    }
+
+    fn begin_stream(&mut self, invoke: &Invoke, generation: u64) {
+        let unique_after_ns = None;
+        self.say(AgentMessage::Thawed { unique_after_ns }, generation);
+        let begin = StreamBegin {
+            request_id: invoke.request_id.clone(),
+            content_type: Some("text/event-stream".into()),
+        };
+        self.say(AgentMessage::ResponseBegin(begin), generation);
+    }
+
+    /// The payload, a byte a piece, and then how it ended.
+    fn stream(&mut self, invoke: Invoke, generation: u64, failure: Option<StreamFailure>) {
+        self.begin_stream(&invoke, generation);
+        for byte in invoke.payload {
+            self.say(AgentMessage::ResponseChunk(vec![byte]), generation);
+        }
+        self.log("streamed\n", generation);
+        let request_id = invoke.request_id;
+        self.say(
+            AgentMessage::ResponseEnd(StreamEnd {
+                request_id,
+                failure,
+            }),
+            generation,
+        );
     }
 
     fn exited(&self, reason: ExitReason) {

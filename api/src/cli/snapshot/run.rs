@@ -334,6 +334,10 @@ fn print(format: Format, outcome: &Outcome) -> anyhow::Result<ExitCode> {
             let kind = error_type.clone().unwrap_or_else(|| "Unhandled".into());
             (document, Some(kind))
         }
+        End::RestoreError {
+            error_type,
+            document,
+        } => (document, Some(error_type.clone())),
         End::TimedOut => bail!("the function did not answer in time\n{log}"),
         End::RuntimeExit(exit) => bail!("the function's process ended: {:?}\n{log}", exit.cause),
         End::GuestDied { reason, detail, .. } => bail!("the VM ended: {reason:?} {detail}\n{log}"),

@@ -69,7 +69,8 @@ class Client(LambdaRuntimeClient):
 
 
 def main():
-    os.environ["AWS_LAMBDA_INITIALIZATION_TYPE"] = "snap-start"
+    # Whatever the function is told it is, it is frozen: the client's test for that holds, unless the function changes the variable.
+    bootstrap.INIT_TYPE_SNAP_START = os.environ.get(bootstrap.AWS_LAMBDA_INITIALIZATION_TYPE)
     config = LambdaConfigProvider(sys.argv)
     client = Client(config.api_address, config.use_thread_polling)
     register_after_restore(client.after_restore)  # first, so that the function's own hooks find it done
