@@ -302,7 +302,7 @@ fn job(app: &App, live: &Live, revision: &Revision) -> FreezeJob {
         folder,
         memory_mib: settings.memory_mib,
         vcpu_count: environment::vcpu_count(settings.memory_mib),
-        ephemeral_mib: crate::engine::EPHEMERAL_MIB_DEFAULT,
+        ephemeral_mib: settings.ephemeral_mib,
         bootstrap: environment::bootstrap(&settings.runtime),
         environment: environment::variables(&live.name, live.id, &app.region, settings),
         init_limit: app.limits.init_limit,

@@ -15,6 +15,7 @@ use percent_encoding::percent_decode_str;
 use uuid::Uuid;
 
 use crate::body::{self, BodyError};
+use crate::invocation::running::Running;
 use crate::invocation::{self, FunctionResult, PAYLOAD_BYTES_MAX, Refusal, Request};
 use crate::lambda;
 use crate::lambda::names::FunctionRef;
@@ -25,10 +26,12 @@ use crate::timing;
 pub mod cors;
 pub mod event;
 pub mod result;
+mod streamed;
 
 pub use event::id;
 
 use event::Incoming;
+use streamed::Begun;
 
 /// Path below which functions answer.
 pub const PREFIX: &str = "/fn/";
@@ -106,6 +109,7 @@ pub async fn serve(
     request: HttpRequest,
 ) -> Response<Body> {
     let arrived = Instant::now();
+    let streams = config.as_ref().is_some_and(|config| config.streams);
     let cors = config.and_then(|config| config.cors);
     if let Some(cors) = &cors
         && let Some(granted) = cors::preflight(cors, request.method(), request.headers())
@@ -114,7 +118,7 @@ pub async fn serve(
     }
     let headers = cors.is_some().then(|| request.headers().clone());
     let request_id = Uuid::new_v4().to_string();
-    let mut response = answer(&app, &destination, request, &request_id, arrived).await;
+    let mut response = answer(&app, &destination, streams, request, &request_id, arrived).await;
     if let (Some(cors), Some(headers)) = (&cors, &headers) {
         cors::allow(cors, headers, &mut response);
     }
@@ -127,6 +131,7 @@ pub async fn serve(
 async fn answer(
     app: &Arc<App>,
     destination: &Destination,
+    streams: bool,
     request: HttpRequest,
     request_id: &str,
     arrived: Instant,
@@ -179,12 +184,20 @@ async fn answer(
         trace_id: Some(trace_id),
         measure: timing::measure(&parts.headers),
     };
-    match invocation::run(app, &found.function, &live, request).await {
+    let ended = if streams {
+        match streamed::begin(Running::start(app, &found.function, &live, request)).await {
+            Begun::Response(response) => return response,
+            Begun::Malformed(fault) => return malformed(&live, &fault),
+            Begun::Ended(ended) => ended,
+        }
+    } else {
+        invocation::run(app, &found.function, &live, request).await
+    };
+    match ended {
         Ok(answer) => {
             let mut response = match answer.result {
-                FunctionResult::Response(payload) => {
-                    result::response(payload).unwrap_or_else(|fault| malformed(&live, &fault))
-                }
+                FunctionResult::Response(payload) => result::response(payload)
+                    .unwrap_or_else(|fault| malformed(&live, &fault.to_string())),
                 FunctionResult::Error { error_type, .. } => failed(&error_type),
             };
             if let Some(start) = answer.start {
@@ -251,6 +264,8 @@ fn refused(refusal: &Refusal, name: &str) -> Response<Body> {
             error_type(&mut response, "ServiceException");
             response
         }
+        // Nobody hears it.
+        Refusal::Abandoned => message(StatusCode::SERVICE_UNAVAILABLE, "The client went away."),
         Refusal::Stopping => {
             let text = "The gateway is stopping.";
             let mut response = message(StatusCode::SERVICE_UNAVAILABLE, text);
@@ -276,7 +291,7 @@ fn failed(kind: &str) -> Response<Body> {
     response
 }
 
-fn malformed(live: &Live, fault: &result::ResultFault) -> Response<Body> {
+fn malformed(live: &Live, fault: &str) -> Response<Body> {
     live.set_last_error(Some(format!(
         "the function's result is no HTTP response: {fault}"
     )));

@@ -6,8 +6,10 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use thaw_runtime::{
     End, ExitReason, Invocation, InvocationTimings, InvokeError, Measure, Outcome, Start,
-    ThrottleReason,
+    StreamPart, ThrottleReason,
 };
+
+use tokio::sync::mpsc;
 
 use crate::clock;
 use crate::deploy;
@@ -20,6 +22,7 @@ pub mod complaints;
 pub mod duplicates;
 pub mod fault;
 pub mod report;
+pub mod running;
 
 use complaints::Telling;
 use report::{Report, Status};
@@ -97,6 +100,8 @@ pub enum Refusal {
     TooLarge,
     /// The function was deleted meanwhile.
     Gone,
+    /// The client of a stream went away before its end; the function was ended.
+    Abandoned,
     /// This machine failed, and how.
     Host(String),
     /// The gateway is ending.
@@ -113,13 +118,38 @@ pub async fn run(
     live: &Arc<Live>,
     request: Request,
 ) -> Result<Answer, Refusal> {
+    go(app, function, live, request, None).await
+}
+
+/// Runs one invocation and hands on its answer as it comes; what is returned then has an empty one. When the receiver of `sink`
+/// is dropped, the invocation ends. A function that fails before it answers sends nothing.
+///
+/// # Errors
+/// See [`Refusal`].
+pub async fn run_streaming(
+    app: &Arc<App>,
+    function: &Arc<LiveFunction>,
+    live: &Arc<Live>,
+    request: Request,
+    sink: mpsc::Sender<StreamPart>,
+) -> Result<Answer, Refusal> {
+    go(app, function, live, request, Some(sink)).await
+}
+
+async fn go(
+    app: &Arc<App>,
+    function: &Arc<LiveFunction>,
+    live: &Arc<Live>,
+    request: Request,
+    sink: Option<mpsc::Sender<StreamPart>>,
+) -> Result<Answer, Refusal> {
     let running = function.enter().ok_or(Refusal::Reserved)?;
     let (app, live) = (Arc::clone(app), Arc::clone(live));
     let tasks = app.tasks.clone();
     tasks
         .spawn(async move {
             let _running = running;
-            let answer = serve(&app, &live, request).await;
+            let answer = serve(&app, &live, request, sink).await;
             if let Err(Refusal::Host(reason)) = &answer {
                 complain(&app, &live, reason);
                 live.set_last_error(Some(reason.clone()));
@@ -148,7 +178,12 @@ fn complain(app: &App, live: &Arc<Live>, reason: &str) {
     }
 }
 
-async fn serve(app: &Arc<App>, live: &Arc<Live>, request: Request) -> Result<Answer, Refusal> {
+async fn serve(
+    app: &Arc<App>,
+    live: &Arc<Live>,
+    request: Request,
+    sink: Option<mpsc::Sender<StreamPart>>,
+) -> Result<Answer, Refusal> {
     let record = live.record();
     let Some(serving) = &record.serving else {
         return Err(Refusal::Inactive(record.state.clone()));
@@ -156,7 +191,7 @@ async fn serve(app: &Arc<App>, live: &Arc<Live>, request: Request) -> Result<Ans
     let answer = match &serving.outcome {
         record::Outcome::InitFailed(failure) => init_failed(&request, live.id, serving, failure),
         record::Outcome::Frozen(_) => {
-            let outcome = attempt(app, live, &record, serving, &request).await?;
+            let outcome = attempt(app, live, &record, serving, &request, sink).await?;
             sort(&request, live.id, serving, outcome)?
         }
     };
@@ -199,6 +234,7 @@ async fn attempt(
     record: &Version,
     serving: &Serving,
     request: &Request,
+    sink: Option<mpsc::Sender<StreamPart>>,
 ) -> Result<Outcome, Refusal> {
     let deadline = Instant::now() + app.limits.queue_wait_max;
     let mut closed: Option<Arc<dyn Sandboxes>> = None;
@@ -214,7 +250,11 @@ async fn attempt(
             trace_id: request.trace_id.clone(),
             measure: request.measure,
         };
-        match pool.invoke(invocation).await {
+        let ended = match &sink {
+            Some(sink) => pool.invoke_streaming(invocation, sink.clone()).await,
+            None => pool.invoke(invocation).await,
+        };
+        match ended {
             Ok(outcome) => return Ok(outcome),
             Err(InvokeError::Closed) => closed = Some(pool),
             Err(InvokeError::Throttled {
@@ -229,9 +269,8 @@ async fn attempt(
             {
                 closed = Some(pool);
             }
-            Err(error @ (InvokeError::Host(_) | InvokeError::Abandoned)) => {
-                return Err(Refusal::Host(chain(&error)));
-            }
+            Err(InvokeError::Abandoned) => return Err(Refusal::Abandoned),
+            Err(error @ InvokeError::Host(_)) => return Err(Refusal::Host(chain(&error))),
         }
     }
     Err(Refusal::Host(format!(

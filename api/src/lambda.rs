@@ -31,6 +31,7 @@ mod event_config;
 mod invoke;
 mod paging;
 mod read;
+pub(crate) mod stream;
 mod tags;
 mod update;
 mod url_config;
@@ -131,6 +132,7 @@ async fn dispatch(app: &Arc<App>, found: Matched, call: Call) -> Answer {
         Operation::PutFunctionConcurrency => concurrency::put(app, call, &first).await,
         Operation::GetFunctionConcurrency => concurrency::get(app, &call, &first),
         Operation::DeleteFunctionConcurrency => concurrency::delete(app, call, &first).await,
+        Operation::InvokeWithResponseStream => stream::invoke(app, call, &first).await,
         Operation::InvokeAsync => invoke::invoke_async(app, call, &first).await,
         Operation::PutFunctionEventInvokeConfig => {
             event_config::keep(app, call, &first, Members::Replaced).await

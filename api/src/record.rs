@@ -11,7 +11,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use thaw_api_types::lambda::Cors;
 
-use crate::engine::Artifact;
+use crate::engine::{Artifact, EPHEMERAL_MIB_DEFAULT};
 use crate::events::EventConfig;
 
 /// What all versions of a function share.
@@ -51,6 +51,9 @@ pub struct UrlConfig {
     pub auth: UrlAuth,
     /// Which other origins may read answers; `None` leaves that to the function.
     pub cors: Option<Cors>,
+    /// Whether answers are handed on as the function writes them.
+    #[serde(default)]
+    pub streams: bool,
     /// Milliseconds since the Unix epoch.
     pub created_unix_ms: i64,
     /// Milliseconds since the Unix epoch.
@@ -238,6 +241,13 @@ pub struct Settings {
     /// Published versions run SnapStart's hooks around their snapshot.
     #[serde(default)]
     pub snap_start: bool,
+    /// Size of the disk that /tmp is on, MiB, 512 to 10,240.
+    #[serde(default = "ephemeral_default")]
+    pub ephemeral_mib: u32,
+}
+
+fn ephemeral_default() -> u32 {
+    EPHEMERAL_MIB_DEFAULT
 }
 
 /// A zip.

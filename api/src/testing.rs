@@ -28,6 +28,7 @@ pub fn version(name: &str) -> Version {
                 memory_mib: 128,
                 environment: None,
                 snap_start: false,
+                ephemeral_mib: crate::engine::EPHEMERAL_MIB_DEFAULT,
             },
             code: Code {
                 bytes: 10,

@@ -10,6 +10,8 @@ mod events;
 mod machine;
 #[path = "http/server.rs"]
 mod server;
+#[path = "http/streams.rs"]
+mod streams;
 #[path = "http/tls.rs"]
 mod tls;
 #[path = "http/urls.rs"]

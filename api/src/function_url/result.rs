@@ -51,12 +51,8 @@ pub fn response(payload: Bytes) -> Result<Response<Body>, ResultFault> {
         return Ok(response);
     }
     drop(payload);
-    let result: HttpResult = serde_json::from_value(value).map_err(ResultFault::Shape)?;
-    let status = StatusCode::from_u16(result.status_code)
-        .ok()
-        .filter(|status| (200..=599).contains(&status.as_u16()))
-        .ok_or(ResultFault::Status(result.status_code))?;
-    let body = match result.body {
+    let mut result: HttpResult = serde_json::from_value(value).map_err(ResultFault::Shape)?;
+    let body = match result.body.take() {
         None | Some(Value::Null) => Vec::new(),
         Some(Value::String(text)) if result.is_base64_encoded == Some(true) => {
             STANDARD.decode(text).map_err(ResultFault::Base64)?
@@ -64,7 +60,30 @@ pub fn response(payload: Bytes) -> Result<Response<Body>, ResultFault> {
         Some(Value::String(text)) => text.into_bytes(),
         Some(other) => other.to_string().into_bytes(),
     };
-    let mut response = Response::new(Body::from(body));
+    head(result, Body::from(body))
+}
+
+/// The response of a stream whose prelude this is (status, headers and cookies as JSON, as AWS's streaming runtimes write it).
+///
+/// # Errors
+/// See [`ResultFault`].
+pub fn streamed(prelude: &[u8], body: Body) -> Result<Response<Body>, ResultFault> {
+    let mut value: Value = serde_json::from_slice(prelude).map_err(ResultFault::NotJson)?;
+    if let Some(members) = value.as_object_mut() {
+        members.entry("statusCode").or_insert_with(|| 200.into());
+    }
+    head(
+        serde_json::from_value(value).map_err(ResultFault::Shape)?,
+        body,
+    )
+}
+
+fn head(result: HttpResult, body: Body) -> Result<Response<Body>, ResultFault> {
+    let status = StatusCode::from_u16(result.status_code)
+        .ok()
+        .filter(|status| (200..=599).contains(&status.as_u16()))
+        .ok_or(ResultFault::Status(result.status_code))?;
+    let mut response = Response::new(body);
     *response.status_mut() = status;
     json_type(&mut response);
     for (name, value) in result.headers.unwrap_or_default() {

@@ -150,7 +150,11 @@ async fn accept(app: &Arc<App>, found: &Found, event: &Event) -> Result<(), ApiE
         })
 }
 
-async fn payload(headers: &HeaderMap, body: Body, limit: usize) -> Result<Bytes, ApiError> {
+pub(super) async fn payload(
+    headers: &HeaderMap,
+    body: Body,
+    limit: usize,
+) -> Result<Bytes, ApiError> {
     let payload = body::read(headers, body, limit)
         .await
         .map_err(|error| match error {
@@ -173,7 +177,7 @@ fn kind(headers: &HeaderMap) -> Result<Kind, ApiError> {
     }
 }
 
-fn wants_tail(headers: &HeaderMap) -> Result<bool, ApiError> {
+pub(super) fn wants_tail(headers: &HeaderMap) -> Result<bool, ApiError> {
     match text(headers, "x-amz-log-type") {
         None | Some("None") => Ok(false),
         Some("Tail") => Ok(true),
@@ -186,7 +190,7 @@ fn wants_tail(headers: &HeaderMap) -> Result<bool, ApiError> {
 }
 
 /// The decoded client context, JSON.
-fn client_context(headers: &HeaderMap) -> Result<Option<String>, ApiError> {
+pub(super) fn client_context(headers: &HeaderMap) -> Result<Option<String>, ApiError> {
     let Some(value) = headers.get("x-amz-client-context") else {
         return Ok(None);
     };
@@ -220,7 +224,7 @@ fn payload_json(payload: Bytes) -> Result<Bytes, ApiError> {
     Ok(payload)
 }
 
-fn refused(refusal: &Refusal, live: &Live, arn: &str) -> ApiError {
+pub(super) fn refused(refusal: &Refusal, live: &Live, arn: &str) -> ApiError {
     match refusal {
         Refusal::Inactive(State::Pending)
             if live.id != VersionId::Latest && live.record().target.settings.snap_start =>
@@ -235,6 +239,7 @@ fn refused(refusal: &Refusal, live: &Live, arn: &str) -> ApiError {
         Refusal::Gone => ApiError::not_found(arn),
         Refusal::Host(reason) => ApiError::service(reason.clone()),
         Refusal::Stopping => ApiError::unavailable("The gateway is stopping."),
+        Refusal::Abandoned => ApiError::unavailable("The client went away."),
     }
 }
 

@@ -38,6 +38,7 @@ pub(super) async fn create(app: &Arc<App>, call: Call, name: &str) -> Answer {
             )),
             auth: read_auth(auth)?,
             cors: None,
+            streams: false,
             created_unix_ms: now,
             modified_unix_ms: now,
         },
@@ -169,13 +170,10 @@ fn read_auth(text: &str) -> Result<UrlAuth, ApiError> {
 }
 
 fn merge(config: UrlConfig, request: FunctionUrlRequest) -> Result<UrlConfig, ApiError> {
-    match request.invoke_mode.as_deref() {
-        None | Some("BUFFERED") => {}
-        Some("RESPONSE_STREAM") => {
-            return Err(ApiError::invalid_parameter(
-                "InvokeMode RESPONSE_STREAM is not supported by this gateway: use BUFFERED.",
-            ));
-        }
+    let streams = match request.invoke_mode.as_deref() {
+        None => config.streams,
+        Some("BUFFERED") => false,
+        Some("RESPONSE_STREAM") => true,
         Some(other) => {
             return Err(ApiError::validation(&[violation(
                 other,
@@ -183,7 +181,7 @@ fn merge(config: UrlConfig, request: FunctionUrlRequest) -> Result<UrlConfig, Ap
                 "Member must satisfy enum value set: [BUFFERED, RESPONSE_STREAM]",
             )]));
         }
-    }
+    };
     let cors = match request.cors {
         Some(cors) => {
             check_cors(&cors)?;
@@ -191,7 +189,11 @@ fn merge(config: UrlConfig, request: FunctionUrlRequest) -> Result<UrlConfig, Ap
         }
         None => config.cors,
     };
-    Ok(UrlConfig { cors, ..config })
+    Ok(UrlConfig {
+        cors,
+        streams,
+        ..config
+    })
 }
 
 fn check_cors(cors: &Cors) -> Result<(), ApiError> {
@@ -247,6 +249,11 @@ fn view_of(
         cors: config.cors.clone(),
         creation_time: clock::log_stamp(config.created_unix_ms),
         last_modified_time: clock::log_stamp(config.modified_unix_ms),
-        invoke_mode: "BUFFERED".to_owned(),
+        invoke_mode: if config.streams {
+            "RESPONSE_STREAM"
+        } else {
+            "BUFFERED"
+        }
+        .to_owned(),
     }
 }

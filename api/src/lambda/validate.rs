@@ -8,6 +8,7 @@ use bytes::Bytes;
 use thaw_api_types::lambda::{CreateFunctionRequest, FunctionCode, FunctionSettings};
 
 use super::errors::{ApiError, violation};
+use crate::engine::EPHEMERAL_MIB_DEFAULT;
 use crate::environment::{RESERVED, RUNTIMES};
 use crate::record::Settings;
 
@@ -21,8 +22,7 @@ const HANDLER_CHARS_MAX: usize = 128;
 const DESCRIPTION_CHARS_MAX: usize = 256;
 const TIMEOUT_SECONDS: std::ops::RangeInclusive<i64> = 1..=900;
 const MEMORY_MIB: std::ops::RangeInclusive<i64> = 128..=10_240;
-/// Thaw's /tmp is as large as AWS's default.
-const EPHEMERAL_MIB: i64 = 512;
+const EPHEMERAL_MIB: std::ops::RangeInclusive<i64> = 512..=10_240;
 /// `ApplyOn` of SnapStart.
 const PUBLISHED_VERSIONS: &str = "PublishedVersions";
 
@@ -74,6 +74,7 @@ pub fn create(request: &CreateFunctionRequest) -> Result<Settings, ApiError> {
         memory_mib: 128,
         environment: None,
         snap_start: false,
+        ephemeral_mib: EPHEMERAL_MIB_DEFAULT,
     };
     merge(default, &request.settings)
 }
@@ -215,6 +216,8 @@ fn check_settings(settings: &FunctionSettings, violations: &mut Vec<String>) {
     };
     number(settings.timeout, "timeout", &TIMEOUT_SECONDS);
     number(settings.memory_size, "memorySize", &MEMORY_MIB);
+    let ephemeral = settings.ephemeral_storage.map(|storage| storage.size);
+    number(ephemeral, "ephemeralStorage.size", &EPHEMERAL_MIB);
     if let Some(handler) = &settings.handler {
         if handler.chars().count() > HANDLER_CHARS_MAX {
             let constraint = "Member must have length less than or equal to 128";
@@ -296,6 +299,10 @@ fn merge(current: Settings, change: &FunctionSettings) -> Result<Settings, ApiEr
         description: change.description.clone().unwrap_or(current.description),
         timeout_seconds: unsigned(change.timeout, current.timeout_seconds),
         memory_mib: unsigned(change.memory_size, current.memory_mib),
+        ephemeral_mib: unsigned(
+            change.ephemeral_storage.map(|storage| storage.size),
+            current.ephemeral_mib,
+        ),
         environment,
         snap_start: change
             .snap_start
@@ -329,13 +336,7 @@ fn check_unsupported(change: &FunctionSettings) -> Result<(), ApiError> {
     if vpc.is_some_and(is_given) {
         return refuse("VpcConfig");
     }
-    match &change.ephemeral_storage {
-        Some(storage) if storage.size != EPHEMERAL_MIB => refuse(&format!(
-            "EphemeralStorage of {} MB (only {EPHEMERAL_MIB})",
-            storage.size
-        )),
-        _ => Ok(()),
-    }
+    Ok(())
 }
 
 fn is_given(value: &serde_json::Value) -> bool {

@@ -75,7 +75,9 @@ pub fn configuration(
         revision_id: function.revision_id.clone(),
         package_type: "Zip".to_owned(),
         architectures: vec!["x86_64".to_owned()],
-        ephemeral_storage: EphemeralStorage::default(),
+        ephemeral_storage: EphemeralStorage {
+            size: settings.ephemeral_mib.into(),
+        },
         snap_start: snap_start(function),
         runtime_version_config: RuntimeVersionConfig {
             runtime_version_arn: format!("arn:aws:lambda:{region}::runtime:{}", settings.runtime),

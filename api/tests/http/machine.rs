@@ -12,9 +12,9 @@ use thaw_api::engine::{Artifact, Engine, EngineError, EngineStep, FreezeJob, San
 use thaw_runtime::{
     End, ExitReason, Failure, Fault, FreezeError, HostError, InitFailure, Invocation,
     InvocationTimings, InvokeError, Measure, OpenPoolError, Outcome, PoolSpec, PoolStats,
-    RuntimeExit, RuntimeExitCause, RuntimeStats, Start, ThrottleReason,
+    RuntimeExit, RuntimeExitCause, RuntimeStats, Start, StreamPart, ThrottleReason,
 };
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
 pub struct Machine {
     held: watch::Sender<bool>,
@@ -28,6 +28,7 @@ pub struct Machine {
 struct Answers {
     are_held: bool,
     waiting: usize,
+    abandoned: usize,
 }
 
 impl Machine {
@@ -76,6 +77,11 @@ impl Machine {
     pub fn arns(&self) -> Vec<String> {
         let invoked = self.invoked.lock().unwrap();
         invoked.iter().map(|one| one.function_arn.clone()).collect()
+    }
+
+    /// Streams whose readers went away.
+    pub fn abandoned(&self) -> usize {
+        self.answers.borrow().abandoned
     }
 
     /// Invocations that wait because they are held.
@@ -213,6 +219,82 @@ impl Sandboxes for Echo {
                 log: b"said\n".to_vec(),
                 duration: Duration::from_micros(1500),
                 timings: measured.then(InvocationTimings::default),
+                start: Start::Rewound,
+            })
+        }
+        .boxed()
+    }
+
+    fn invoke_streaming(
+        &self,
+        invocation: Invocation,
+        sink: mpsc::Sender<StreamPart>,
+    ) -> BoxFuture<'_, Result<Outcome, InvokeError>> {
+        async move {
+            let event: serde_json::Value = serde_json::from_slice(&invocation.payload).unwrap();
+            let path = event["rawPath"]
+                .as_str()
+                .map(|path| path.trim_start_matches('/'));
+            let word = path.or(event.as_str()).unwrap_or_default();
+            let (kind, parts): (_, &[&str]) = match word {
+                "stream" | "break" => ("text/plain", &["one", "two", "three"]),
+                "prelude" => (
+                    "application/vnd.awslambda.http-integration-response",
+                    &[
+                        "{\"statusCode\":201,\"headers\":{\"X-A\":\"b\"},\"cook",
+                        "ies\":[\"a=1\"]}\0\0\0",
+                        "\0\0\0\0\0one",
+                        "two",
+                    ],
+                ),
+                _ => {
+                    let mut outcome = self.invoke(invocation).await?;
+                    if let End::Response {
+                        payload,
+                        content_type,
+                    } = &mut outcome.end
+                    {
+                        let (content_type, payload) =
+                            (content_type.take(), std::mem::take(payload));
+                        for part in [
+                            StreamPart::Head { content_type },
+                            StreamPart::Chunk(payload),
+                        ] {
+                            sink.send(part).await.map_err(|_| InvokeError::Abandoned)?;
+                        }
+                    }
+                    return Ok(outcome);
+                }
+            };
+            let head = StreamPart::Head {
+                content_type: Some(kind.to_owned()),
+            };
+            sink.send(head).await.map_err(|_| InvokeError::Abandoned)?;
+            for part in parts {
+                let chunk = StreamPart::Chunk(Bytes::from_static(part.as_bytes()));
+                let sent = sink.send(chunk).await;
+                let mut answers = self.0.subscribe();
+                tokio::select! {
+                    _ = answers.wait_for(|answers| !answers.are_held) => {}
+                    () = sink.closed() => {}
+                }
+                if sent.is_err() || sink.is_closed() {
+                    self.0.send_modify(|answers| answers.abandoned += 1);
+                    return Err(InvokeError::Abandoned);
+                }
+            }
+            let end = match word {
+                "break" => end(Bytes::from_static(b"\"raise\""))?,
+                _ => End::Response {
+                    payload: Bytes::new(),
+                    content_type: None,
+                },
+            };
+            Ok(Outcome {
+                end,
+                log: b"said\n".to_vec(),
+                duration: Duration::from_micros(1500),
+                timings: None,
                 start: Start::Rewound,
             })
         }

@@ -167,6 +167,13 @@ impl Server {
             .unwrap()
     }
 
+    /// The same for a POST.
+    pub async fn open_post(&self, path: &str, body: &str) -> reqwest::Response {
+        let url = format!("http://{}{path}", self.address);
+        let request = self.client.post(url).body(body.to_owned());
+        request.send().await.unwrap()
+    }
+
     /// Waits for the end of the newest deployment; its last line.
     pub async fn deployed(&self, name: &str) -> Value {
         self.version_deployed(name, "$LATEST").await
