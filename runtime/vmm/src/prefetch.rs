@@ -359,7 +359,7 @@ mod tests {
 
         let piece = |number: u64| (1024 + 128 * number, Access::Read);
         let many = Rest {
-            copied: vec![0..COPY_PAGES],
+            copied: vec![0..100, 100..COPY_PAGES],
             later: (0..100)
                 .map(piece)
                 .map(|(start, access)| (start..start + FETCH_PAGES, access))
