@@ -14,7 +14,8 @@ pub mod message;
 pub use frame::{Decoder, Frame, FrameError, Generation};
 pub use message::{
     AgentMessage, Configure, HostMessage, InitError, InvocationError, Invoke, LogStream, Message,
-    MessageError, Reply, RuntimeExit, RuntimeExitCause, StreamBegin, StreamEnd, StreamFailure, Thaw,
+    MessageError, Reply, RuntimeExit, RuntimeExitCause, StreamBegin, StreamEnd, StreamFailure,
+    Thaw,
 };
 
 /// vsock port on the host (CID 2) to which the agent connects once, at boot.

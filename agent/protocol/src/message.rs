@@ -391,7 +391,10 @@ impl Message for AgentMessage {
             Self::ResponseBegin(begin) => frame(RESPONSE_BEGIN, generation, &begin, Vec::new()),
             Self::ResponseChunk(bytes) => frame(RESPONSE_CHUNK, generation, &Empty {}, bytes),
             Self::ResponseEnd(mut end) => {
-                let document = end.failure.as_mut().map(|f| std::mem::take(&mut f.document));
+                let document = end
+                    .failure
+                    .as_mut()
+                    .map(|f| std::mem::take(&mut f.document));
                 frame(RESPONSE_END, generation, &end, document.unwrap_or_default())
             }
             Self::InvocationError(mut error) => {
