@@ -14,6 +14,7 @@ use crate::body::{self, BodyError};
 use crate::code::{CodeError, UNZIPPED_BYTES_MAX};
 use crate::engine::chain;
 use crate::functions::ChangeError;
+use crate::record::Function;
 use crate::state::{App, Live, LiveFunction};
 
 pub mod errors;
@@ -335,6 +336,20 @@ pub(crate) fn empty(status: StatusCode) -> Response<Body> {
     let mut response = Response::new(Body::empty());
     *response.status_mut() = status;
     response
+}
+
+/// Commits a change of what a function's versions share.
+pub(crate) async fn change_function<T>(
+    app: &App,
+    function: &Arc<LiveFunction>,
+    work: impl FnOnce(&mut Function) -> T,
+) -> Result<T, ApiError> {
+    let changed = app.change_function(function, None, |record| Some(work(record)));
+    match changed.await {
+        Ok(Some(value)) => Ok(value),
+        Ok(None) => Err(ApiError::not_found(&app.arn(&function.name))),
+        Err(error) => Err(change_error(app, &ChangeError::Store(error))),
+    }
 }
 
 /// A refused change in Lambda's words.

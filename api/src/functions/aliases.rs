@@ -67,13 +67,16 @@ pub async fn update(
     keep(app, &function, alias, changed).await
 }
 
-/// Forgets an alias; one that is not there is forgotten already.
+/// Forgets an alias with its URL and how its events are treated; one that is not there is forgotten already.
 ///
 /// # Errors
 /// See [`ChangeError`].
 pub async fn delete(app: &Arc<App>, name: &str, alias: &str) -> Result<(), ChangeError> {
     let (_claim, function) = claim_found(app, name)?;
     app.change_function(&function, None, |record| {
+        // A later alias of this name is another one.
+        record.urls.remove(alias);
+        record.event_configs.remove(alias);
         record.aliases.remove(alias).map(|_| ())
     })
     .await?;

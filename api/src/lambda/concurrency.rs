@@ -7,8 +7,7 @@ use thaw_api_types::lambda::Concurrency;
 
 use super::account::{CONCURRENCY, UNRESERVED_MIN, unreserved};
 use super::errors::{ApiError, violation};
-use super::{Answer, Call, empty, json, validate};
-use crate::engine::chain;
+use super::{Answer, Call, change_function, empty, json, validate};
 use crate::state::{App, LiveFunction};
 
 pub(super) async fn put(app: &Arc<App>, call: Call, name: &str) -> Answer {
@@ -59,14 +58,10 @@ async fn keep(
     function: &Arc<LiveFunction>,
     reserved: Option<u32>,
 ) -> Result<(), ApiError> {
-    let changed = app.change_function(function, None, |record| {
-        record.reserved_concurrency = reserved;
-        Some(())
-    });
-    changed
-        .await
-        .map_err(|error| ApiError::service(chain(&error)))?
-        .ok_or_else(|| ApiError::not_found(&app.arn(&function.name)))
+    change_function(app, function, |record| {
+        record.reserved_concurrency = reserved
+    })
+    .await
 }
 
 fn view(reserved: Option<u32>) -> Concurrency {

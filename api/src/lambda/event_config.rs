@@ -10,9 +10,8 @@ use thaw_api_types::lambda::{
 
 use super::errors::{ApiError, violation};
 use super::paging::Page;
-use super::{Answer, Call, Found, empty, json};
+use super::{Answer, Call, Found, change_function, empty, json};
 use crate::clock;
-use crate::engine::chain;
 use crate::events::{EventConfig, destination};
 use crate::record::Function;
 use crate::state::App;
@@ -102,14 +101,7 @@ async fn change(
     work: impl FnOnce(&mut Function, String),
 ) -> Result<(), ApiError> {
     let qualifier = qualifier(found).to_owned();
-    let changed = app.change_function(&found.function, None, |record| {
-        work(record, qualifier);
-        Some(())
-    });
-    changed
-        .await
-        .map_err(|error| ApiError::service(chain(&error)))?
-        .ok_or_else(|| ApiError::not_found(&found.arn(app)))
+    change_function(app, &found.function, |record| work(record, qualifier)).await
 }
 
 fn merge(

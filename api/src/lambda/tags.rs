@@ -8,9 +8,7 @@ use thaw_api_types::lambda::Tags;
 use super::errors::{ApiError, violation};
 use super::names::FunctionRef;
 use super::validate::TAGS_MAX;
-use super::{Answer, Call, empty, find, json, query};
-use crate::engine::chain;
-use crate::record::Function;
+use super::{Answer, Call, change_function, empty, find, json, query};
 use crate::state::{App, LiveFunction};
 
 const KEY_CHARS_MAX: usize = 128;
@@ -44,7 +42,8 @@ pub(super) async fn tag(app: &Arc<App>, call: Call, resource: &str) -> Answer {
             "Number of tags exceeds resource tag limit.",
         ));
     }
-    change(app, &function, |record| record.tags.extend(tags)).await
+    change_function(app, &function, |record| record.tags.extend(tags)).await?;
+    Ok(empty(StatusCode::NO_CONTENT))
 }
 
 pub(super) async fn untag(app: &Arc<App>, call: Call, resource: &str) -> Answer {
@@ -57,31 +56,16 @@ pub(super) async fn untag(app: &Arc<App>, call: Call, resource: &str) -> Answer 
     if keys.is_empty() {
         return Err(ApiError::validation(&[super::validate::null("tagKeys")]));
     }
-    change(app, &function, |record| {
+    change_function(app, &function, |record| {
         record.tags.retain(|key, _| !keys.contains(key));
     })
-    .await
+    .await?;
+    Ok(empty(StatusCode::NO_CONTENT))
 }
 
 pub(super) fn list(app: &Arc<App>, resource: &str) -> Answer {
     let tags = resource_of(app, resource)?.record().tags.clone();
     json(StatusCode::OK, &Tags { tags })
-}
-
-async fn change(
-    app: &App,
-    function: &Arc<LiveFunction>,
-    work: impl FnOnce(&mut Function),
-) -> Answer {
-    let changed = app.change_function(function, None, |record| {
-        work(record);
-        Some(())
-    });
-    match changed.await {
-        Ok(Some(())) => Ok(empty(StatusCode::NO_CONTENT)),
-        Ok(None) => Err(ApiError::not_found(&app.arn(&function.name))),
-        Err(error) => Err(ApiError::service(chain(&error))),
-    }
 }
 
 fn resource_of(app: &App, resource: &str) -> Result<Arc<LiveFunction>, ApiError> {

@@ -9,9 +9,8 @@ use thaw_api_types::lambda::{
 
 use super::errors::{ApiError, violation};
 use super::paging::Page;
-use super::{Answer, Call, Found, empty, json, validate};
+use super::{Answer, Call, Found, change_function, empty, json, validate};
 use crate::clock;
-use crate::engine::chain;
 use crate::function_url;
 use crate::record::{Function, UrlAuth, UrlConfig};
 use crate::state::App;
@@ -148,13 +147,10 @@ async fn change<T>(
     work: impl FnOnce(&mut Function, String) -> T,
 ) -> Result<T, ApiError> {
     let qualifier = found.reference.qualifier.as_deref().unwrap_or("$LATEST");
-    let changed = app.change_function(&found.function, None, |record| {
-        Some(work(record, qualifier.to_owned()))
-    });
-    changed
-        .await
-        .map_err(|error| ApiError::service(chain(&error)))?
-        .ok_or_else(|| ApiError::not_found(&found.arn(app)))
+    change_function(app, &found.function, |record| {
+        work(record, qualifier.to_owned())
+    })
+    .await
 }
 
 fn read_auth(text: &str) -> Result<UrlAuth, ApiError> {

@@ -77,6 +77,17 @@ async fn urls_are_configured_read_listed_and_deleted() {
     ] {
         refused(&put(&server, path, &body).await, 400, code);
     }
+    // A later alias of the same name has no URL of its own yet.
+    let aliases = format!("{FUNCTIONS}/f/aliases");
+    let path = format!("{aliases}/live");
+    assert_eq!(server.send("DELETE", &path, &[], b"").await.status, 204);
+    let again = json!({"Name": "live", "FunctionVersion": "1"});
+    assert_eq!(server.post(&aliases, &again).await.status, 201);
+    refused(
+        &server.get(&of_alias).await,
+        404,
+        "ResourceNotFoundException",
+    );
     assert_eq!(server.send("DELETE", CONFIG, &[], b"").await.status, 204);
     refused(&server.get(CONFIG).await, 404, "ResourceNotFoundException");
     server.stop().await;
