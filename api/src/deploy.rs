@@ -189,6 +189,7 @@ async fn reopen(app: Arc<App>, live: Arc<Live>) {
                         }
                         waiting
                     });
+                    app.keep_ready(&live);
                     return;
                 }
                 Err(reason) => reason,
@@ -319,7 +320,7 @@ async fn open_pool(app: &App, live: &Live, artifact: &Artifact) -> Result<Pool, 
             code: artifact.code.clone(),
             ready_count: match live.id {
                 VersionId::Latest => app.ready_count,
-                // There may be many, and most are never called: demand alone keeps theirs.
+                // There may be many, and most are never called: what is provisioned and demand keep theirs.
                 VersionId::Number(_) => 0,
             },
             concurrency_max: app.limits.concurrency_max,
@@ -360,6 +361,7 @@ async fn finish(
     let previous = live
         .pool
         .send_replace(pool.map_or(PoolSlot::Closed, PoolSlot::Open));
+    app.keep_ready(live);
     tracing::info!(function = %live.label, revision = %kept, "function is deployed");
     live.set_last_error(
         event

@@ -78,6 +78,8 @@ pub trait Sandboxes: Send + Sync + 'static {
             Ok(outcome)
         })
     }
+    /// Keeps at least so many sandboxes ready from now on, as far as the machine has room.
+    fn keep_ready(&self, count: usize);
     /// The pool at this moment.
     fn stats(&self) -> PoolStats;
     /// Refuses new invocations, lets running ones finish within a deadline, destroys the rest.

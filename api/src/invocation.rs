@@ -63,6 +63,8 @@ pub struct Answer {
     pub version: VersionId,
     /// Answer or error.
     pub result: FunctionResult,
+    /// Its hooks after the restore failed, and the function did not run.
+    pub restore_failed: bool,
     /// START, output, END, REPORT.
     pub log: Bytes,
     /// With [`Measure::On`], when the guest answered.
@@ -329,6 +331,7 @@ fn sort(
     let id = &request.request_id;
     let settings = &serving.revision.settings;
     let limit = Duration::from_secs(settings.timeout_seconds.into());
+    let restore_failed = matches!(outcome.end, End::RestoreError { .. });
     let (result, note, status) = match outcome.end {
         End::Response { payload, .. } if payload.len() > RESPONSE_BYTES_MAX => {
             (too_large(), None, None)
@@ -403,6 +406,7 @@ fn sort(
     Ok(Answer {
         version,
         result,
+        restore_failed,
         log: report.text().into(),
         timings: outcome.timings,
         start: Some(outcome.start),
@@ -463,6 +467,7 @@ fn init_failed(
             error_type: error_type.clone(),
             document,
         },
+        restore_failed: false,
         log: report.text().into(),
         timings: None,
         start: None,

@@ -31,6 +31,7 @@ mod delete;
 mod event_config;
 mod invoke;
 mod paging;
+mod provisioned;
 mod read;
 pub(crate) mod stream;
 mod tags;
@@ -150,6 +151,12 @@ async fn dispatch(app: &Arc<App>, found: Matched, call: Call) -> Answer {
         Operation::DeleteFunctionUrlConfig => url_config::delete(app, call, &first).await,
         Operation::ListFunctionUrlConfigs => url_config::list(app, &call, &first),
         Operation::GetAccountSettings => account::settings(app),
+        Operation::PutProvisionedConcurrencyConfig => provisioned::put(app, call, &first).await,
+        Operation::GetProvisionedConcurrencyConfig => provisioned::get(app, &call, &first),
+        Operation::DeleteProvisionedConcurrencyConfig => {
+            provisioned::delete(app, call, &first).await
+        }
+        Operation::ListProvisionedConcurrencyConfigs => provisioned::list(app, &call, &first),
     }
 }
 

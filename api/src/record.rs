@@ -37,9 +37,49 @@ pub struct Function {
     /// How asynchronous invocations are treated, by qualifier, `$LATEST` for none.
     #[serde(default)]
     pub event_configs: BTreeMap<String, EventConfig>,
+    /// Sandboxes that are kept ready, by alias or version number.
+    #[serde(default)]
+    pub provisioned: BTreeMap<String, Provisioned>,
     /// URLs that were configured, by alias, `$LATEST` for none.
     #[serde(default)]
     pub urls: BTreeMap<String, UrlConfig>,
+}
+
+impl Function {
+    /// Sandboxes of a version that are to be kept ready: an alias with two versions divides its own by weight.
+    #[must_use]
+    pub fn provisioned_for(&self, id: VersionId) -> u32 {
+        let qualifiers = self.provisioned.keys();
+        let shares = qualifiers.map(|qualifier| self.provisioned_by(qualifier, id));
+        shares.fold(0, u32::saturating_add)
+    }
+
+    /// Those of them that one alias or version number asks for.
+    #[must_use]
+    pub fn provisioned_by(&self, qualifier: &str, id: VersionId) -> u32 {
+        let requested = self.provisioned.get(qualifier).map_or(0, |p| p.requested);
+        match self.aliases.get(qualifier) {
+            Some(alias) => alias.share(id, requested),
+            None if qualifier == id.to_string() => requested,
+            None => 0,
+        }
+    }
+
+    /// What is provisioned for all qualifiers but one.
+    #[must_use]
+    pub fn provisioned_except(&self, qualifier: &str) -> u64 {
+        let others = self.provisioned.iter().filter(|(key, _)| *key != qualifier);
+        others.map(|(_, config)| u64::from(config.requested)).sum()
+    }
+}
+
+/// Provisioned concurrency of an alias or a version.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Provisioned {
+    /// Sandboxes that are kept ready, at least 1.
+    pub requested: u32,
+    /// Milliseconds since the Unix epoch.
+    pub modified_unix_ms: i64,
 }
 
 /// A function's URL.
@@ -112,6 +152,20 @@ impl Alias {
         match &self.canary {
             Some(canary) if dice < canary.weight => canary.version,
             _ => self.version,
+        }
+    }
+
+    /// How many of `count` sandboxes are a version's: the second version's are rounded up.
+    fn share(&self, id: VersionId, count: u32) -> u32 {
+        let weight = self.canary.map_or(0.0, |canary| canary.weight);
+        let wanted = (f64::from(count) * weight).ceil();
+        let second = (0..=count)
+            .find(|n| f64::from(*n) >= wanted)
+            .unwrap_or(count);
+        match self.canary {
+            Some(canary) if canary.version == id => second,
+            _ if self.version == id => count - second,
+            _ => 0,
         }
     }
 

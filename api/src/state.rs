@@ -325,18 +325,25 @@ impl App {
         let mut writes = vec![Write::Function(&record)];
         writes.extend(version.iter().map(|version| Write::Version(version)));
         self.store.commit(&writes).await?;
-        let mut shown = function
-            .record
-            .write()
-            .unwrap_or_else(PoisonError::into_inner);
-        *shown = Arc::new(record);
+        function.show(record);
         if let Some(version) = new_version {
             function.published_mut().insert(version.id, version);
+        }
+        let record = function.record();
+        for live in function.published().values() {
+            live.keep_ready(&record);
         }
         Ok(Some(value))
     }
 
-    /// Commits the end of a published version and hides it.
+    /// Has as many of a version's sandboxes ready as are provisioned for it.
+    pub fn keep_ready(&self, live: &Live) {
+        if let Some(function) = self.find(&live.name) {
+            live.keep_ready(&function.record());
+        }
+    }
+
+    /// Commits the end of a published version, of its event settings and of what is provisioned for it, and hides it.
     ///
     /// # Errors
     /// The database refused; the version is still there.
@@ -346,8 +353,15 @@ impl App {
         id: VersionId,
     ) -> Result<(), StoreError> {
         let _commit = self.commits.lock().await;
-        let write = Write::RemoveVersion(&function.name, id);
-        self.store.commit(&[write]).await?;
+        let mut record = (*function.record()).clone();
+        record.event_configs.remove(&id.to_string());
+        record.provisioned.remove(&id.to_string());
+        let writes = [
+            Write::RemoveVersion(&function.name, id),
+            Write::Function(&record),
+        ];
+        self.store.commit(&writes).await?;
+        function.show(record);
         function.published_mut().remove(&id);
         Ok(())
     }
@@ -431,6 +445,11 @@ impl LiveFunction {
         Arc::clone(&record)
     }
 
+    fn show(&self, record: Function) {
+        let mut slot = self.record.write().unwrap_or_else(PoisonError::into_inner);
+        *slot = Arc::new(record);
+    }
+
     /// Counts an invocation, until the answer is dropped; `None` when as many run as are reserved for the function.
     #[must_use]
     pub fn enter(self: &Arc<Self>) -> Option<Running> {
@@ -479,6 +498,15 @@ impl LiveFunction {
 }
 
 impl Live {
+    /// Has as many of its sandboxes ready as are provisioned for it, once it has sandboxes. Of `$LATEST`, for which none can be
+    /// provisioned, the gateway's own number stays.
+    pub fn keep_ready(&self, function: &Function) {
+        if let (VersionId::Number(_), PoolSlot::Open(pool)) = (self.id, &*self.pool.borrow()) {
+            let count = function.provisioned_for(self.id);
+            pool.keep_ready(usize::try_from(count).unwrap_or(usize::MAX));
+        }
+    }
+
     /// A version in memory, without sandboxes.
     #[must_use]
     pub fn new(record: Version, log: Arc<Log>) -> Self {

@@ -41,7 +41,8 @@ fn refused(answer: &server::Answer, status: u16, code: &str) -> String {
     assert_eq!(answer.header("x-amzn-errortype"), Some(code));
     assert!(answer.header("x-amzn-requestid").is_some());
     let body = answer.json();
-    let spelled = if matches!(code, "ResourceNotFoundException" | "ServiceException") {
+    let is_capital = matches!(code, "ResourceNotFoundException" | "ServiceException");
+    let spelled = if is_capital || code.starts_with("SnapStart") {
         "Message"
     } else {
         "message"

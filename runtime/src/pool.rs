@@ -275,6 +275,13 @@ impl Pool {
         }
     }
 
+    /// Keeps at least `count` VMs restored and paused from now on, in place of [`PoolSpec::ready_count`], as far as the machine has
+    /// room. Those above go when demand no longer explains them.
+    pub fn keep_ready(&self, count: usize) {
+        let Inner { node, member } = &*self.inner;
+        node.apply(Input::KeepReady(member.id, count));
+    }
+
     /// Process ids of the monitors of the ready VMs.
     #[doc(hidden)] // for tests that kill them
     #[must_use]

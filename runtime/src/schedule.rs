@@ -115,6 +115,8 @@ pub enum Start {
 pub(crate) enum Input {
     /// A function can be invoked from now on.
     Add(FunctionId, Limits),
+    /// So many of a function's sandboxes are to be ready from now on, at least. Nothing if the function is gone.
+    KeepReady(FunctionId, usize),
     /// A function takes no more callers; its sandboxes are to go. Ends with [`Effect::Gone`].
     Remove(FunctionId),
     /// A caller wants a sandbox until `deadline`.
@@ -334,6 +336,12 @@ impl Schedule {
     fn take(&mut self, input: Input) {
         match input {
             Input::Add(id, limits) => self.add(id, limits),
+            Input::KeepReady(id, count) => {
+                if let Some(function) = self.functions.get_mut(&id) {
+                    function.limits.ready_min = count;
+                    self.touched.insert(id);
+                }
+            }
             Input::Remove(id) => self.remove(id),
             Input::Ask {
                 ticket,

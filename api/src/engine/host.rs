@@ -195,6 +195,10 @@ impl Sandboxes for Pool {
         Pool::invoke_streaming(self, invocation, sink).boxed()
     }
 
+    fn keep_ready(&self, count: usize) {
+        Pool::keep_ready(self, count);
+    }
+
     fn stats(&self) -> PoolStats {
         Pool::stats(self)
     }

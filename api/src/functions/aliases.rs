@@ -77,6 +77,7 @@ pub async fn delete(app: &Arc<App>, name: &str, alias: &str) -> Result<(), Chang
         // A later alias of this name is another one.
         record.urls.remove(alias);
         record.event_configs.remove(alias);
+        record.provisioned.remove(alias);
         record.aliases.remove(alias).map(|_| ())
     })
     .await?;

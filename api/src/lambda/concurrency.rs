@@ -27,7 +27,14 @@ pub(super) async fn put(app: &Arc<App>, call: Call, name: &str) -> Answer {
             constraint,
         )]));
     };
-    let own = function.record().reserved_concurrency.unwrap_or_default();
+    let record = function.record();
+    let provisioned = record.provisioned_except("");
+    if u64::from(reserved) < provisioned {
+        return Err(ApiError::invalid_parameter(format!(
+            "ReservedConcurrentExecutions {reserved} should not be lower than function's total provisioned concurrency [{provisioned}]."
+        )));
+    }
+    let own = record.reserved_concurrency.unwrap_or_default();
     let left = unreserved(app) + u64::from(own);
     if left < u64::from(reserved) + UNRESERVED_MIN {
         return Err(ApiError::invalid_parameter(format!(

@@ -66,6 +66,12 @@ impl ApiError {
         Self::missing(format!("Cannot find alias arn: {arn}"))
     }
 
+    /// 404, nothing is provisioned for this alias or version.
+    pub fn no_provisioned_concurrency(message: impl Into<String>) -> Self {
+        let code = "ProvisionedConcurrencyConfigNotFoundException";
+        Self::new(StatusCode::NOT_FOUND, code, message)
+    }
+
     /// 404, something else that is not there.
     pub fn missing(message: impl Into<String>) -> Self {
         Self::new(StatusCode::NOT_FOUND, "ResourceNotFoundException", message)
@@ -140,6 +146,18 @@ impl ApiError {
             StatusCode::CONFLICT,
             "SnapStartNotReadyException",
             "Lambda is initializing your function. It will be ready to invoke once your function state becomes ACTIVE.",
+        )
+    }
+
+    /// 400, the version's hooks after the restore failed; `document` is the error as the runtime client told it.
+    pub fn snap_start(document: &[u8]) -> Self {
+        Self::new(
+            StatusCode::BAD_REQUEST,
+            "SnapStartException",
+            format!(
+                "The afterRestore() runtime hook encountered an error: {}",
+                String::from_utf8_lossy(document)
+            ),
         )
     }
 

@@ -78,6 +78,9 @@ pub(super) async fn invoke(app: &Arc<App>, call: Call, name: &str) -> Answer {
     .map_err(|refusal| refused(&refusal, &live, &found.arn(app)))?;
     let (body, failed) = match answer.result {
         FunctionResult::Response(payload) => (payload, false),
+        FunctionResult::Error { document, .. } if answer.restore_failed => {
+            return Err(ApiError::snap_start(&document));
+        }
         FunctionResult::Error { document, .. } => (document, true),
     };
     let mut response = Response::new(Body::from(body));

@@ -84,7 +84,11 @@ fn complete(ended: &Ended, tail: bool) -> Result<Bytes, ApiError> {
     match ended {
         Ok(answer) => {
             if let FunctionResult::Error { document: why, .. } = &answer.result {
-                document["ErrorCode"] = "Unhandled".into();
+                let code = match answer.restore_failed {
+                    true => "SnapStartException",
+                    false => "Unhandled",
+                };
+                document["ErrorCode"] = code.into();
                 document["ErrorDetails"] = String::from_utf8_lossy(why).into();
             }
             if tail {

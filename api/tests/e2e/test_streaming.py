@@ -82,7 +82,11 @@ import os
 from snapshot_restore_py import register_after_restore, register_before_snapshot
 seen = []
 register_before_snapshot(lambda: seen.append("before"))
-register_after_restore(lambda: seen.append("after"))
+def after():
+    seen.append("after")
+    if os.environ.get("FAIL"):
+        raise ValueError("no network yet")
+register_after_restore(after)
 def handler(event, context):
     return [seen, os.environ["AWS_LAMBDA_INITIALIZATION_TYPE"], os.statvfs("/tmp").f_blocks * os.statvfs("/tmp").f_frsize >> 20]
 """
@@ -101,3 +105,11 @@ def test_snapstart_runs_its_hooks_around_the_snapshot_of_a_version(client, deplo
         assert answer["ExecutedVersion"] == "1" and body[:2] == [["before", "after"], "snap-start"]
         assert 900 < body[2] <= 1024, "the disk of /tmp, less what the file system takes"
     assert invoke(name)[0][1] == "on-demand"
+
+
+def test_a_hook_that_fails_after_the_restore_is_snapstarts_error(client, deploy):
+    name = deploy("badhooks", zip_of(app=HOOKS), SnapStart={"ApplyOn": "PublishedVersions"}, Environment={"Variables": {"FAIL": "1"}})
+    client.publish_version(FunctionName=name)
+    client.get_waiter("published_version_active").wait(FunctionName=name, Qualifier="1")
+    with pytest.raises(client.exceptions.SnapStartException, match="no network yet"):
+        client.invoke(FunctionName=name, Qualifier="1")

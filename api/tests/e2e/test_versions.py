@@ -149,3 +149,21 @@ def test_a_version_is_deleted_alone(client, versioned):
         client.invoke(FunctionName=versioned, Qualifier="1")
     assert error.value.response["Error"]["Code"] == "ResourceNotFoundException"
     assert client.invoke(FunctionName=versioned, Qualifier="2")["StatusCode"] == 200
+
+
+def test_provisioned_concurrency_keeps_machines_ready(client, versioned, invoke):
+    client.create_alias(FunctionName=versioned, Name="warm", FunctionVersion="2")
+    with pytest.raises(client.exceptions.ProvisionedConcurrencyConfigNotFoundException):
+        client.get_provisioned_concurrency_config(FunctionName=versioned, Qualifier="warm")
+    wanted = client.put_provisioned_concurrency_config(FunctionName=versioned, Qualifier="warm", ProvisionedConcurrentExecutions=2)
+    assert wanted["RequestedProvisionedConcurrentExecutions"] == 2
+    deadline = time.monotonic() + 60
+    while (config := client.get_provisioned_concurrency_config(FunctionName=versioned, Qualifier="warm"))["Status"] != "READY":
+        assert config["Status"] == "IN_PROGRESS" and time.monotonic() < deadline, config
+        time.sleep(0.1)
+    assert config["AllocatedProvisionedConcurrentExecutions"] == 2
+    assert invoke(versioned, Qualifier="warm")[0] == ["two", "2", "2"]
+    listed = client.list_provisioned_concurrency_configs(FunctionName=versioned)["ProvisionedConcurrencyConfigs"]
+    assert [config["FunctionArn"].rsplit(":", 1)[1] for config in listed] == ["warm"]
+    client.delete_provisioned_concurrency_config(FunctionName=versioned, Qualifier="warm")
+    client.delete_alias(FunctionName=versioned, Name="warm")

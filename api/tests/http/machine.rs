@@ -1,6 +1,7 @@
 //! The machine below the gateway, played: freezes and answers at once, and fails as the test asks. The uploaded file names
 //! choose how a freeze ends, the event chooses how an invocation ends.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -21,7 +22,11 @@ pub struct Machine {
     answers: watch::Sender<Answers>,
     invoked: Arc<Mutex<Vec<Invocation>>>,
     freezes: AtomicUsize,
+    ready: Ready,
 }
+
+/// Sandboxes that are ready, by the name of their pool.
+type Ready = Arc<Mutex<BTreeMap<String, usize>>>;
 
 /// Invocations with the event "hold".
 #[derive(Clone, Copy, Default)]
@@ -38,6 +43,7 @@ impl Machine {
             answers: watch::Sender::default(),
             invoked: Arc::default(),
             freezes: AtomicUsize::new(0),
+            ready: Ready::default(),
         }
     }
 
@@ -77,6 +83,16 @@ impl Machine {
     pub fn arns(&self) -> Vec<String> {
         let invoked = self.invoked.lock().unwrap();
         invoked.iter().map(|one| one.function_arn.clone()).collect()
+    }
+
+    /// Sandboxes that a pool was told to keep ready, `f` or `f:1`: they are at once.
+    pub fn ready(&self, pool: &str) -> usize {
+        self.ready
+            .lock()
+            .unwrap()
+            .get(pool)
+            .copied()
+            .unwrap_or_default()
     }
 
     /// Streams whose readers went away.
@@ -148,9 +164,17 @@ impl Engine for Machine {
     ) -> BoxFuture<'_, Result<Arc<dyn Sandboxes>, OpenPoolError>> {
         async move {
             let snapshot = std::fs::read(spec.snapshot).expect("a snapshot that was frozen");
+            let mut ready = self.ready.lock().unwrap();
+            ready.insert(spec.name.clone(), spec.ready_count);
+            drop(ready);
             let pool: Arc<dyn Sandboxes> = match snapshot == FOREIGN.as_bytes() {
                 true => Arc::new(Refusing),
-                false => Arc::new(Echo(self.answers.clone(), Arc::clone(&self.invoked))),
+                false => Arc::new(Echo {
+                    answers: self.answers.clone(),
+                    invoked: Arc::clone(&self.invoked),
+                    name: spec.name,
+                    ready: Arc::clone(&self.ready),
+                }),
             };
             Ok(pool)
         }
@@ -178,6 +202,8 @@ const FOREIGN: &str = "foreign";
 struct Refusing;
 
 impl Sandboxes for Refusing {
+    fn keep_ready(&self, _count: usize) {}
+
     fn invoke(&self, _invocation: Invocation) -> BoxFuture<'_, Result<Outcome, InvokeError>> {
         let source = Failure {
             message: "this host's cpu lacks what the snapshot was taken with".to_owned(),
@@ -198,20 +224,30 @@ impl Sandboxes for Refusing {
 }
 
 /// Answers with the event, but for a few.
-struct Echo(watch::Sender<Answers>, Arc<Mutex<Vec<Invocation>>>);
+struct Echo {
+    answers: watch::Sender<Answers>,
+    invoked: Arc<Mutex<Vec<Invocation>>>,
+    name: String,
+    ready: Ready,
+}
 
 impl Sandboxes for Echo {
+    fn keep_ready(&self, count: usize) {
+        let mut ready = self.ready.lock().unwrap();
+        ready.insert(self.name.clone(), count);
+    }
+
     fn invoke(&self, invocation: Invocation) -> BoxFuture<'_, Result<Outcome, InvokeError>> {
         async move {
-            self.1.lock().unwrap().push(invocation.clone());
+            self.invoked.lock().unwrap().push(invocation.clone());
             if invocation.payload == "\"hold\"" {
-                self.0.send_modify(|answers| answers.waiting += 1);
+                self.answers.send_modify(|answers| answers.waiting += 1);
                 let _ = self
-                    .0
+                    .answers
                     .subscribe()
                     .wait_for(|answers| !answers.are_held)
                     .await;
-                self.0.send_modify(|answers| answers.waiting -= 1);
+                self.answers.send_modify(|answers| answers.waiting -= 1);
             }
             let measured = invocation.measure == Measure::On;
             Ok(Outcome {
@@ -273,13 +309,13 @@ impl Sandboxes for Echo {
             for part in parts {
                 let chunk = StreamPart::Chunk(Bytes::from_static(part.as_bytes()));
                 let sent = sink.send(chunk).await;
-                let mut answers = self.0.subscribe();
+                let mut answers = self.answers.subscribe();
                 tokio::select! {
                     _ = answers.wait_for(|answers| !answers.are_held) => {}
                     () = sink.closed() => {}
                 }
                 if sent.is_err() || sink.is_closed() {
-                    self.0.send_modify(|answers| answers.abandoned += 1);
+                    self.answers.send_modify(|answers| answers.abandoned += 1);
                     return Err(InvokeError::Abandoned);
                 }
             }
@@ -303,7 +339,7 @@ impl Sandboxes for Echo {
 
     fn stats(&self) -> PoolStats {
         PoolStats {
-            ready: 2,
+            ready: self.ready.lock().unwrap()[&self.name],
             ..PoolStats::default()
         }
     }
@@ -331,6 +367,12 @@ fn end(payload: Bytes) -> Result<End, InvokeError> {
             error_type: Some("ValueError".to_owned()),
             document: Bytes::from_static(
                 br#"{"errorMessage":"no","errorType":"ValueError","stackTrace":[]}"#,
+            ),
+        },
+        "restore" => End::RestoreError {
+            error_type: "Runtime.AfterRestoreError".to_owned(),
+            document: Bytes::from_static(
+                br#"{"errorMessage":"no network yet","errorType":"Runtime.AfterRestoreError"}"#,
             ),
         },
         "time-out" => End::TimedOut,

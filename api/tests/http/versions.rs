@@ -395,3 +395,135 @@ async fn reserved_concurrency_bounds_all_versions_together() {
     assert_eq!(server.send("POST", &invoke, &[], b"1").await.status, 200);
     server.stop().await;
 }
+
+#[tokio::test]
+async fn provisioned_concurrency_follows_its_alias_and_ends_with_it() {
+    let server = published().await;
+    let path = |qualifier: &str| {
+        format!("/2019-09-30/functions/f/provisioned-concurrency?Qualifier={qualifier}")
+    };
+    let want = |count: i64| json!({"ProvisionedConcurrentExecutions": count});
+    change_code(&server, "x = 2\n", true).await;
+    server.version_deployed("f", "2").await;
+    let aliases = format!("{FUNCTIONS}/f/aliases");
+    let alias = json!({"Name": "live", "FunctionVersion": "1"});
+    server.post(&aliases, &alias).await;
+
+    let none = server.get(&path("live")).await;
+    let code = "ProvisionedConcurrencyConfigNotFoundException";
+    refused(&none, 404, code);
+    let made = put(&server, &path("live"), &want(4)).await;
+    assert_eq!(made.status, 202, "{}", made.text());
+    let read = server.get(&path("live")).await.json();
+    for (member, value) in [
+        ("RequestedProvisionedConcurrentExecutions", json!(4)),
+        ("AllocatedProvisionedConcurrentExecutions", json!(4)),
+        ("AvailableProvisionedConcurrentExecutions", json!(4)),
+        ("Status", json!("READY")),
+        ("StatusReason", Value::Null),
+    ] {
+        assert_eq!(read[member], value, "{member}");
+    }
+    let overlapping = put(&server, &path("1"), &want(1)).await;
+    refused(&overlapping, 409, "ResourceConflictException");
+
+    // A canary takes its share, and without it the version of the alias has none.
+    let weights = json!({"RoutingConfig": {"AdditionalVersionWeights": {"2": 0.25}}});
+    put(&server, &format!("{aliases}/live"), &weights).await;
+    assert_eq!(server.machine.ready("f:1"), 3);
+    assert_eq!(server.machine.ready("f:2"), 1);
+    let moved = json!({"FunctionVersion": "2", "RoutingConfig": {"AdditionalVersionWeights": {}}});
+    put(&server, &format!("{aliases}/live"), &moved).await;
+    assert_eq!(server.machine.ready("f:1"), 0);
+    assert_eq!(server.machine.ready("f:2"), 4);
+
+    let direct = put(&server, &path("1"), &want(2)).await;
+    assert_eq!(direct.status, 202, "{}", direct.text());
+    let list = "/2019-09-30/functions/f/provisioned-concurrency?List=ALL";
+    let listed = server.get(list).await.json();
+    let arns: Vec<_> = (listed["ProvisionedConcurrencyConfigs"]
+        .as_array()
+        .unwrap()
+        .iter())
+    .map(|config| config["FunctionArn"].as_str().unwrap().to_owned())
+    .collect();
+    assert_eq!(arns, [format!("{ARN}:f:1"), format!("{ARN}:f:live")]);
+
+    let reserved = json!({"ReservedConcurrentExecutions": 5});
+    let reserve = "/2017-10-31/functions/f/concurrency";
+    let too_few = put(&server, reserve, &reserved).await;
+    refused(&too_few, 400, "InvalidParameterValueException");
+
+    assert_eq!(delete(&server, &path("1")).await.status, 204);
+    assert_eq!(
+        delete(&server, &format!("{aliases}/live")).await.status,
+        204
+    );
+    assert_eq!(server.machine.ready("f:2"), 0);
+    let left = server.get(list).await.json();
+    assert_eq!(left["ProvisionedConcurrencyConfigs"], json!([]));
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn provisioned_concurrency_is_of_published_versions_and_within_the_limits() {
+    let server = published().await;
+    let path =
+        |qualifier: &str| format!("/2019-09-30/functions/f/provisioned-concurrency{qualifier}");
+    let want = |count: i64| json!({"ProvisionedConcurrentExecutions": count});
+    for (qualifier, body, status, code) in [
+        ("", want(1), 400, "ValidationException"),
+        ("?Qualifier=1", json!({}), 400, "ValidationException"),
+        ("?Qualifier=1", want(0), 400, "ValidationException"),
+        ("?Qualifier=9", want(1), 404, "ResourceNotFoundException"),
+        (
+            "?Qualifier=$LATEST",
+            want(1),
+            400,
+            "InvalidParameterValueException",
+        ),
+        (
+            "?Qualifier=1",
+            want(901),
+            400,
+            "InvalidParameterValueException",
+        ),
+    ] {
+        let answer = put(&server, &path(qualifier), &body).await;
+        refused(&answer, status, code);
+    }
+    let reserve = "/2017-10-31/functions/f/concurrency";
+    put(
+        &server,
+        reserve,
+        &json!({"ReservedConcurrentExecutions": 2}),
+    )
+    .await;
+    let above = put(&server, &path("?Qualifier=1"), &want(3)).await;
+    refused(&above, 400, "InvalidParameterValueException");
+    let made = put(&server, &path("?Qualifier=1"), &want(2)).await;
+    assert_eq!(made.status, 202, "{}", made.text());
+
+    // It is kept, and a start of the gateway keeps it up.
+    let server = Server::start_in(server.stop().await).await;
+    server
+        .until(|server| server.machine.ready("f:1") == 2)
+        .await;
+    let gone = delete(&server, &format!("{FUNCTIONS}/f?Qualifier=1")).await;
+    assert_eq!(gone.status, 204, "{}", gone.text());
+    let list = server.get(&path("?List=ALL")).await.json();
+    assert_eq!(list["ProvisionedConcurrencyConfigs"], json!([]));
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn failed_hooks_after_a_restore_are_told_as_snapstarts_error() {
+    let server = published().await;
+    let invoke = format!("{FUNCTIONS}/f:1/invocations");
+    let answer = server.send("POST", &invoke, &[], b"\"restore\"").await;
+    let message = refused(&answer, 400, "SnapStartException");
+    assert!(message.contains("no network yet"), "{message}");
+    let log = server.get("/thaw/v1/functions/f/logs").await.text();
+    assert!(log.contains("said"), "what the hook wrote is kept: {log}");
+    server.stop().await;
+}

@@ -210,6 +210,20 @@ fn the_ready_minimum_is_kept_and_what_demand_explains_is_kept_for_a_while() {
 }
 
 #[test]
+fn the_ready_minimum_can_be_changed_and_a_function_that_is_gone_has_none() {
+    let mut bench = Bench::with(rules(), &[(ONE, limits(0, 8, 0))]);
+    let ready = |bench: &Bench| bench.schedule.function(ONE).ready;
+    assert_eq!(ready(&bench), 0);
+    bench.feed(Input::KeepReady(ONE, 3));
+    assert_eq!(ready(&bench), 3);
+    bench.feed(Input::KeepReady(ONE, 1));
+    assert_eq!(ready(&bench), 1, "nothing explains the others");
+    bench.feed(Input::Remove(ONE));
+    bench.feed(Input::KeepReady(ONE, 2));
+    assert_eq!(bench.schedule.node(), NodeCounts::default());
+}
+
+#[test]
 fn without_a_minimum_a_function_scales_to_zero_and_back() {
     let mut bench = Bench::with(rules(), &[(ONE, limits(0, 8, 0))]);
     let (vm, _) = bench.run(1, ONE);

@@ -109,6 +109,59 @@ pub struct Concurrency {
     pub reserved_concurrent_executions: Option<i64>,
 }
 
+/// Body of PutProvisionedConcurrencyConfig.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct ProvisionedConcurrency {
+    /// Sandboxes to keep ready, at least 1.
+    pub provisioned_concurrent_executions: Option<i64>,
+}
+
+/// The sandboxes that are kept ready for an alias or a version.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct ProvisionedConcurrencyConfig {
+    /// With the qualifier; in lists alone.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub function_arn: Option<String>,
+    /// How many are wanted.
+    pub requested_provisioned_concurrent_executions: u32,
+    /// How many wait for an invocation.
+    pub available_provisioned_concurrent_executions: u32,
+    /// How many there are, those that run included.
+    pub allocated_provisioned_concurrent_executions: u32,
+    /// How far it is.
+    pub status: ProvisionedStatus,
+    /// Why it failed.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub status_reason: Option<String>,
+    /// ISO 8601.
+    pub last_modified: String,
+}
+
+/// How far provisioning is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum ProvisionedStatus {
+    /// Fewer are there than are wanted.
+    InProgress,
+    /// All are there.
+    Ready,
+    /// The version's snapshot cannot be used.
+    Failed,
+}
+
+/// Body of ListProvisionedConcurrencyConfigs' answer.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct ListProvisionedConcurrencyConfigsResponse {
+    /// One page, ordered by qualifier.
+    pub provisioned_concurrency_configs: Vec<ProvisionedConcurrencyConfig>,
+    /// Where the next page starts; absent on the last.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub next_marker: Option<String>,
+}
+
 /// Body of GetAccountSettings.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
