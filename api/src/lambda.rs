@@ -31,6 +31,7 @@ mod delete;
 mod event_config;
 mod invoke;
 mod paging;
+mod policy;
 mod provisioned;
 mod read;
 pub(crate) mod stream;
@@ -151,6 +152,9 @@ async fn dispatch(app: &Arc<App>, found: Matched, call: Call) -> Answer {
         Operation::DeleteFunctionUrlConfig => url_config::delete(app, call, &first).await,
         Operation::ListFunctionUrlConfigs => url_config::list(app, &call, &first),
         Operation::GetAccountSettings => account::settings(app),
+        Operation::AddPermission => policy::add(app, call, &first).await,
+        Operation::GetPolicy => policy::get(app, &call, &first),
+        Operation::RemovePermission => policy::remove(app, call, &first, &second).await,
         Operation::PutProvisionedConcurrencyConfig => provisioned::put(app, call, &first).await,
         Operation::GetProvisionedConcurrencyConfig => provisioned::get(app, &call, &first),
         Operation::DeleteProvisionedConcurrencyConfig => {

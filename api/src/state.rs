@@ -343,7 +343,7 @@ impl App {
         }
     }
 
-    /// Commits the end of a published version, of its event settings and of what is provisioned for it, and hides it.
+    /// Commits the end of a published version, of its settings and policy, and hides it.
     ///
     /// # Errors
     /// The database refused; the version is still there.
@@ -356,6 +356,7 @@ impl App {
         let mut record = (*function.record()).clone();
         record.event_configs.remove(&id.to_string());
         record.provisioned.remove(&id.to_string());
+        record.policies.remove(&id.to_string());
         let writes = [
             Write::RemoveVersion(&function.name, id),
             Write::Function(&record),

@@ -78,6 +78,7 @@ pub async fn delete(app: &Arc<App>, name: &str, alias: &str) -> Result<(), Chang
         record.urls.remove(alias);
         record.event_configs.remove(alias);
         record.provisioned.remove(alias);
+        record.policies.remove(alias);
         record.aliases.remove(alias).map(|_| ())
     })
     .await?;

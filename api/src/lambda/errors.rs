@@ -66,6 +66,15 @@ impl ApiError {
         Self::missing(format!("Cannot find alias arn: {arn}"))
     }
 
+    /// 400, a resource-based policy grew too long; bytes.
+    pub fn policy_too_long(length: usize, limit: usize) -> Self {
+        Self::new(
+            StatusCode::BAD_REQUEST,
+            "PolicyLengthExceededException",
+            format!("The final policy size ({length}) is bigger than the limit ({limit})."),
+        )
+    }
+
     /// 404, nothing is provisioned for this alias or version.
     pub fn no_provisioned_concurrency(message: impl Into<String>) -> Self {
         let code = "ProvisionedConcurrencyConfigNotFoundException";

@@ -8,6 +8,7 @@ use percent_encoding::percent_decode_str;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the service model's names say what they are")]
 pub enum Operation {
+    AddPermission,
     CreateAlias,
     CreateFunction,
     CreateFunctionUrlConfig,
@@ -24,6 +25,7 @@ pub enum Operation {
     GetFunctionConfiguration,
     GetFunctionEventInvokeConfig,
     GetFunctionUrlConfig,
+    GetPolicy,
     GetProvisionedConcurrencyConfig,
     Invoke,
     InvokeAsync,
@@ -39,6 +41,7 @@ pub enum Operation {
     PutFunctionConcurrency,
     PutFunctionEventInvokeConfig,
     PutProvisionedConcurrencyConfig,
+    RemovePermission,
     TagResource,
     UntagResource,
     UpdateAlias,
@@ -79,7 +82,7 @@ const fn route(
 #[rustfmt::skip]
 pub const ROUTES: &[Route] = &[
     route("AddLayerVersionPermission", "POST", "/2018-10-31/layers/{LayerName}/versions/{VersionNumber}/policy", None),
-    route("AddPermission", "POST", "/2015-03-31/functions/{FunctionName}/policy", None),
+    route("AddPermission", "POST", "/2015-03-31/functions/{FunctionName}/policy", Some(Operation::AddPermission)),
     route("CheckpointDurableExecution", "POST", "/2025-12-01/durable-executions/{DurableExecutionArn}/checkpoint", None),
     route("CreateAlias", "POST", "/2015-03-31/functions/{FunctionName}/aliases", Some(Operation::CreateAlias)),
     route("CreateCapacityProvider", "POST", "/2025-11-30/capacity-providers", None),
@@ -119,7 +122,7 @@ pub const ROUTES: &[Route] = &[
     route("GetLayerVersion", "GET", "/2018-10-31/layers/{LayerName}/versions/{VersionNumber}", None),
     route("GetLayerVersionByArn", "GET", "/2018-10-31/layers?find=LayerVersion", None),
     route("GetLayerVersionPolicy", "GET", "/2018-10-31/layers/{LayerName}/versions/{VersionNumber}/policy", None),
-    route("GetPolicy", "GET", "/2015-03-31/functions/{FunctionName}/policy", None),
+    route("GetPolicy", "GET", "/2015-03-31/functions/{FunctionName}/policy", Some(Operation::GetPolicy)),
     route("GetProvisionedConcurrencyConfig", "GET", "/2019-09-30/functions/{FunctionName}/provisioned-concurrency", Some(Operation::GetProvisionedConcurrencyConfig)),
     route("GetResourcePolicy", "GET", "/2026-07-09/resource-policy/{ResourceArn}", None),
     route("GetRuntimeManagementConfig", "GET", "/2021-07-20/functions/{FunctionName}/runtime-management-config", None),
@@ -153,7 +156,7 @@ pub const ROUTES: &[Route] = &[
     route("PutResourcePolicy", "PUT", "/2026-07-09/resource-policy/{ResourceArn}", None),
     route("PutRuntimeManagementConfig", "PUT", "/2021-07-20/functions/{FunctionName}/runtime-management-config", None),
     route("RemoveLayerVersionPermission", "DELETE", "/2018-10-31/layers/{LayerName}/versions/{VersionNumber}/policy/{StatementId}", None),
-    route("RemovePermission", "DELETE", "/2015-03-31/functions/{FunctionName}/policy/{StatementId}", None),
+    route("RemovePermission", "DELETE", "/2015-03-31/functions/{FunctionName}/policy/{StatementId}", Some(Operation::RemovePermission)),
     route("ResumeDurableExecution", "POST", "/2025-12-01/durable-executions/{DurableExecutionArn}/resume", None),
     route("SendDurableExecutionCallbackFailure", "POST", "/2025-12-01/durable-execution-callbacks/{CallbackId}/fail", None),
     route("SendDurableExecutionCallbackHeartbeat", "POST", "/2025-12-01/durable-execution-callbacks/{CallbackId}/heartbeat", None),

@@ -167,3 +167,13 @@ def test_provisioned_concurrency_keeps_machines_ready(client, versioned, invoke)
     assert [config["FunctionArn"].rsplit(":", 1)[1] for config in listed] == ["warm"]
     client.delete_provisioned_concurrency_config(FunctionName=versioned, Qualifier="warm")
     client.delete_alias(FunctionName=versioned, Name="warm")
+
+
+def test_a_policy_is_written_and_read_back(client, versioned):
+    statement = {"StatementId": "anyone", "Action": "lambda:InvokeFunctionUrl", "Principal": "*", "FunctionUrlAuthType": "NONE"}
+    made = json.loads(client.add_permission(FunctionName=versioned, **statement)["Statement"])
+    assert made["Condition"] == {"StringEquals": {"lambda:FunctionUrlAuthType": "NONE"}}
+    assert json.loads(client.get_policy(FunctionName=versioned)["Policy"])["Statement"] == [made]
+    client.remove_permission(FunctionName=versioned, StatementId="anyone")
+    with pytest.raises(client.exceptions.ResourceNotFoundException):
+        client.get_policy(FunctionName=versioned)

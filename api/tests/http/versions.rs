@@ -527,3 +527,66 @@ async fn failed_hooks_after_a_restore_are_told_as_snapstarts_error() {
     assert!(log.contains("said"), "what the hook wrote is kept: {log}");
     server.stop().await;
 }
+
+#[tokio::test]
+async fn policies_are_kept_shown_as_iam_writes_them_and_end_with_their_alias() {
+    let server = published().await;
+    let path = format!("{FUNCTIONS}/f/policy");
+    refused(&server.get(&path).await, 404, "ResourceNotFoundException");
+    let permission = json!({
+        "StatementId": "bucket", "Action": "lambda:InvokeFunction", "Principal": "s3.amazonaws.com",
+        "SourceArn": "arn:aws:s3:::b", "SourceAccount": "123456789012",
+    });
+    let made = server.post(&path, &permission).await;
+    assert_eq!(made.status, 201, "{}", made.text());
+    let expected = format!(
+        r#"{{"Sid":"bucket","Effect":"Allow","Principal":{{"Service":"s3.amazonaws.com"}},"Action":"lambda:InvokeFunction","Resource":"{ARN}:f","Condition":{{"ArnLike":{{"AWS:SourceArn":"arn:aws:s3:::b"}},"StringEquals":{{"AWS:SourceAccount":"123456789012"}}}}}}"#
+    );
+    assert_eq!(made.json()["Statement"], expected);
+    let again = server.post(&path, &permission).await;
+    refused(&again, 409, "ResourceConflictException");
+    let policy = server.get(&path).await.json();
+    assert_eq!(
+        policy["Policy"],
+        format!(r#"{{"Version":"2012-10-17","Id":"default","Statement":[{expected}]}}"#)
+    );
+    for (member, value, code) in [
+        ("StatementId", json!("a b"), "ValidationException"),
+        ("Action", json!("s3:Get"), "ValidationException"),
+        ("Action", Value::Null, "ValidationException"),
+        (
+            "Principal",
+            json!("nobody"),
+            "InvalidParameterValueException",
+        ),
+    ] {
+        let mut body = permission.clone();
+        body["StatementId"] = json!("other");
+        body[member] = value;
+        refused(&server.post(&path, &body).await, 400, code);
+    }
+    let latest = format!("{path}?Qualifier=$LATEST");
+    let refusal = server.post(&latest, &permission).await;
+    refused(&refusal, 400, "InvalidParameterValueException");
+
+    let stale = delete(&server, &format!("{path}/bucket?RevisionId=x")).await;
+    refused(&stale, 412, "PreconditionFailedException");
+    let revision = policy["RevisionId"].as_str().unwrap();
+    let gone = delete(&server, &format!("{path}/bucket?RevisionId={revision}")).await;
+    assert_eq!(gone.status, 204, "{}", gone.text());
+    let gone = delete(&server, &format!("{path}/bucket")).await;
+    refused(&gone, 404, "ResourceNotFoundException");
+
+    let alias = json!({"Name": "live", "FunctionVersion": "1"});
+    let aliases = format!("{FUNCTIONS}/f/aliases");
+    for expected in [404, 404] {
+        server.post(&aliases, &alias).await;
+        let of_alias = format!("{path}?Qualifier=live");
+        assert_eq!(server.get(&of_alias).await.status, expected);
+        let made = server.post(&of_alias, &permission).await.json();
+        let statement: Value = serde_json::from_str(made["Statement"].as_str().unwrap()).unwrap();
+        assert_eq!(statement["Resource"], format!("{ARN}:f:live"));
+        delete(&server, &format!("{aliases}/live")).await;
+    }
+    server.stop().await;
+}

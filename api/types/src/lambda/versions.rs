@@ -162,6 +162,49 @@ pub struct ListProvisionedConcurrencyConfigsResponse {
     pub next_marker: Option<String>,
 }
 
+/// Body of AddPermission.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct AddPermissionRequest {
+    /// The statement's name within the policy.
+    pub statement_id: Option<String>,
+    /// `lambda:InvokeFunction`, …
+    pub action: Option<String>,
+    /// An account, an ARN, a service or `*`.
+    pub principal: Option<String>,
+    /// Condition: the resource that calls.
+    pub source_arn: Option<String>,
+    /// Condition: the account of the resource that calls.
+    pub source_account: Option<String>,
+    /// Condition: a token of the caller's.
+    pub event_source_token: Option<String>,
+    /// Condition: the caller's organisation.
+    #[serde(rename = "PrincipalOrgID")]
+    pub principal_org_id: Option<String>,
+    /// Condition: `NONE` or `AWS_IAM`.
+    pub function_url_auth_type: Option<String>,
+    /// The policy must be at this revision.
+    pub revision_id: Option<String>,
+}
+
+/// Body of AddPermission's answer.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct AddPermissionResponse {
+    /// The statement, JSON.
+    pub statement: String,
+}
+
+/// Body of GetPolicy's answer.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct GetPolicyResponse {
+    /// The policy, JSON.
+    pub policy: String,
+    /// Changes with every change of the policy.
+    pub revision_id: String,
+}
+
 /// Body of GetAccountSettings.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
