@@ -23,6 +23,7 @@ pub mod routes;
 pub mod validate;
 pub mod view;
 
+mod absent;
 mod account;
 mod aliases;
 mod concurrency;
@@ -152,6 +153,10 @@ async fn dispatch(app: &Arc<App>, found: Matched, call: Call) -> Answer {
         Operation::DeleteFunctionUrlConfig => url_config::delete(app, call, &first).await,
         Operation::ListFunctionUrlConfigs => url_config::list(app, &call, &first),
         Operation::GetAccountSettings => account::settings(app),
+        Operation::GetFunctionCodeSigningConfig => absent::code_signing(app, &call, &first),
+        Operation::GetRuntimeManagementConfig => absent::runtime_management(app, &call, &first),
+        Operation::ListCodeSigningConfigs => absent::list("CodeSigningConfigs"),
+        Operation::ListEventSourceMappings => absent::list("EventSourceMappings"),
         Operation::AddPermission => policy::add(app, call, &first).await,
         Operation::GetPolicy => policy::get(app, &call, &first),
         Operation::RemovePermission => policy::remove(app, call, &first, &second).await,

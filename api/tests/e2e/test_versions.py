@@ -177,3 +177,10 @@ def test_a_policy_is_written_and_read_back(client, versioned):
     client.remove_permission(FunctionName=versioned, StatementId="anyone")
     with pytest.raises(client.exceptions.ResourceNotFoundException):
         client.get_policy(FunctionName=versioned)
+
+
+def test_what_deployment_tools_read_of_every_function(client, versioned):
+    assert "CodeSigningConfigArn" not in client.get_function_code_signing_config(FunctionName=versioned)
+    assert client.get_runtime_management_config(FunctionName=versioned)["UpdateRuntimeOn"] == "Auto"
+    assert client.list_event_source_mappings(FunctionName=versioned)["EventSourceMappings"] == []
+    assert client.list_code_signing_configs()["CodeSigningConfigs"] == []

@@ -590,3 +590,20 @@ async fn policies_are_kept_shown_as_iam_writes_them_and_end_with_their_alias() {
     }
     server.stop().await;
 }
+
+#[tokio::test]
+async fn what_there_is_none_of_is_listed_as_nothing_and_asked_of_functions_alone() {
+    let server = published().await;
+    let signing = |name: &str| format!("/2020-06-30/functions/{name}/code-signing-config");
+    assert_eq!(server.get(&signing("f")).await.json(), json!({}));
+    let missing = server.get(&signing("nope")).await;
+    refused(&missing, 404, "ResourceNotFoundException");
+    let runtime = "/2021-07-20/functions/f/runtime-management-config";
+    assert_eq!(
+        server.get(runtime).await.json(),
+        json!({"UpdateRuntimeOn": "Auto", "FunctionArn": format!("{ARN}:f:$LATEST")})
+    );
+    let mappings = server.get("/2015-03-31/event-source-mappings").await;
+    assert_eq!(mappings.json(), json!({"EventSourceMappings": []}));
+    server.stop().await;
+}
