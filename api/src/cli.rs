@@ -6,16 +6,22 @@ mod bench;
 mod client;
 mod credentials;
 mod deploy;
+mod dev;
 mod doctor;
+mod init;
 mod installation;
 mod invoke;
 mod keys;
 mod lab;
 mod list;
 mod logs;
+mod manifest;
+mod near;
 mod output;
 mod package;
+mod plan;
 mod progress;
+mod project;
 mod snapshot;
 mod tunnel;
 mod up;
@@ -77,8 +83,12 @@ enum Command {
     Up(up::UpArgs),
     /// Say whether this machine can run sandboxes, and what is missing.
     Doctor,
+    /// Write a first function into a folder.
+    Init(init::InitArgs),
     /// Deploy a folder or a zip as a function, and freeze it.
     Deploy(deploy::DeployArgs),
+    /// Deploy a folder, print what the function writes, and deploy again on each save, until Ctrl-C.
+    Dev(dev::DevArgs),
     /// Call a function and print its answer.
     Invoke(invoke::InvokeArgs),
     /// Print what a function wrote.
@@ -164,6 +174,8 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
     match &cli.command {
         Command::Up(args) => up::run(global, args),
         Command::Doctor => doctor::run(global),
+        Command::Init(args) => init::run(args),
+        Command::Dev(args) => wait(dev::run(global, args)),
         Command::Deploy(args) => wait(deploy::run(global, args)),
         Command::Invoke(args) => wait(invoke::run(global, args)),
         Command::Logs(args) => wait(logs::run(global, args)),

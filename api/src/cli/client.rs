@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, anyhow};
+use anyhow::{Context as _, anyhow, ensure};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use futures_util::StreamExt as _;
@@ -16,16 +16,20 @@ use thaw_api::auth::signer::Signer;
 use thaw_api::clock;
 use thaw_api::record::Settings;
 use thaw_api_types::keys::{ChangeKeyRequest, CreateKeyRequest, CreatedKey, KeyList};
+use thaw_api_types::lambda::GetFunctionResponse;
 use thaw_api_types::thaw::{ListResponse, ProgressEvent};
 use url::{Position, Url};
 
 use super::credentials::ID_VARIABLE;
+use super::near::nearest;
 use super::tunnel::Tunnel;
 
 /// Longest wait for a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 pub const FUNCTIONS: &str = "/2015-03-31/functions";
 const KEYS: &str = "/thaw/v1/keys";
+
+const NOT_FOUND: &str = "ResourceNotFoundException";
 
 /// Lambda demands a role; Thaw has no use for one.
 pub const ROLE: &str = "arn:aws:iam::000000000000:role/thaw";
@@ -64,6 +68,15 @@ impl Deployment {
     }
 }
 
+/// Whether a function was created.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Created {
+    /// It was.
+    New,
+    /// One of that name was there, and is as it was.
+    Exists,
+}
+
 /// A function's answer.
 pub struct Answer {
     /// `X-Amz-Function-Error`.
@@ -99,6 +112,12 @@ impl Client {
     /// The same, with the certificates that it trusts, if the endpoint begins with `https://`.
     pub fn trusting(endpoint: &str, authorities: Option<&Path>) -> anyhow::Result<Self> {
         let endpoint = endpoint.trim_end_matches('/').to_owned();
+        let plain = Url::parse(&endpoint);
+        let is_web = |url: &Url| matches!(url.scheme(), "http" | "https") && url.has_host();
+        ensure!(
+            plain.as_ref().is_ok_and(is_web),
+            "{endpoint} is no gateway's address: write --endpoint or THAW_ENDPOINT as http://HOST:PORT"
+        );
         let mut builder = reqwest::Client::builder().connect_timeout(CONNECT_TIMEOUT);
         let (mut base, mut tunnel) = (endpoint.clone(), None);
         if endpoint.starts_with("https://") {
@@ -185,38 +204,56 @@ impl Client {
 
     /// Creates the function, or gives an existing one new code and configuration.
     pub async fn deploy(&self, deployment: &Deployment) -> anyhow::Result<()> {
-        let code = STANDARD.encode(&deployment.zip);
-        let settings = &deployment.settings;
-        let configuration = json!({
-            "Runtime": settings.runtime, "Handler": settings.handler, "Role": settings.role, "Timeout": settings.timeout_seconds,
-            "MemorySize": settings.memory_mib, "Environment": { "Variables": settings.environment.clone().unwrap_or_default() },
-        });
-        let mut create = configuration.clone();
-        create["FunctionName"] = deployment.name.clone().into();
-        create["Code"] = json!({ "ZipFile": code });
-        let answer = self
-            .send(self.request(Method::POST, FUNCTIONS).json(&create))
-            .await?;
-        if answer.status() != StatusCode::CONFLICT {
-            return checked(answer).await.map(drop);
+        if self.create(deployment).await? == Created::Exists {
+            self.configure(&deployment.name, &deployment.settings)
+                .await?;
+            self.settled(&deployment.name).await?;
+            self.upload(&deployment.name, &deployment.zip).await?;
         }
-        let function = format!("{FUNCTIONS}/{}", deployment.name);
-        self.answer(
-            self.request(Method::PUT, &format!("{function}/configuration"))
-                .json(&configuration),
-        )
-        .await?;
-        self.settled(&deployment.name).await?;
-        self.answer(
-            self.request(Method::PUT, &format!("{function}/code"))
-                .json(&json!({ "ZipFile": code })),
-        )
-        .await
-        .map(drop)
+        Ok(())
+    }
+
+    /// Creates the function unless there is one of that name.
+    pub async fn create(&self, deployment: &Deployment) -> anyhow::Result<Created> {
+        let mut body = configuration(&deployment.settings);
+        body["FunctionName"] = deployment.name.clone().into();
+        body["Code"] = json!({ "ZipFile": STANDARD.encode(&deployment.zip) });
+        let request = self.request(Method::POST, FUNCTIONS).json(&body);
+        let answer = self.send(request).await?;
+        if answer.status() == StatusCode::CONFLICT {
+            return Ok(Created::Exists);
+        }
+        self.checked(answer).await.map(|_| Created::New)
+    }
+
+    /// Gives a function another configuration.
+    pub async fn configure(&self, name: &str, settings: &Settings) -> anyhow::Result<()> {
+        let path = format!("{FUNCTIONS}/{name}/configuration");
+        let request = self.request(Method::PUT, &path);
+        let request = request.json(&configuration(settings));
+        self.answer(request).await.map(drop)
+    }
+
+    /// Gives a function other code.
+    pub async fn upload(&self, name: &str, zip: &[u8]) -> anyhow::Result<()> {
+        let request = self.request(Method::PUT, &format!("{FUNCTIONS}/{name}/code"));
+        let request = request.json(&json!({ "ZipFile": STANDARD.encode(zip) }));
+        self.answer(request).await.map(drop)
+    }
+
+    /// A function as it is, if there is one of that name.
+    pub async fn function(&self, name: &str) -> anyhow::Result<Option<GetFunctionResponse>> {
+        let request = self.request(Method::GET, &format!("{FUNCTIONS}/{name}"));
+        let answer = self.send(request).await?;
+        if answer.status() == StatusCode::NOT_FOUND && error_type(&answer) == NOT_FOUND {
+            return Ok(None);
+        }
+        let found = self.checked(answer).await?.json().await;
+        found.context("the gateway's function is malformed")
     }
 
     /// Waits until no update of the function is in progress.
-    async fn settled(&self, name: &str) -> anyhow::Result<()> {
+    pub async fn settled(&self, name: &str) -> anyhow::Result<()> {
         let mut events = self.progress(name).await?;
         while let Some(event) = events.next().await {
             if event?.done {
@@ -377,7 +414,38 @@ impl Client {
     }
 
     async fn answer(&self, request: RequestBuilder) -> anyhow::Result<Response> {
-        checked(self.send(request).await?).await
+        self.checked(self.send(request).await?).await
+    }
+
+    /// An error of the gateway becomes an error with the gateway's own message; for a function that is not there, with
+    /// the name that was probably meant.
+    async fn checked(&self, answer: Response) -> anyhow::Result<Response> {
+        let unknown = error_type(&answer) == NOT_FOUND;
+        let error = match checked(answer).await {
+            Err(error) if unknown => error,
+            other => return other,
+        };
+        let text = error.to_string();
+        let Some((_, name)) = text.rsplit_once(":function:") else {
+            return Err(error);
+        };
+        let name = name.split([' ', ':']).next().unwrap_or_default();
+        let request = self.request(Method::GET, "/thaw/v1/functions");
+        let list = checked(self.send(request).await?).await;
+        let known: ListResponse = match list {
+            Ok(list) => list.json().await.unwrap_or_default(),
+            Err(_) => return Err(error), // this key may not list
+        };
+        let names = known.functions.iter().map(|known| known.name.as_str());
+        if known.functions.iter().any(|known| known.name == name) {
+            return Err(error); // a version or an alias is missing
+        }
+        Err(match nearest(name, names) {
+            Some(meant) => anyhow!("{error}: did you mean {meant}?"),
+            None => anyhow!(
+                "{error}: `thaw ls` lists what there is, `thaw deploy DIR --name {name}` makes it"
+            ),
+        })
     }
 }
 
@@ -399,18 +467,33 @@ fn sign(signer: &Signer, request: &mut reqwest::Request) -> Option<()> {
     signer.sign(&method, &uri, &host, request.headers_mut(), &body, now)
 }
 
+/// A configuration as the gateway takes it.
+fn configuration(settings: &Settings) -> Value {
+    let snap_start = if settings.snap_start {
+        "PublishedVersions"
+    } else {
+        "None"
+    };
+    json!({
+        "Runtime": settings.runtime, "Handler": settings.handler, "Role": settings.role, "Timeout": settings.timeout_seconds,
+        "MemorySize": settings.memory_mib, "Environment": { "Variables": settings.environment.clone().unwrap_or_default() },
+        "EphemeralStorage": { "Size": settings.ephemeral_mib }, "SnapStart": { "ApplyOn": snap_start },
+    })
+}
+
+fn error_type(answer: &Response) -> &str {
+    let kind = answer.headers().get("x-amzn-errortype");
+    kind.and_then(|value| value.to_str().ok())
+        .unwrap_or_default()
+}
+
 /// An error of the gateway becomes an error with the gateway's own message.
 async fn checked(answer: Response) -> anyhow::Result<Response> {
     let status = answer.status();
     if status.is_success() {
         return Ok(answer);
     }
-    let kind = answer
-        .headers()
-        .get("x-amzn-errortype")
-        .and_then(|value| value.to_str().ok())
-        .unwrap_or_default()
-        .to_owned();
+    let kind = error_type(&answer).to_owned();
     let body = answer.text().await.unwrap_or_default();
     let document: Value = serde_json::from_str(&body).unwrap_or_default();
     let message = ["message", "Message"]

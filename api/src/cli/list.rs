@@ -22,7 +22,7 @@ pub async fn ls(global: &Global) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     if list.functions.is_empty() {
-        println!("no functions yet: `thaw deploy DIR --name NAME` makes one");
+        println!("no functions yet: `thaw init DIR` writes one, `thaw deploy DIR` makes it run");
         return Ok(ExitCode::SUCCESS);
     }
     let head = [

@@ -99,7 +99,12 @@ pub fn run(global: &Global, args: &UpArgs) -> anyhow::Result<ExitCode> {
         return serve(&home, &installation, args);
     }
     args.tls()?; // before anything that takes long
-    std::fs::create_dir_all(&home).with_context(|| format!("cannot make {}", home.display()))?;
+    std::fs::create_dir_all(&home).with_context(|| {
+        format!(
+            "cannot make {}, which holds all state: choose another folder with --home or THAW_HOME",
+            home.display()
+        )
+    })?;
     let venue = Venue::choose(args.lab);
     eprintln!(
         "thaw: state in {}, sandboxes in {}",
@@ -177,7 +182,10 @@ fn lock(home: &Path) -> anyhow::Result<File> {
         .truncate(false)
         .write(true)
         .open(&path);
-    let file = file.with_context(|| format!("cannot open {}", path.display()))?;
+    let file = file.with_context(|| {
+        let home = home.display();
+        format!("cannot write into {home}, which holds all state: choose another folder with --home or THAW_HOME")
+    })?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => bail!(
@@ -385,10 +393,10 @@ async fn try_announce(url: &str, client: &Client, example: Option<&Path>) -> any
     println!("thaw: serving on {url}");
     let Some(example) = example else {
         if client.signs() {
-            println!("  thaw deploy DIR --name NAME    then    thaw invoke NAME");
+            println!("  thaw init DIR    then    thaw deploy DIR    then    thaw invoke NAME");
             return Ok(());
         }
-        println!("  thaw deploy DIR --name NAME    then    curl {url}/fn/NAME/");
+        println!("  thaw init DIR    then    thaw deploy DIR    then    curl {url}/fn/NAME/");
         return Ok(());
     };
     if !client

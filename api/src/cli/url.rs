@@ -8,6 +8,7 @@ use serde_json::json;
 use thaw_api_types::lambda::{FunctionUrlConfig, ListFunctionUrlConfigsResponse};
 
 use super::Global;
+use super::client::Client;
 use super::output::{self, Format};
 
 const URLS: &str = "/2021-10-31/functions";
@@ -44,6 +45,9 @@ pub struct SetArgs {
     /// A header that such pages may send, or `*`; may be given several times.
     #[arg(long, value_name = "HEADER")]
     allow_header: Vec<String>,
+    /// Send answers on piece by piece, as the function writes them.
+    #[arg(long)]
+    streaming: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -60,27 +64,14 @@ pub async fn run(global: &Global, command: &UrlCommand) -> anyhow::Result<ExitCo
         UrlCommand::Set(args) => {
             let mut body = json!({
                 "AuthType": match args.auth { Auth::None => "NONE", Auth::Iam => "AWS_IAM" },
-                "Cors": {},
+                "Cors": {}, "InvokeMode": if args.streaming { "RESPONSE_STREAM" } else { "BUFFERED" },
             });
             if !args.allow_origin.is_empty() {
                 body["Cors"] = json!({
                     "AllowOrigins": args.allow_origin, "AllowMethods": args.allow_method, "AllowHeaders": args.allow_header,
                 });
             }
-            let path = format!("{URLS}/{}/url", args.name);
-            let function = args.name.split(':').next().unwrap_or_default();
-            let known: ListFunctionUrlConfigsResponse = client
-                .call(Method::GET, &format!("{URLS}/{function}/urls"), None)
-                .await?;
-            let is_it = |url: &FunctionUrlConfig| {
-                url.function_arn
-                    .ends_with(&format!(":function:{}", args.name))
-            };
-            let method = match known.function_url_configs.iter().any(is_it) {
-                true => Method::PUT,
-                false => Method::POST,
-            };
-            let url: FunctionUrlConfig = client.call(method, &path, Some(&body)).await?;
+            let url = put(&client, &args.name, &body).await?;
             show(global, &[url])?;
         }
         UrlCommand::Ls { name } => {
@@ -97,6 +88,30 @@ pub async fn run(global: &Global, command: &UrlCommand) -> anyhow::Result<ExitCo
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Configures the URL of NAME or NAME:ALIAS.
+pub async fn put(
+    client: &Client,
+    name: &str,
+    body: &serde_json::Value,
+) -> anyhow::Result<FunctionUrlConfig> {
+    let method = match get(client, name).await? {
+        Some(_) => Method::PUT,
+        None => Method::POST,
+    };
+    let path = format!("{URLS}/{name}/url");
+    client.call(method, &path, Some(body)).await
+}
+
+/// The URL of NAME or NAME:ALIAS, if it is configured.
+pub async fn get(client: &Client, name: &str) -> anyhow::Result<Option<FunctionUrlConfig>> {
+    let function = name.split(':').next().unwrap_or_default();
+    let path = format!("{URLS}/{function}/urls");
+    let known: ListFunctionUrlConfigsResponse = client.call(Method::GET, &path, None).await?;
+    let end = format!(":function:{name}");
+    let mut urls = known.function_url_configs.into_iter();
+    Ok(urls.find(|url| url.function_arn.ends_with(&end)))
 }
 
 fn show(global: &Global, urls: &[FunctionUrlConfig]) -> anyhow::Result<()> {

@@ -89,29 +89,40 @@ fn version_row(version: &FunctionConfiguration) -> Vec<String> {
 }
 
 async fn publish(global: &Global, client: &Client, args: &PublishArgs) -> anyhow::Result<()> {
-    let path = format!("{FUNCTIONS}/{}/versions", args.name);
-    let mut body = json!({});
-    if let Some(text) = &args.description {
-        body["Description"] = text.clone().into();
-    }
-    let made: FunctionConfiguration = client.call(Method::POST, &path, Some(&body)).await?;
-    let target = format!("{}?version={}", args.name, made.version);
-    let mut events = client.version_progress(&args.name, &made.version).await?;
-    while let Some(event) = events.next().await {
-        let event = event?;
-        if let Some(error) = event.error {
-            anyhow::bail!("{target} is not ready: {error}");
-        }
-    }
-    if let Some(alias) = &args.alias {
-        set(client, &args.name, alias, &made.version, None).await?;
-    }
+    let (description, alias) = (args.description.as_deref(), args.alias.as_deref());
+    let made = publish_version(client, &args.name, description, alias).await?;
     if global.format() == Format::Json {
         output::json(&made)
     } else {
         println!("published {}:{}", args.name, made.version);
         Ok(())
     }
+}
+
+/// Publishes a function as it is now, waits until the version is ready, and lets the alias name it. Where nothing has
+/// changed since the newest version, it is that one.
+pub async fn publish_version(
+    client: &Client,
+    name: &str,
+    description: Option<&str>,
+    alias: Option<&str>,
+) -> anyhow::Result<FunctionConfiguration> {
+    let path = format!("{FUNCTIONS}/{name}/versions");
+    let mut body = json!({});
+    if let Some(text) = description {
+        body["Description"] = text.into();
+    }
+    let made: FunctionConfiguration = client.call(Method::POST, &path, Some(&body)).await?;
+    let mut events = client.version_progress(name, &made.version).await?;
+    while let Some(event) = events.next().await {
+        if let Some(error) = event?.error {
+            anyhow::bail!("{name}:{} is not ready: {error}", made.version);
+        }
+    }
+    if let Some(alias) = alias {
+        set(client, name, alias, &made.version, None).await?;
+    }
+    Ok(made)
 }
 
 #[derive(Subcommand)]
