@@ -54,6 +54,7 @@ impl Deployment {
             memory_mib: 128,
             environment,
             snap_start: false,
+            layers: Vec::new(),
             ephemeral_mib: thaw_api::engine::EPHEMERAL_MIB_DEFAULT,
         };
         Self {

@@ -56,6 +56,7 @@ impl Settings {
             memory_mib: self.memory,
             environment: Some(self.env.iter().cloned().collect()),
             snap_start: false,
+            layers: Vec::new(),
             ephemeral_mib: thaw_api::engine::EPHEMERAL_MIB_DEFAULT,
         }
     }
