@@ -36,6 +36,8 @@ pub struct Deployment {
     pub name: String,
     /// The code.
     pub zip: Vec<u8>,
+    /// ARNs of its layers' versions.
+    pub layers: Vec<String>,
     /// Everything else.
     pub settings: Settings,
 }
@@ -60,6 +62,7 @@ impl Deployment {
         Self {
             name: name.to_owned(),
             zip,
+            layers: Vec::new(),
             settings,
         }
     }
@@ -191,6 +194,7 @@ impl Client {
         let configuration = json!({
             "Runtime": settings.runtime, "Handler": settings.handler, "Role": settings.role, "Timeout": settings.timeout_seconds,
             "MemorySize": settings.memory_mib, "Environment": { "Variables": settings.environment.clone().unwrap_or_default() },
+            "Layers": deployment.layers,
         });
         let mut create = configuration.clone();
         create["FunctionName"] = deployment.name.clone().into();

@@ -11,7 +11,7 @@ use thaw_api_types::thaw::ProgressEvent;
 use super::client::{Client, Deployment};
 use super::output::{self, Format};
 use super::progress::Steps;
-use super::{Global, package};
+use super::{Global, layers, package};
 
 #[derive(Args)]
 pub struct DeployArgs {
@@ -20,6 +20,9 @@ pub struct DeployArgs {
     /// Function name; the folder's or zip's own name if not given.
     #[arg(long)]
     name: Option<String>,
+    /// Layer version that it sees at /opt, NAME:VERSION or an ARN; may be given several times, later ones over earlier ones.
+    #[arg(long, value_name = "LAYER")]
+    layer: Vec<String>,
     #[command(flatten)]
     settings: Settings,
 }
@@ -86,6 +89,10 @@ impl DeployArgs {
 
 pub async fn run(global: &Global, args: &DeployArgs) -> anyhow::Result<ExitCode> {
     let (client, name) = (global.client()?, args.name()?);
+    let mut arns = Vec::new();
+    for layer in &args.layer {
+        arns.push(layers::arn(&client, layer).await?);
+    }
     let mut steps = Steps::new();
     steps.begin("pack the code");
     let zip = package::zip_of(&args.code)?;
@@ -93,6 +100,7 @@ pub async fn run(global: &Global, args: &DeployArgs) -> anyhow::Result<ExitCode>
     let deployment = Deployment {
         name: name.clone(),
         zip,
+        layers: arns,
         settings: args.settings.record(),
     };
     client.deploy(&deployment).await?;
