@@ -227,7 +227,7 @@ async fn limits_are_lambdas() {
 async fn what_is_not_served_is_an_error_of_lambdas_shape() {
     let server = Server::start().await;
     for (method, path) in [
-        ("GET", "/2018-10-31/layers"),
+        ("GET", "/2020-04-22/code-signing-configs"),
         ("POST", "/2015-03-31/event-source-mappings"),
         ("PATCH", "/2015-03-31/functions"),
     ] {
