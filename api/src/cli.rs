@@ -13,6 +13,7 @@ mod installation;
 mod invoke;
 mod keys;
 mod lab;
+mod layers;
 mod list;
 mod logs;
 mod manifest;
@@ -103,6 +104,9 @@ enum Command {
     /// Name versions of a function, and divide invocations between two.
     #[command(subcommand)]
     Alias(versions::AliasCommand),
+    /// Publish, list and remove layers: folders that functions share.
+    #[command(subcommand)]
+    Layers(layers::LayersCommand),
     /// Configure where functions answer HTTP.
     #[command(subcommand)]
     Url(url::UrlCommand),
@@ -183,6 +187,7 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         Command::Rm(args) => wait(list::rm(global, args)),
         Command::Versions(command) => wait(versions::run(global, command)),
         Command::Alias(command) => wait(versions::alias(global, command)),
+        Command::Layers(command) => wait(layers::run(global, command)),
         Command::Url(command) => wait(url::run(global, command)),
         Command::Completions { shell } => {
             clap_complete::generate(*shell, &mut Cli::command(), "thaw", &mut std::io::stdout());

@@ -78,6 +78,7 @@ pub fn check(zip: &[u8]) -> Result<Code, CodeError> {
     Ok(Code {
         bytes: u64::try_from(zip.len()).unwrap_or(u64::MAX),
         sha256: STANDARD.encode(Sha256::digest(zip)),
+        unzipped_bytes: UNZIPPED_BYTES_MAX - left,
     })
 }
 
@@ -149,6 +150,7 @@ mod tests {
         let zip = testing::zip(&[("app.py", b"x = 1\n")]);
         let code = check(&zip).unwrap();
         assert_eq!(code.bytes, u64::try_from(zip.len()).unwrap());
+        assert_eq!(code.unzipped_bytes, 6);
         assert_eq!(STANDARD.decode(code.sha256).unwrap().len(), 32);
         assert!(matches!(check(&testing::zip(&[])), Err(CodeError::Empty)));
         assert!(matches!(check(b"PK"), Err(CodeError::Broken(_))));

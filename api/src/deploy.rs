@@ -27,6 +27,12 @@ use crate::store::Stored;
 /// Names within a revision's folder.
 pub const CODE_ZIP: &str = "code.zip";
 
+/// Name of a layer's zip within a revision's folder, by its place in the order, from 0.
+#[must_use]
+pub fn layer_zip(place: usize) -> String {
+    format!("layer-{}.zip", place + 1)
+}
+
 /// Most of an initialisation's output that the database keeps, bytes.
 const INIT_LOG_BYTES_MAX: usize = 64 * 1024;
 
@@ -83,7 +89,8 @@ fn clean_revision(folder: &Path) -> Result<(), (PathBuf, io::Error)> {
     Ok(())
 }
 
-fn entries(folder: &Path) -> Result<Vec<(String, PathBuf)>, (PathBuf, io::Error)> {
+/// What is in a folder, name and path; nothing if there is no folder.
+pub(crate) fn entries(folder: &Path) -> Result<Vec<(String, PathBuf)>, (PathBuf, io::Error)> {
     let failed = |source| (folder.to_owned(), source);
     let listing = match fs::read_dir(folder) {
         Ok(listing) => listing,
@@ -99,7 +106,8 @@ fn entries(folder: &Path) -> Result<Vec<(String, PathBuf)>, (PathBuf, io::Error)
         .collect()
 }
 
-fn remove(path: &Path) -> Result<(), (PathBuf, io::Error)> {
+/// Removes a file or a folder, if it is there.
+pub(crate) fn remove(path: &Path) -> Result<(), (PathBuf, io::Error)> {
     let result = if path.is_dir() && !path.is_symlink() {
         fs::remove_dir_all(path)
     } else {
@@ -300,6 +308,9 @@ fn job(app: &App, live: &Live, revision: &Revision) -> FreezeJob {
         revision: revision.id.clone(),
         runtime: settings.runtime.clone(),
         zip: folder.join(CODE_ZIP),
+        layers: (0..settings.layers.len())
+            .map(|place| folder.join(layer_zip(place)))
+            .collect(),
         folder,
         memory_mib: settings.memory_mib,
         vcpu_count: environment::vcpu_count(settings.memory_mib),

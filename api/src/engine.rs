@@ -100,6 +100,8 @@ pub struct FreezeJob {
     pub runtime: String,
     /// The function's zip.
     pub zip: PathBuf,
+    /// Zips of its layers, in their order.
+    pub layers: Vec<PathBuf>,
     /// Folder for the code image and the snapshot, on the same file system as they end up on.
     pub folder: PathBuf,
     /// Guest memory, MiB.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -11,10 +11,12 @@ use thiserror::Error;
 use uuid::Uuid;
 
 use crate::clock;
-use crate::code::{self, CodeError, WriteError};
-use crate::deploy::{self, CODE_ZIP};
+use crate::code::{self, CodeError, UNZIPPED_BYTES_MAX, WriteError};
+use crate::deploy::{self, CODE_ZIP, layer_zip};
 use crate::logs::Log;
-use crate::record::{Code, Function, LastUpdate, Revision, Settings, State, Version, VersionId};
+use crate::record::{
+    Code, Function, LastUpdate, LayerUse, Revision, Settings, State, Version, VersionId,
+};
 use crate::state::{App, Live, LiveFunction, NameClaim, PoolSlot};
 use crate::store::{StoreError, Stored};
 
@@ -59,6 +61,12 @@ pub enum ChangeError {
     /// There is none.
     #[error("function {0} has no alias {1}")]
     NoAlias(String, String),
+    /// There is no such layer version; its ARN.
+    #[error("layer version {0} does not exist")]
+    NoLayer(String),
+    /// Code and layers are too large together, unpacked, bytes.
+    #[error("code and layers have {0} bytes")]
+    TooLargeTogether(u64),
     /// There are as many functions as may be.
     #[error("there are {0} functions already")]
     TooMany(usize),
@@ -103,7 +111,7 @@ pub async fn create(
     if app.count() >= app.limits.function_count_max {
         return Err(ChangeError::TooMany(app.count()));
     }
-    let (id, code) = keep_code(app, name, zip).await?;
+    let (id, code) = keep_code(app, name, zip, &settings, None).await?;
     let folder = app.folder(name);
     let function = Function {
         name: name.to_owned(),
@@ -168,15 +176,12 @@ pub async fn update(
     check_revision(name, revision_id, &current.revision_id)?;
     let target = match change {
         Change::Code(zip) => {
-            let (id, code) = keep_code(app, name, zip).await?;
-            Revision {
-                id,
-                code,
-                settings: current.target.settings.clone(),
-            }
+            let settings = current.target.settings.clone();
+            let (id, code) = keep_code(app, name, zip, &settings, Some(&current.target)).await?;
+            Revision { id, settings, code }
         }
         Change::Settings(settings) => Revision {
-            id: share_code(app, name, &current.target).await?,
+            id: share_code(app, name, &current.target, &settings).await?,
             code: current.target.code.clone(),
             settings: *settings,
         },
@@ -269,26 +274,94 @@ fn retire(app: &Arc<App>, versions: &[Arc<Live>], folder: PathBuf) {
     });
 }
 
-/// Puts the code of a revision into the folder of a new one; answers the new one's id.
-async fn share_code(app: &App, name: &str, from: &Revision) -> Result<String, ChangeError> {
+/// Puts the code of a revision and the layers of `settings` into the folder of a new revision; answers the new one's id.
+async fn share_code(
+    app: &App,
+    name: &str,
+    from: &Revision,
+    settings: &Settings,
+) -> Result<String, ChangeError> {
+    check_sizes(&from.code, settings)?;
+    let layers = layer_zips(app, name, settings, Some(from))?;
     let id = Uuid::new_v4().simple().to_string();
-    let from = app.folder(name).join(&from.id).join(CODE_ZIP);
-    let folder = app.folder(name).join(&id);
-    tokio::task::spawn_blocking(move || code::link(&from, &folder, CODE_ZIP))
-        .await
-        .map_err(|_| ChangeError::Worker)??;
-    Ok(id)
-}
-
-/// Checks a zip and writes it into the folder of a new revision.
-async fn keep_code(app: &App, name: &str, zip: Bytes) -> Result<(String, Code), ChangeError> {
-    let id = Uuid::new_v4().simple().to_string();
+    let code = app.folder(name).join(&from.id).join(CODE_ZIP);
     let folder = app.folder(name).join(&id);
     tokio::task::spawn_blocking(move || {
+        code::link(&code, &folder, CODE_ZIP)?;
+        link_layers(&layers, &folder)?;
+        Ok(id)
+    })
+    .await
+    .map_err(|_| ChangeError::Worker)?
+}
+
+/// Checks a zip and writes it, with the layers of `settings`, into the folder of a new revision.
+async fn keep_code(
+    app: &App,
+    name: &str,
+    zip: Bytes,
+    settings: &Settings,
+    current: Option<&Revision>,
+) -> Result<(String, Code), ChangeError> {
+    let layers = layer_zips(app, name, settings, current)?;
+    let id = Uuid::new_v4().simple().to_string();
+    let folder = app.folder(name).join(&id);
+    let settings = settings.clone();
+    tokio::task::spawn_blocking(move || {
         let code = code::check(&zip)?;
+        check_sizes(&code, &settings)?;
         code::write(&folder, CODE_ZIP, &zip)?;
+        link_layers(&layers, &folder)?;
         Ok((id, code))
     })
     .await
     .map_err(|_| ChangeError::Worker)?
+}
+
+/// Lambda's limit is one for code and layers together.
+fn check_sizes(code: &Code, settings: &Settings) -> Result<(), ChangeError> {
+    let parts = settings.layers.iter().map(|layer| &layer.code);
+    let sum = parts.fold(code.unzipped_bytes, |sum, part| {
+        sum.saturating_add(part.unzipped_bytes)
+    });
+    match sum > UNZIPPED_BYTES_MAX {
+        true => Err(ChangeError::TooLargeTogether(sum)),
+        false => Ok(()),
+    }
+}
+
+/// Where the zips of the layers of `settings` are: with a revision that has the same, which may have been deleted meanwhile, or
+/// with the layers.
+fn layer_zips(
+    app: &App,
+    name: &str,
+    settings: &Settings,
+    current: Option<&Revision>,
+) -> Result<Vec<(LayerUse, PathBuf)>, ChangeError> {
+    let current = current.filter(|current| current.settings.layers == settings.layers);
+    let path = |(place, layer): (usize, &LayerUse)| {
+        let path = match current {
+            Some(current) => Some(app.folder(name).join(&current.id).join(layer_zip(place))),
+            None => app.layers.zip(&layer.name, layer.number),
+        };
+        let path = path.ok_or_else(|| ChangeError::NoLayer(layer.arn.clone()))?;
+        Ok((layer.clone(), path))
+    };
+    settings.layers.iter().enumerate().map(path).collect()
+}
+
+/// Links layers' zips into a revision's folder, which is removed if that fails.
+fn link_layers(layers: &[(LayerUse, PathBuf)], folder: &Path) -> Result<(), ChangeError> {
+    for (place, (layer, zip)) in layers.iter().enumerate() {
+        if let Err(error) = code::link(zip, folder, &layer_zip(place)) {
+            // What cannot be removed now, the next start removes.
+            let _ = fs::remove_dir_all(folder);
+            return Err(match error.source.kind() {
+                // Deleted since it was looked up.
+                io::ErrorKind::NotFound => ChangeError::NoLayer(layer.arn.clone()),
+                _ => error.into(),
+            });
+        }
+    }
+    Ok(())
 }

@@ -31,6 +31,7 @@ mod create;
 mod delete;
 mod event_config;
 mod invoke;
+mod layers;
 mod paging;
 mod policy;
 mod provisioned;
@@ -166,6 +167,20 @@ async fn dispatch(app: &Arc<App>, found: Matched, call: Call) -> Answer {
             provisioned::delete(app, call, &first).await
         }
         Operation::ListProvisionedConcurrencyConfigs => provisioned::list(app, &call, &first),
+        Operation::PublishLayerVersion => layers::publish(app, call, &first).await,
+        Operation::GetLayerVersion => layers::get(app, &call, &first, &second),
+        Operation::GetLayerVersionByArn => layers::get_by_arn(app, &call),
+        Operation::ListLayers => layers::list(app, &call),
+        Operation::ListLayerVersions => layers::list_versions(app, &call, &first),
+        Operation::DeleteLayerVersion => layers::delete(app, &first, &second).await,
+        Operation::AddLayerVersionPermission => {
+            layers::policy::add(app, call, &first, &second).await
+        }
+        Operation::GetLayerVersionPolicy => layers::policy::get(app, &first, &second),
+        Operation::RemoveLayerVersionPermission => {
+            let statement = names.next().unwrap_or_default();
+            layers::policy::remove(app, call, &first, &second, &statement).await
+        }
     }
 }
 
@@ -391,6 +406,10 @@ pub(crate) fn change_error(app: &App, error: &ChangeError) -> ApiError {
         ChangeError::NoAlias(name, alias) => {
             ApiError::no_alias(&format!("{}:{alias}", app.arn(name)))
         }
+        ChangeError::NoLayer(arn) => layers::no_version(arn),
+        ChangeError::TooLargeTogether(sum) => ApiError::invalid_parameter(format!(
+            "Function code combined with layers exceeds the maximum allowed size of {UNZIPPED_BYTES_MAX} bytes. The actual size is {sum} bytes."
+        )),
         ChangeError::Code(CodeError::Broken(_) | CodeError::Damaged(_)) => {
             ApiError::invalid_parameter(
                 "Could not unzip uploaded file. Please check your file, then try to upload again.",

@@ -25,6 +25,7 @@ pub mod functions;
 pub mod gateway;
 pub mod invocation;
 pub mod lambda;
+pub mod layers;
 pub mod logs;
 pub mod progress;
 pub mod record;

@@ -326,6 +326,9 @@ pub struct Settings {
     /// Published versions run SnapStart's hooks around their snapshot.
     #[serde(default)]
     pub snap_start: bool,
+    /// Layers, in their order.
+    #[serde(default)]
+    pub layers: Vec<LayerUse>,
     /// Size of the disk that /tmp is on, MiB, 512 to 10,240.
     #[serde(default = "ephemeral_default")]
     pub ephemeral_mib: u32,
@@ -335,6 +338,19 @@ fn ephemeral_default() -> u32 {
     EPHEMERAL_MIB_DEFAULT
 }
 
+/// A layer version that a function has. It stays usable when it is deleted: each revision has its zip.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerUse {
+    /// The layer version's ARN.
+    pub arn: String,
+    /// The layer's name.
+    pub name: String,
+    /// The version's number.
+    pub number: u64,
+    /// Its zip.
+    pub code: Code,
+}
+
 /// A zip.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Code {
@@ -342,6 +358,9 @@ pub struct Code {
     pub bytes: u64,
     /// Its SHA-256, base64.
     pub sha256: String,
+    /// Its files together, bytes; 0 for what was uploaded before this was kept.
+    #[serde(default)]
+    pub unzipped_bytes: u64,
 }
 
 /// Lambda's state of a version.

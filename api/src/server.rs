@@ -40,6 +40,10 @@ pub fn router(app: Arc<App>, auth: Arc<Auth>) -> Router {
             "/thaw/v1/functions/{name}/progress",
             get(thaw_routes::progress),
         )
+        .route(
+            "/thaw/v1/layers/{name}/{version}/code",
+            get(thaw_routes::layer_code),
+        )
         .route("/thaw/v1/keys", auth::routes::all())
         .route("/thaw/v1/keys/{id}", auth::routes::one())
         .route("/fn/{name}", any(by_path))

@@ -22,6 +22,7 @@ use crate::events::{Event, Line};
 use crate::gateway::{GatewayConfig, Limits, StartError};
 use crate::invocation::complaints::Complaints;
 use crate::invocation::duplicates::Duplicates;
+use crate::layers::Layers;
 use crate::logs::Log;
 use crate::progress::Progress;
 use crate::record::{Function, Version, VersionId};
@@ -70,6 +71,8 @@ pub struct App {
     pub uploads: Semaphore,
     /// Requests that clients may send again.
     pub duplicates: Arc<Duplicates>,
+    /// Layers.
+    pub layers: Layers,
     functions: RwLock<BTreeMap<String, Arc<LiveFunction>>>,
     changing: Arc<Mutex<HashSet<String>>>,
     /// Orders commits, so that memory and database change together.
@@ -180,6 +183,12 @@ impl App {
             path,
             source,
         })?;
+        let layers = Layers::new(&config.home, store.load_layers().await?);
+        layers.clean().map_err(|(path, source)| StartError::Home {
+            act: "clean",
+            path,
+            source,
+        })?;
         let mut events: BTreeMap<String, Vec<Event>> = BTreeMap::new();
         for event in store.events().await? {
             events
@@ -213,6 +222,7 @@ impl App {
             uploads: Semaphore::new(UPLOADS_MAX),
             limits: config.limits,
             duplicates: Arc::default(),
+            layers,
             functions: RwLock::new(functions),
             changing: Arc::default(),
             commits: tokio::sync::Mutex::new(()),

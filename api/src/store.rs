@@ -17,13 +17,14 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::auth::keys::AccessKey;
 use crate::events::Event;
+use crate::layers::Layer;
 use crate::record::{Function, Version, VersionId};
 
 /// Most operations waiting for the thread; callers beyond wait for a place.
 const QUEUE_MAX: usize = 64;
 
 /// Statements that bring the schema from version `index` to `index + 1`.
-const MIGRATIONS: [&str; 4] = [
+const MIGRATIONS: [&str; 5] = [
     "CREATE TABLE functions (name TEXT PRIMARY KEY NOT NULL, document TEXT NOT NULL) STRICT",
     // What versions share got a document of its own.
     "ALTER TABLE functions RENAME TO latest;
@@ -37,6 +38,7 @@ const MIGRATIONS: [&str; 4] = [
          document TEXT NOT NULL, payload BLOB NOT NULL) STRICT;
      CREATE INDEX events_of_functions ON events (name)",
     "CREATE TABLE access_keys (id TEXT PRIMARY KEY NOT NULL, document TEXT NOT NULL) STRICT",
+    "CREATE TABLE layers (name TEXT PRIMARY KEY NOT NULL, document TEXT NOT NULL) STRICT",
 ];
 
 type Job = Box<dyn FnOnce(&mut Connection) + Send>;
@@ -127,6 +129,8 @@ pub enum Write<'a> {
     Key(&'a AccessKey),
     /// The end of an access key.
     RemoveKey(&'a str),
+    /// A layer, new or changed.
+    Layer(&'a Layer),
 }
 
 impl Write<'_> {
@@ -168,6 +172,11 @@ impl Write<'_> {
                 "INSERT INTO access_keys (id, document) VALUES (?1, ?2)
                  ON CONFLICT (id) DO UPDATE SET document = excluded.document",
                 vec![text(&key.id), write(&key.id, key)?],
+            ),
+            Self::Layer(layer) => (
+                "INSERT INTO layers (name, document) VALUES (?1, ?2)
+                 ON CONFLICT (name) DO UPDATE SET document = excluded.document",
+                vec![text(&layer.name), write(&layer.name, layer)?],
             ),
             Self::RemoveKey(id) => ("DELETE FROM access_keys WHERE id = ?1", vec![text(id)]),
             Self::RemoveEvent(id) => ("DELETE FROM events WHERE id = ?1", vec![text(id)]),
@@ -268,16 +277,8 @@ impl Store {
     /// # Errors
     /// See [`StoreError`].
     pub async fn events(&self) -> Result<Vec<Event>, StoreError> {
-        let rows = self
-            .run("read the events", |connection| {
-                connection
-                    .prepare("SELECT name, document FROM events")?
-                    .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?
-                    .collect::<Result<Vec<(String, String)>, _>>()
-            })
-            .await?;
-        let events = rows.into_iter().map(|(name, text)| read(&name, &text));
-        events.collect()
+        self.documents("read the events", "SELECT name, document FROM events")
+            .await
     }
 
     /// One event, with its payload; `None` once it has ended.
@@ -340,22 +341,45 @@ impl Store {
         answered.await.map_err(|_| StoreError::Ended)?
     }
 
+    /// All layers, ordered by name.
+    ///
+    /// # Errors
+    /// See [`StoreError`].
+    pub async fn load_layers(&self) -> Result<Vec<Layer>, StoreError> {
+        self.documents(
+            "read the layers",
+            "SELECT name, document FROM layers ORDER BY name",
+        )
+        .await
+    }
+
     /// All access keys, ordered by id.
     ///
     /// # Errors
     /// See [`StoreError`].
     pub async fn load_keys(&self) -> Result<Vec<AccessKey>, StoreError> {
+        self.documents(
+            "read the keys",
+            "SELECT id, document FROM access_keys ORDER BY id",
+        )
+        .await
+    }
+
+    /// The documents that a statement selects with their names.
+    async fn documents<T: DeserializeOwned>(
+        &self,
+        act: &'static str,
+        statement: &'static str,
+    ) -> Result<Vec<T>, StoreError> {
         let rows = self
-            .run("read the keys", |connection| {
+            .run(act, move |connection| {
                 connection
-                    .prepare("SELECT id, document FROM access_keys ORDER BY id")?
+                    .prepare(statement)?
                     .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?
                     .collect::<Result<Vec<(String, String)>, _>>()
             })
             .await?;
-        rows.into_iter()
-            .map(|(id, document)| read(&id, &document))
-            .collect()
+        rows.iter().map(|(name, text)| read(name, text)).collect()
     }
 }
 

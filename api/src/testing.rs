@@ -28,11 +28,13 @@ pub fn version(name: &str) -> Version {
                 memory_mib: 128,
                 environment: None,
                 snap_start: false,
+                layers: Vec::new(),
                 ephemeral_mib: crate::engine::EPHEMERAL_MIB_DEFAULT,
             },
             code: Code {
                 bytes: 10,
                 sha256: "c".to_owned(),
+                unzipped_bytes: 20,
             },
         },
         state: State::Pending,

@@ -93,7 +93,25 @@ pub async fn code(
         .folder(&name)
         .join(&live.record().target.id)
         .join(CODE_ZIP);
-    match tokio::fs::read(&path).await {
+    zip(&path).await
+}
+
+/// `GET /thaw/v1/layers/{name}/{version}/code`: the zip.
+pub async fn layer_code(
+    State(app): State<Arc<App>>,
+    Path((name, number)): Path<(String, u64)>,
+) -> Response<Body> {
+    match app.layers.zip(&name, number) {
+        Some(path) => zip(&path).await,
+        None => text(
+            StatusCode::NOT_FOUND,
+            "there is no such layer version here\n".to_owned(),
+        ),
+    }
+}
+
+async fn zip(path: &std::path::Path) -> Response<Body> {
+    match tokio::fs::read(path).await {
         Ok(zip) => {
             let mut response = Response::new(Body::from(zip));
             response.headers_mut().insert(

@@ -6,6 +6,8 @@
 mod auth;
 #[path = "http/events.rs"]
 mod events;
+#[path = "http/layers.rs"]
+mod layers;
 #[path = "http/machine.rs"]
 mod machine;
 #[path = "http/server.rs"]
@@ -226,7 +228,7 @@ async fn limits_are_lambdas() {
 async fn what_is_not_served_is_an_error_of_lambdas_shape() {
     let server = Server::start().await;
     for (method, path) in [
-        ("GET", "/2018-10-31/layers"),
+        ("GET", "/2025-11-30/capacity-providers"),
         ("POST", "/2015-03-31/event-source-mappings"),
         ("PATCH", "/2015-03-31/functions"),
     ] {

@@ -59,6 +59,6 @@ fn overlay(store: &ImageStore, mib: &str) -> Outcome {
 }
 
 fn code(store: &ImageStore, zip: &str, out: &Path) -> Outcome {
-    println!("{:?}", store.code_image(&std::fs::read(zip)?, out)?);
+    println!("{:?}", store.code_image(&std::fs::read(zip)?, &[], out)?);
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! A function's code: from the caller's zip to the read-only image mounted at /var/task.
+//! A function's code and its layers: from the callers' zips to one read-only image, whose folders the guest sees at /var/task and /opt.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,10 +10,10 @@ use sha2::{Digest, Sha256};
 use crate::digest;
 use crate::erofs::{self, ErofsError};
 use crate::fault::{Fault, FileError};
-use crate::staging::{Staging, StagingError, install};
-use crate::unzip::{self, Limits, UnzipError};
+use crate::staging::{Staging, StagingError, install, make_dir};
+use crate::unzip::{self, Limits, Plan, UnzipError};
 
-/// Lambda's limit on a function's unpacked code, and ours on its files and folders.
+/// Lambda's limit on a function's code and layers, unpacked, and ours on its files and folders.
 const LIMITS: Limits = Limits {
     bytes_max: 262_144_000,
     entries_max: 100_000,
@@ -23,6 +23,10 @@ const LIMITS: Limits = Limits {
 /// it is known which function's code it will hold.
 pub const CODE_DISK_BYTES: u64 = 512 << 20;
 const _: () = assert!(CODE_DISK_BYTES > LIMITS.bytes_max + (128 << 20));
+
+/// Folders of the image, and where the guest sees them (the agent's `boot/mounts.rs`).
+const TASK: (&str, &str) = ("task", "/var/task");
+const OPT: (&str, &str) = ("opt", "/opt");
 
 /// A function's code on disk, as the guest's block device has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,7 +39,7 @@ pub struct CodeImage {
     pub code_sha256: String,
     /// Length of the zip in bytes: the Lambda API's `CodeSize`.
     pub code_size: u64,
-    /// Bytes of all files, unpacked.
+    /// Bytes of all files, unpacked, those of layers included.
     pub unzipped_size: u64,
 }
 
@@ -67,13 +71,39 @@ impl CodeError {
     }
 }
 
-/// Makes the image `out` of `zip`, by way of scratch space.
-pub(crate) fn build(zip: &[u8], out: &Path, staging: &Staging) -> Result<CodeImage, CodeError> {
-    let tree = staging.path().join("task");
-    let unzipped_size = unzip::plan(zip, LIMITS)?.extract(&tree)?;
+/// Makes the image `out` of `zip` and its layers, a later one over the ones before, by way of scratch space.
+pub(crate) fn build(
+    zip: &[u8],
+    layers: &[Vec<u8>],
+    out: &Path,
+    staging: &Staging,
+) -> Result<CodeImage, CodeError> {
+    let tree = staging.path().join("code");
+    let mut unzipped_size = unzip::plan(zip, LIMITS, TASK.1)?.extract(&tree.join(TASK.0))?;
+    // There without layers too: the guest mounts both.
+    make_dir(&tree.join(OPT.0))?;
+    let mut merged: Option<Plan<'_>> = None;
+    for layer in layers {
+        let plan = unzip::plan(layer, LIMITS, OPT.1)?;
+        merged = Some(match merged {
+            None => plan,
+            Some(lower) => lower.overlay(plan)?,
+        });
+    }
+    if let Some(merged) = merged {
+        unzipped_size += merged.extract(&tree.join(OPT.0))?;
+    }
+    let limit = LIMITS.bytes_max;
+    if unzipped_size > limit {
+        return Err(UnzipError::TooLarge { limit }.into());
+    }
     let zip_digest = Sha256::digest(zip);
+    let mut seed = Sha256::new_with_prefix(zip_digest);
+    for layer in layers {
+        seed.update(Sha256::digest(layer));
+    }
     let image = staging.path().join("code.erofs");
-    erofs::pack(&tree, &image, &erofs::uuid_of(&zip_digest))?;
+    erofs::pack(&tree, &image, &erofs::uuid_of(&seed.finalize()))?;
     let digest = digest::file(&image)?;
     install_across(&image, out)?;
     Ok(CodeImage {

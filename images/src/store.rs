@@ -119,17 +119,23 @@ impl ImageStore {
         Ok(path)
     }
 
-    /// Makes a function's zip into the read-only image `out`; what was there is replaced.
+    /// Makes a function's zip and its layers, in their order, into the read-only image `out`; what was there is replaced.
     ///
     /// Deterministic: equal zips give equal bytes. Files keep their permission bits, and everyone
-    /// may read them; times and owners are dropped.
+    /// may read them; times and owners are dropped. A later layer's file, folder or link takes the
+    /// place of an earlier one's.
     ///
     /// # Errors
-    /// The caller's fault: a zip that is broken, empty, too large (262 144 000 bytes unpacked,
+    /// The caller's fault: a zip that is broken, empty, too large (262 144 000 bytes unpacked, layers included,
     /// 100 000 entries) or has an unfit entry (a name or link out of the folder, a device, a name
     /// twice, encryption). The host's: a program is missing, the disk is full.
-    pub fn code_image(&self, zip: &[u8], out: &Path) -> Result<CodeImage, CodeError> {
-        code::build(zip, &absolute(out.to_owned()), &self.staging()?)
+    pub fn code_image(
+        &self,
+        zip: &[u8],
+        layers: &[Vec<u8>],
+        out: &Path,
+    ) -> Result<CodeImage, CodeError> {
+        code::build(zip, layers, &absolute(out.to_owned()), &self.staging()?)
     }
 
     pub(crate) fn staging(&self) -> Result<Staging, StagingError> {

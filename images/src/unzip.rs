@@ -95,16 +95,20 @@ enum Node {
     Link { target: String },
 }
 
-/// An archive all of whose entries are fit.
+/// Archives all of whose entries are fit, one laid over the other.
 pub(crate) struct Plan<'a> {
-    archive: ZipArchive<Cursor<&'a [u8]>>,
-    /// Parents sort before what they hold.
-    nodes: BTreeMap<EntryPath, Node>,
+    archives: Vec<ZipArchive<Cursor<&'a [u8]>>>,
+    /// Each with the archive that it is from. Parents sort before what they hold.
+    nodes: BTreeMap<EntryPath, (usize, Node)>,
     limits: Limits,
 }
 
-/// Reads and checks the directory of an archive.
-pub(crate) fn plan(data: &[u8], limits: Limits) -> Result<Plan<'_>, UnzipError> {
+/// Reads and checks the directory of an archive. `mounted_at` is where the guest sees the folder: a link may name it.
+pub(crate) fn plan<'a>(
+    data: &'a [u8],
+    limits: Limits,
+    mounted_at: &str,
+) -> Result<Plan<'a>, UnzipError> {
     let broken = |error| UnzipError::Broken(Some(error));
     let mut archive = ZipArchive::new(Cursor::new(data)).map_err(broken)?;
     check_directory(data, &archive, limits)?;
@@ -114,7 +118,7 @@ pub(crate) fn plan(data: &[u8], limits: Limits) -> Result<Plan<'_>, UnzipError> 
     let mut nodes = BTreeMap::new();
     let mut declared = 0_u64;
     for index in 0..archive.len() {
-        let (path, node, size) = read_entry(&mut archive, index)?;
+        let (path, node, size) = read_entry(&mut archive, index, mounted_at)?;
         declared = declared.saturating_add(size);
         if declared > limits.bytes_max {
             return Err(UnzipError::TooLarge {
@@ -128,9 +132,10 @@ pub(crate) fn plan(data: &[u8], limits: Limits) -> Result<Plan<'_>, UnzipError> 
             });
         }
     }
+    let nodes = nodes.into_iter().map(|(path, node)| (path, (0, node)));
     Ok(Plan {
-        archive,
-        nodes,
+        archives: vec![archive],
+        nodes: nodes.collect(),
         limits,
     })
 }
@@ -186,6 +191,7 @@ fn check_directory(
 fn read_entry(
     archive: &mut ZipArchive<Cursor<&[u8]>>,
     index: usize,
+    mounted_at: &str,
 ) -> Result<(EntryPath, Node, u64), UnzipError> {
     let mut entry = archive
         .by_index(index)
@@ -222,7 +228,7 @@ fn read_entry(
                 .map_err(|_| UnzipError::Broken(None))?;
             let target =
                 String::from_utf8(target).map_err(|_| refuse("is a link to an unfit name"))?;
-            if !is_inside(&path, &target) {
+            if !is_inside(&path, &target, mounted_at) {
                 return Err(refuse("is a symbolic link that leaves the folder"));
             }
             Ok((path, Node::Link { target }, 0))
@@ -262,13 +268,38 @@ fn place(
     }
 }
 
-impl Plan<'_> {
+impl<'a> Plan<'a> {
+    /// Lays the tree of another archive over this one. Where the two differ in a place, the later one has it: its file takes
+    /// the place of a folder with all that is in it, its folder the place of a file or a link.
+    ///
+    /// # Errors
+    /// More entries than one archive may have.
+    pub(crate) fn overlay(mut self, later: Plan<'a>) -> Result<Self, UnzipError> {
+        let offset = self.archives.len();
+        self.archives.extend(later.archives);
+        for (path, (archive, node)) in later.nodes {
+            // Its folders come before what is in them, so that only this very place can be taken.
+            let is_folder = matches!(node, Node::Folder);
+            match self.nodes.get(&path) {
+                Some((_, Node::Folder)) if is_folder => continue,
+                Some((_, Node::Folder)) => self.nodes.retain(|other, _| !other.lies_in(&path)),
+                _ => {}
+            }
+            self.nodes.insert(path, (offset + archive, node));
+        }
+        let limit = self.limits.entries_max;
+        if self.nodes.len() > limit {
+            return Err(UnzipError::TooMany { limit });
+        }
+        Ok(self)
+    }
+
     /// Writes everything below `folder`, which is made if need be. Answers the bytes written.
     pub(crate) fn extract(mut self, folder: &Path) -> Result<u64, UnzipError> {
         make_dir(folder)?;
         let mut written = 0_u64;
         let mut links = Vec::new();
-        for (path, node) in &self.nodes {
+        for (path, (archive, node)) in &self.nodes {
             let to = folder.join(path.as_path());
             match node {
                 Node::Folder => {
@@ -278,7 +309,8 @@ impl Plan<'_> {
                 Node::Link { target } => links.push((to, target)),
                 Node::File { index, mode } => {
                     let budget = self.limits.bytes_max - written;
-                    written += extract_file(&mut self.archive, *index, &to, *mode, budget)?.ok_or(
+                    let archive = &mut self.archives[*archive];
+                    written += extract_file(archive, *index, &to, *mode, budget)?.ok_or(
                         UnzipError::TooLarge {
                             limit: self.limits.bytes_max,
                         },

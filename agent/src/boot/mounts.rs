@@ -13,8 +13,12 @@ use super::{BootError, step};
 /// Where the new root is put together in the initramfs.
 pub const NEW_ROOT: &str = "/root.new";
 
-/// Where the function's code is.
-const TASK_ROOT: &str = "var/task";
+/// Folders of the code disk, and where they are shown: the function's code and its layers.
+const SHOWN: [(&str, &str); 2] = [("task", "var/task"), ("opt", "opt")];
+
+/// Where the code disk is mounted for the moment in which its folders are bound: in the initramfs and in the running guest.
+const CODE_EARLY: &str = "/code";
+const CODE: &str = "/run/code";
 
 /// Folders of the initramfs under which the overlay's parts are mounted; they stay reachable through the overlay only.
 const LOWER: &str = "/lower";
@@ -58,10 +62,8 @@ pub fn root(disks: &Disks, new_root: &Path) -> Result<(), BootError> {
     let flags = MountFlags::BIND | MountFlags::NOSUID | MountFlags::NODEV;
     mount(folder("tmp"), &tmp, "", flags, None)?;
 
-    let task_root = new_root.join(TASK_ROOT);
-    make_folder(&task_root, 0o755)?;
     if let Some(code) = &disks.code {
-        mount_disk(code, &task_root, read_only | MountFlags::NOSUID, None)?;
+        show_code(code, Path::new(CODE_EARLY), new_root)?;
     }
     for early in ["proc", "sys", "dev"] {
         let to = new_root.join(early);
@@ -77,17 +79,35 @@ pub fn root(disks: &Disks, new_root: &Path) -> Result<(), BootError> {
 }
 
 /// Mounts the code disk anew, in the running guest. Nothing of the old content is left: the kernel drops what it has read of a
-/// disk when its last user is gone (block/bdev.c, `blkdev_flush_mapping`), and that is this mount.
+/// disk when its last user is gone (block/bdev.c, `blkdev_flush_mapping`), and these mounts are all it has.
 ///
 /// # Errors
 /// There is no code disk, something uses the old content, or the new one is no file system.
 pub fn remount_code() -> Result<(), BootError> {
-    let target = Path::new("/").join(TASK_ROOT);
-    let result = rustix::mount::unmount(&target, UnmountFlags::empty());
-    step("unmounting", &target, result)?;
-    let disk = disks::code(Path::new("/dev"))?;
+    let root = Path::new("/");
+    for (_, shown) in SHOWN {
+        unmount(&root.join(shown))?;
+    }
+    show_code(&disks::code(Path::new("/dev"))?, Path::new(CODE), root)
+}
+
+/// Mounts the code disk at `at` for as long as it takes to bind its folders below `root`. A bind keeps the file system and the
+/// flags of what it was made from (mount(2)): both are read-only.
+fn show_code(disk: &Disk, at: &Path, root: &Path) -> Result<(), BootError> {
     let flags = MountFlags::RDONLY | MountFlags::NODEV | MountFlags::NOATIME | MountFlags::NOSUID;
-    mount_disk(&disk, &target, flags, None)
+    mount_disk(disk, at, flags, None)?;
+    for (folder, shown) in SHOWN {
+        let target = root.join(shown);
+        make_folder(&target, 0o755)?;
+        mount(at.join(folder), target, "", MountFlags::BIND, None)?;
+    }
+    unmount(at)?;
+    step("removing", at, fs::remove_dir(at))
+}
+
+fn unmount(target: &Path) -> Result<(), BootError> {
+    let result = rustix::mount::unmount(target, UnmountFlags::empty());
+    step("unmounting", target, result)
 }
 
 fn kernel_file_systems(new_root: &Path) -> Result<(), BootError> {

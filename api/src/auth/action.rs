@@ -107,6 +107,7 @@ impl Action {
             (_, ["functions", _, "logs"]) => "thaw:GetLogs",
             (_, ["functions", _, "code"]) => "thaw:GetCode",
             (_, ["functions", ..]) => "thaw:GetFunction",
+            (_, ["layers", ..]) => "thaw:GetLayerCode",
             _ => "thaw:Manage",
         };
         Self::new(name, need, target, settings())

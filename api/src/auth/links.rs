@@ -1,5 +1,5 @@
-//! Links that the gateway gives out to its own routes: GetFunction's `Code.Location` is fetched by clients that sign
-//! nothing, so it is presigned, as AWS's own is.
+//! Links that the gateway gives out to its own routes: GetFunction's `Code.Location` and a layer version's `Content.Location`
+//! are fetched by clients that sign nothing, so they are presigned, as AWS's own are.
 
 use std::sync::Arc;
 
@@ -10,18 +10,26 @@ use serde_json::Value;
 use super::Auth;
 use crate::clock;
 
+/// Actions whose answers have such a link.
+pub(super) const GIVEN_BY: [&str; 4] = [
+    "lambda:GetFunction",
+    "lambda:GetLayerVersion",
+    "lambda:GetLayerVersionByArn",
+    "lambda:PublishLayerVersion",
+];
+
 /// How long a link is good, seconds; AWS's own are good for ten minutes.
 const LIFE_SECONDS: i64 = 600;
 /// Largest answer that is looked into, bytes; a function's configuration is far smaller.
 const ANSWER_BYTES_MAX: usize = 1024 * 1024;
 
-/// The answer of GetFunction, with its link presigned for the host that was asked.
+/// An answer with its link presigned for the host that was asked.
 pub(super) async fn presigned(
     auth: &Arc<Auth>,
     host: Option<String>,
     response: Response<Body>,
 ) -> Response<Body> {
-    let (Some(host), StatusCode::OK) = (host, response.status()) else {
+    let Some(host) = host.filter(|_| response.status().is_success()) else {
         return response;
     };
     let (mut parts, body) = response.into_parts();
@@ -37,7 +45,11 @@ pub(super) async fn presigned(
 
 fn signed(auth: &Auth, host: &str, bytes: &[u8]) -> Option<Vec<u8>> {
     let mut document: Value = serde_json::from_slice(bytes).ok()?;
-    let location = document.get_mut("Code")?.get_mut("Location")?;
+    let content = match document.get_mut("Content") {
+        Some(content) => content,
+        None => document.get_mut("Code")?,
+    };
+    let location = content.get_mut("Location")?;
     let (scheme, rest) = location.as_str()?.split_once("://")?;
     let (origin, target) = (format!("{scheme}://{host}"), rest.strip_prefix(host)?);
     let now = clock::unix_ms().div_euclid(1000);

@@ -40,6 +40,8 @@ pub struct Deployment {
     pub name: String,
     /// The code.
     pub zip: Vec<u8>,
+    /// ARNs of its layers' versions.
+    pub layers: Vec<String>,
     /// Everything else.
     pub settings: Settings,
 }
@@ -58,11 +60,13 @@ impl Deployment {
             memory_mib: 128,
             environment,
             snap_start: false,
+            layers: Vec::new(),
             ephemeral_mib: thaw_api::engine::EPHEMERAL_MIB_DEFAULT,
         };
         Self {
             name: name.to_owned(),
             zip,
+            layers: Vec::new(),
             settings,
         }
     }
@@ -205,8 +209,7 @@ impl Client {
     /// Creates the function, or gives an existing one new code and configuration.
     pub async fn deploy(&self, deployment: &Deployment) -> anyhow::Result<()> {
         if self.create(deployment).await? == Created::Exists {
-            self.configure(&deployment.name, &deployment.settings)
-                .await?;
+            self.configure(deployment).await?;
             self.settled(&deployment.name).await?;
             self.upload(&deployment.name, &deployment.zip).await?;
         }
@@ -215,7 +218,7 @@ impl Client {
 
     /// Creates the function unless there is one of that name.
     pub async fn create(&self, deployment: &Deployment) -> anyhow::Result<Created> {
-        let mut body = configuration(&deployment.settings);
+        let mut body = configuration(deployment);
         body["FunctionName"] = deployment.name.clone().into();
         body["Code"] = json!({ "ZipFile": STANDARD.encode(&deployment.zip) });
         let request = self.request(Method::POST, FUNCTIONS).json(&body);
@@ -227,10 +230,10 @@ impl Client {
     }
 
     /// Gives a function another configuration.
-    pub async fn configure(&self, name: &str, settings: &Settings) -> anyhow::Result<()> {
-        let path = format!("{FUNCTIONS}/{name}/configuration");
+    pub async fn configure(&self, deployment: &Deployment) -> anyhow::Result<()> {
+        let path = format!("{FUNCTIONS}/{}/configuration", deployment.name);
         let request = self.request(Method::PUT, &path);
-        let request = request.json(&configuration(settings));
+        let request = request.json(&configuration(deployment));
         self.answer(request).await.map(drop)
     }
 
@@ -468,7 +471,8 @@ fn sign(signer: &Signer, request: &mut reqwest::Request) -> Option<()> {
 }
 
 /// A configuration as the gateway takes it.
-fn configuration(settings: &Settings) -> Value {
+fn configuration(deployment: &Deployment) -> Value {
+    let settings = &deployment.settings;
     let snap_start = if settings.snap_start {
         "PublishedVersions"
     } else {
@@ -478,6 +482,7 @@ fn configuration(settings: &Settings) -> Value {
         "Runtime": settings.runtime, "Handler": settings.handler, "Role": settings.role, "Timeout": settings.timeout_seconds,
         "MemorySize": settings.memory_mib, "Environment": { "Variables": settings.environment.clone().unwrap_or_default() },
         "EphemeralStorage": { "Size": settings.ephemeral_mib }, "SnapStart": { "ApplyOn": snap_start },
+        "Layers": deployment.layers,
     })
 }
 

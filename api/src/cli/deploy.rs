@@ -16,7 +16,7 @@ use super::output::{self, Format};
 use super::plan::{self, Current, Plan, Wanted};
 use super::progress::Steps;
 use super::project::{Project, ProjectArgs};
-use super::{Global, url, versions};
+use super::{Global, layers, url, versions};
 
 /// What Lambda calls reserved concurrency.
 const CONCURRENCY: &str = "/2017-10-31/functions";
@@ -77,6 +77,7 @@ impl Settings {
             memory_mib: self.memory.or(manifest.memory).unwrap_or(128),
             environment: Some(environment),
             snap_start: manifest.snap_start,
+            layers: Vec::new(),
             ephemeral_mib: manifest
                 .ephemeral_storage
                 .unwrap_or(thaw_api::engine::EPHEMERAL_MIB_DEFAULT),
@@ -185,10 +186,14 @@ pub async fn bring(
     project.build().await?;
     let mut steps = Steps::new();
     steps.begin("pack the code");
-    let (deployment, code) = project.pack()?;
+    let (mut deployment, code) = project.pack()?;
+    for layer in &project.layers {
+        deployment.layers.push(layers::arn(client, layer).await?);
+    }
     let url = manifest.url.as_ref().map(|url| url.request());
     let wanted = Wanted {
         settings: &deployment.settings,
+        layers: &deployment.layers,
         code: &code,
         reserved: manifest.reserved_concurrency,
         url: url.as_ref(),
@@ -208,7 +213,7 @@ pub async fn bring(
             client.deploy(&deployment).await?;
         } else {
             if !plan.settings.is_empty() {
-                client.configure(name, &deployment.settings).await?;
+                client.configure(&deployment).await?;
                 last = Some(follow(client, name, &mut steps).await?);
             }
             if !plan.code.is_empty() || last.is_none() {

@@ -216,6 +216,7 @@ mod tests {
             let args = ProjectArgs {
                 code: folder.path().to_owned(),
                 name: None,
+                layer: Vec::new(),
                 settings: Settings::default(),
             };
             let (deployment, _) = Project::open(&args).unwrap().pack().unwrap();

@@ -34,6 +34,9 @@ pub struct Manifest {
     /// Whether published versions run SnapStart's hooks.
     #[serde(default)]
     pub snap_start: bool,
+    /// Layer versions, NAME:VERSION or ARNs; later ones lie over earlier ones.
+    #[serde(default)]
+    pub layers: Vec<String>,
     /// Environment variables.
     #[serde(default)]
     pub environment: BTreeMap<String, String>,
@@ -229,6 +232,7 @@ mod tests {
             timeout = 30
             ephemeral_storage = 1024
             snap_start = true
+            layers = ["tools:3"]
             reserved_concurrency = 5
             publish = true
             alias = "live"
@@ -245,6 +249,7 @@ mod tests {
         )
         .unwrap();
         assert_eq!(manifest.memory, Some(256));
+        assert_eq!(manifest.layers, ["tools:3"]);
         assert_eq!(manifest.environment["LEVEL"], "info");
         assert_eq!(
             manifest.package.all(),

@@ -24,6 +24,8 @@ pub struct Current {
 pub struct Wanted<'a> {
     /// Everything but the code.
     pub settings: &'a Settings,
+    /// Its layers' ARNs.
+    pub layers: &'a [String],
     /// The code.
     pub code: &'a Code,
     /// Reserved concurrency; `None` leaves it as it is.
@@ -105,6 +107,13 @@ pub fn compare(current: Option<&Current>, wanted: &Wanted<'_>) -> Plan {
     let known = current.map(|current| &current.configuration);
     let (old, new) = (known.map(of_configuration), of_settings(wanted.settings));
     let mut settings = differences(&old.unwrap_or_default(), &new);
+    let layers = known.map(|known| known.layers.iter().map(|layer| layer.arn.clone()).collect());
+    let layers: Option<Vec<String>> = layers;
+    settings.extend(changed(
+        "layers",
+        listed(&layers.unwrap_or_default()),
+        listed(wanted.layers),
+    ));
     settings.extend(environment(known, wanted.settings));
     let code = known.map(|known| (known.code_size, known.code_sha256.as_str()));
     let code = changed(
@@ -129,6 +138,10 @@ pub fn compare(current: Option<&Current>, wanted: &Wanted<'_>) -> Plan {
         url: url.unwrap_or_default(),
         again: known.is_some_and(failed),
     }
+}
+
+fn listed(arns: &[String]) -> Option<String> {
+    (!arns.is_empty()).then(|| arns.join(", "))
 }
 
 fn failed(known: &FunctionConfiguration) -> bool {
@@ -262,6 +275,7 @@ mod tests {
         Code {
             bytes: 2048,
             sha256: sha256.to_owned(),
+            unzipped_bytes: 4096,
         }
     }
 
@@ -285,6 +299,7 @@ mod tests {
     fn wanted<'a>(settings: &'a Settings, code: &'a Code) -> Wanted<'a> {
         Wanted {
             settings,
+            layers: &[],
             code,
             reserved: None,
             url: None,
@@ -296,6 +311,19 @@ mod tests {
         let plan = compare(Some(&known()), &wanted(&settings(), &code("same")));
         assert_eq!(plan, Plan::default());
         assert!(!plan.freezes());
+    }
+
+    #[test]
+    fn layers_that_come_and_go_are_told() {
+        let (settings, code) = (settings(), code("same"));
+        let arns = ["arn:1".to_owned(), "arn:2".to_owned()];
+        let layered = Wanted {
+            layers: &arns,
+            ..wanted(&settings, &code)
+        };
+        let plan = compare(Some(&known()), &layered);
+        assert!(plan.freezes());
+        assert_eq!(plan.lines(), ["  + layers  arn:1, arn:2"]);
     }
 
     #[test]

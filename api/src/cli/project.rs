@@ -29,6 +29,10 @@ pub struct ProjectArgs {
     /// Function name; that of thaw.toml, or the folder's or zip's own, if not given.
     #[arg(long)]
     pub name: Option<String>,
+    /// Layer version that it sees at /opt, NAME:VERSION or an ARN; may be given several times, later ones over earlier ones. Those
+    /// of thaw.toml if none is given.
+    #[arg(long, value_name = "LAYER")]
+    pub layer: Vec<String>,
     #[command(flatten)]
     pub settings: Settings,
 }
@@ -40,6 +44,8 @@ pub struct Project {
     pub name: String,
     /// Everything but its code.
     pub settings: thaw_api::record::Settings,
+    /// Layer versions, NAME:VERSION or ARNs.
+    pub layers: Vec<String>,
     /// What thaw.toml says; nothing if there is none.
     pub manifest: Manifest,
     /// The folder, or the zip.
@@ -68,10 +74,15 @@ impl Project {
         let name = name.or_else(|| stem.map(str::to_owned));
         let settings = args.settings.over(&manifest);
         check_runtime(&settings.runtime)?;
+        let layers = match args.layer.as_slice() {
+            [] => manifest.layers.clone(),
+            given => given.to_vec(),
+        };
         Ok(Self {
             name: name.context("this path gives no function name: say --name")?,
             exclude: Exclude::new(&manifest.exclude)?,
             settings,
+            layers,
             manifest,
             code,
         })
@@ -130,6 +141,7 @@ impl Project {
         let deployment = Deployment {
             name: self.name.clone(),
             zip,
+            layers: Vec::new(),
             settings: self.settings.clone(),
         };
         Ok((deployment, code))
@@ -244,6 +256,7 @@ mod tests {
         let args = ProjectArgs {
             code: folder.path().to_owned(),
             name: None,
+            layer: Vec::new(),
             settings: Settings::default(),
         };
         (folder, args)

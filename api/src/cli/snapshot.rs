@@ -150,6 +150,7 @@ async fn freeze(
         function: args.name.clone(),
         revision: "built".into(),
         zip: folder.join("code.zip"),
+        layers: Vec::new(),
         folder: folder.clone(),
         memory_mib: settings.memory_mib,
         vcpu_count: environment::vcpu_count(settings.memory_mib),

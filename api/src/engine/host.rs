@@ -71,7 +71,7 @@ impl HostEngine {
                 }
                 let zip = no_code().map_err(image("the runtime's snapshot"))?;
                 images
-                    .code_image(&zip, &code)
+                    .code_image(&zip, &[], &code)
                     .map_err(image("the runtime's snapshot"))?;
             }
             Ok(())
@@ -123,9 +123,10 @@ impl Engine for HostEngine {
                 })
                 .await?;
             step(EngineStep::Code);
-            let (zip, out) = (job.zip.clone(), job.folder.join(CODE_FILE));
+            let (zip, layers) = (job.zip.clone(), job.layers.clone());
+            let out = job.folder.join(CODE_FILE);
             let code = self
-                .blocking(move |images, _| code_image(images, &zip, &out))
+                .blocking(move |images, _| code_image(images, &zip, &layers, &out))
                 .await?;
             let mut request = request(job, base, &rootfs, code);
             let base = self.base_request(&request).await?;
@@ -244,9 +245,19 @@ fn runtime_name(runtime: &str) -> Result<RuntimeName, EngineError> {
     runtime.parse().map_err(image("the runtime's image"))
 }
 
-fn code_image(images: &ImageStore, zip: &Path, out: &Path) -> Result<PathBuf, EngineError> {
-    let bytes = std::fs::read(zip).map_err(image("the uploaded code"))?;
-    match images.code_image(&bytes, out) {
+fn code_image(
+    images: &ImageStore,
+    zip: &Path,
+    layers: &[PathBuf],
+    out: &Path,
+) -> Result<PathBuf, EngineError> {
+    let read = |path: &Path| std::fs::read(path).map_err(image("the uploaded code"));
+    let bytes = read(zip)?;
+    let layers: Vec<_> = layers
+        .iter()
+        .map(|layer| read(layer))
+        .collect::<Result<_, _>>()?;
+    match images.code_image(&bytes, &layers, out) {
         Ok(image) => Ok(image.path),
         Err(error) if error.fault() == Fault::Caller => Err(EngineError::Code(Box::new(error))),
         Err(error) => Err(image("the code image")(error)),

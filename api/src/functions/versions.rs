@@ -76,7 +76,7 @@ async fn publish_target(
         return Ok(version.record());
     }
     let number = record.last_number.saturating_add(1);
-    let id = share_code(app, &function.name, &latest.target).await?;
+    let id = share_code(app, &function.name, &latest.target, &settings).await?;
     let folder = app.folder(&function.name).join(&id);
     let version = Version {
         name: function.name.clone(),

@@ -7,7 +7,9 @@ use thaw_api_types::lambda::CreateFunctionRequest;
 
 use super::errors::ApiError;
 use super::names::FunctionRef;
-use super::{Answer, CODE_BODY_BYTES_MAX, Call, change_error, is_elsewhere, json, validate, view};
+use super::{
+    Answer, CODE_BODY_BYTES_MAX, Call, change_error, is_elsewhere, json, layers, validate, view,
+};
 use crate::functions::{self, versions};
 use crate::state::App;
 
@@ -17,7 +19,8 @@ pub(super) async fn create(app: &Arc<App>, call: Call) -> Answer {
         call.json(CODE_BODY_BYTES_MAX, "CreateFunction").await?;
     let name = request.function_name.take().unwrap_or_default();
     let reference = FunctionRef::parse(&name, None)?;
-    let settings = validate::create(&request)?;
+    let mut settings = validate::create(&request)?;
+    layers::attach(app, &mut settings, request.settings.layers.as_deref())?;
     if is_elsewhere(app, &reference) || reference.qualifier.is_some() {
         return Err(ApiError::invalid_parameter(format!(
             "{name} does not name a function that can be created here."

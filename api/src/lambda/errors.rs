@@ -98,6 +98,24 @@ impl ApiError {
         ))
     }
 
+    /// 412, a policy is at another revision.
+    pub fn other_policy() -> Self {
+        Self::new(
+            StatusCode::PRECONDITION_FAILED,
+            "PreconditionFailedException",
+            "The Revision Id provided does not match the latest Revision Id. Call the GetLayerVersionPolicy API to retrieve the latest Revision Id",
+        )
+    }
+
+    /// 400, a policy would be too long.
+    pub fn long_policy(limit: usize) -> Self {
+        Self::new(
+            StatusCode::BAD_REQUEST,
+            "PolicyLengthExceededException",
+            format!("The final policy size is bigger than the limit ({limit})."),
+        )
+    }
+
     /// 409.
     pub fn conflict(message: impl Into<String>) -> Self {
         Self::new(StatusCode::CONFLICT, "ResourceConflictException", message)

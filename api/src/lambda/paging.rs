@@ -20,14 +20,21 @@ pub(super) struct Page {
 
 impl Page {
     pub(super) fn of(call: &Call) -> Result<Self, ApiError> {
+        Self::of_at_most(call, ITEMS_MAX)
+    }
+
+    /// The same where `MaxItems` has another limit.
+    pub(super) fn of_at_most(call: &Call, items_max: usize) -> Result<Self, ApiError> {
         let count = match call.query("MaxItems") {
             None => PAGE_MAX,
             Some(text) => match text.parse::<usize>() {
-                Ok(count) if (1..=ITEMS_MAX).contains(&count) => count.min(PAGE_MAX),
+                Ok(count) if (1..=items_max).contains(&count) => count.min(PAGE_MAX),
                 _ => {
-                    let constraint = "Member must have value between 1 and 10000";
+                    let constraint = format!("Member must have value between 1 and {items_max}");
                     return Err(ApiError::validation(&[violation(
-                        &text, "maxItems", constraint,
+                        &text,
+                        "maxItems",
+                        &constraint,
                     )]));
                 }
             },

@@ -6,7 +6,7 @@ use axum::http::StatusCode;
 use thaw_api_types::lambda::{UpdateFunctionCodeRequest, UpdateFunctionConfigurationRequest};
 
 use super::errors::ApiError;
-use super::{Answer, CODE_BODY_BYTES_MAX, Call, change_error, json, validate, view};
+use super::{Answer, CODE_BODY_BYTES_MAX, Call, change_error, json, layers, validate, view};
 use crate::code;
 use crate::functions::{self, Change, ChangeError, versions};
 use crate::state::App;
@@ -52,7 +52,8 @@ pub(super) async fn configuration(app: &Arc<App>, call: Call, name: &str) -> Ans
     let request: UpdateFunctionConfigurationRequest =
         call.json(limit, "UpdateFunctionConfiguration").await?;
     let current = live.record().target.settings.clone();
-    let settings = validate::update(current, request.role.as_deref(), &request.settings)?;
+    let mut settings = validate::update(current, request.role.as_deref(), &request.settings)?;
+    layers::attach(app, &mut settings, request.settings.layers.as_deref())?;
     let change = Change::Settings(Box::new(settings));
     let record = functions::update(app, &live.name, request.revision_id.as_deref(), change)
         .await

@@ -74,6 +74,7 @@ pub fn create(request: &CreateFunctionRequest) -> Result<Settings, ApiError> {
         memory_mib: 128,
         environment: None,
         snap_start: false,
+        layers: Vec::new(),
         ephemeral_mib: EPHEMERAL_MIB_DEFAULT,
     };
     merge(default, &request.settings)
@@ -159,7 +160,7 @@ fn images_unsupported() -> ApiError {
     )
 }
 
-fn finish(violations: &[String]) -> Result<(), ApiError> {
+pub(super) fn finish(violations: &[String]) -> Result<(), ApiError> {
     if violations.is_empty() {
         Ok(())
     } else {
@@ -246,7 +247,7 @@ fn check_settings(settings: &FunctionSettings, violations: &mut Vec<String>) {
     }
 }
 
-fn long_description(description: Option<&str>) -> Option<String> {
+pub(super) fn long_description(description: Option<&str>) -> Option<String> {
     let text = description.filter(|text| text.chars().count() > DESCRIPTION_CHARS_MAX)?;
     let constraint = "Member must have length less than or equal to 256";
     Some(violation(text, "description", constraint))
@@ -304,6 +305,7 @@ fn merge(current: Settings, change: &FunctionSettings) -> Result<Settings, ApiEr
             current.ephemeral_mib,
         ),
         environment,
+        layers: current.layers,
         snap_start: change
             .snap_start
             .as_ref()
@@ -319,13 +321,6 @@ fn check_unsupported(change: &FunctionSettings) -> Result<(), ApiError> {
             "{what} is not supported by this gateway."
         )))
     };
-    if change
-        .layers
-        .as_ref()
-        .is_some_and(|layers| !layers.is_empty())
-    {
-        return refuse("Layers");
-    }
     if change.image_config.as_ref().is_some_and(is_given) {
         return refuse("ImageConfig");
     }
@@ -426,8 +421,6 @@ mod tests {
     fn what_is_not_served_is_refused_by_name() {
         let image = refused(|request| request.package_type = Some("Image".to_owned()));
         assert!(image.message.contains("container images"));
-        let layers = refused(|request| request.settings.layers = Some(vec!["l".to_owned()]));
-        assert!(layers.message.contains("Layers"));
         let runtime = refused(|request| request.settings.runtime = Some("cobol".to_owned()));
         assert!(
             runtime

@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 
 use thaw_api_types::lambda::{
     CodeLocation, Environment, EphemeralStorage, FunctionConfiguration, GetFunctionResponse,
-    LoggingConfig, RuntimeVersionConfig, SnapStartResponse, TracingConfig,
+    LayerReference, LoggingConfig, RuntimeVersionConfig, SnapStartResponse, TracingConfig,
 };
 
 use crate::clock;
-use crate::record::{LastUpdate, State, Version, VersionId};
+use crate::record::{LastUpdate, LayerUse, State, Version, VersionId};
 use crate::state::App;
 
 /// Which members a view has: lists omit the state.
@@ -67,6 +67,7 @@ pub fn configuration(
         memory_size: settings.memory_mib,
         last_modified: clock::last_modified(function.modified_unix_ms),
         version: function.id.to_string(),
+        layers: settings.layers.iter().map(layer).collect(),
         environment: settings
             .environment
             .clone()
@@ -92,6 +93,13 @@ pub fn configuration(
         state(function, &mut view);
     }
     view
+}
+
+fn layer(layer: &LayerUse) -> LayerReference {
+    LayerReference {
+        arn: layer.arn.clone(),
+        code_size: layer.code.bytes,
+    }
 }
 
 /// `$LATEST` is frozen without hooks; a published version is optimised once it is frozen.

@@ -139,6 +139,23 @@ async fn nothing_unsigned_altered_or_not_allowed_reaches_a_handler() {
         .to_owned();
     let link = location.strip_prefix(&format!("http://{}", server.address));
     assert_eq!(server.get(link.unwrap()).await.status, 200);
+    use base64::Engine as _;
+    let zip = super::server::zip(&[("lib.py", b"x = 1\n")]);
+    let layer =
+        json!({"Content": {"ZipFile": base64::engine::general_purpose::STANDARD.encode(zip)}});
+    let path = "/2018-10-31/layers/lib/versions";
+    let made = send(&server, &root, ("POST", path), &layer).await;
+    let found = send(&server, &root, ("GET", &format!("{path}/1")), &Value::Null).await;
+    for answer in [made, found] {
+        let document = answer.json();
+        let location = document["Content"]["Location"].as_str().unwrap();
+        let link = location.strip_prefix(&format!("http://{}", server.address));
+        assert_eq!(server.get(link.unwrap()).await.status, 200, "{location}");
+    }
+    let code = server.get("/thaw/v1/layers/lib/1/code").await;
+    refused(&code, "MissingAuthenticationTokenException");
+    let denied = send(&server, &invoker, ("POST", path), &layer).await;
+    refused(&denied, "AccessDeniedException");
     let longer = link.unwrap().replace("Expires=600", "Expires=601");
     refused(&server.get(&longer).await, "InvalidSignatureException");
     let arn = "arn%3Aaws%3Alambda%3Aus-east-1%3A000000000000%3Afunction%3Af";

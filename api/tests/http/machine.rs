@@ -23,6 +23,7 @@ pub struct Machine {
     invoked: Arc<Mutex<Vec<Invocation>>>,
     freezes: AtomicUsize,
     ready: Ready,
+    layers: Mutex<Vec<Vec<u8>>>,
 }
 
 /// Sandboxes that are ready, by the name of their pool.
@@ -44,12 +45,18 @@ impl Machine {
             invoked: Arc::default(),
             freezes: AtomicUsize::new(0),
             ready: Ready::default(),
+            layers: Mutex::default(),
         }
     }
 
     /// Freezes begun so far.
     pub fn freezes(&self) -> usize {
         self.freezes.load(Ordering::SeqCst)
+    }
+
+    /// The only file of each layer of the newest freeze.
+    pub fn layers(&self) -> Vec<Vec<u8>> {
+        self.layers.lock().unwrap().clone()
     }
 
     /// Freezes stop half-way from now on.
@@ -106,6 +113,16 @@ impl Machine {
     }
 }
 
+fn only_file(zip: &std::path::Path) -> Vec<u8> {
+    let file = std::fs::File::open(zip).expect("a layer is there before the freeze");
+    let mut bytes = Vec::new();
+    let mut archive = zip::ZipArchive::new(file).unwrap();
+    // The large ones are not looked into.
+    let start = archive.by_index(0).unwrap();
+    std::io::Read::read_to_end(&mut std::io::Read::take(start, 64), &mut bytes).unwrap();
+    bytes
+}
+
 impl Engine for Machine {
     fn prepare(&self) -> BoxFuture<'_, Result<(), EngineError>> {
         async { Ok(()) }.boxed()
@@ -122,6 +139,7 @@ impl Engine for Machine {
             let _ = self.held.subscribe().wait_for(|held| !held).await;
             step(EngineStep::Booting);
             let zip = std::fs::read(&job.zip).expect("the zip is written before the freeze");
+            *self.layers.lock().unwrap() = job.layers.iter().map(|path| only_file(path)).collect();
             let has = |name: &str| zip.windows(name.len()).any(|bytes| bytes == name.as_bytes());
             let snapshot = job.folder.join("snapshot.thaw");
             if has("broken-import.py") {

@@ -4,9 +4,11 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+mod layers;
 mod urls;
 mod versions;
 
+pub use layers::*;
 pub use urls::*;
 pub use versions::*;
 
@@ -185,6 +187,9 @@ pub struct FunctionConfiguration {
     pub last_modified: String,
     /// `$LATEST` or a number.
     pub version: String,
+    /// Its layers, when it has any, in their order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub layers: Vec<LayerReference>,
     /// Environment of the function, when it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub environment: Option<Environment>,

@@ -51,7 +51,7 @@ pub(super) fn unpack(
 fn unpack_wheel(wheel: &Wheel, cache: &Path, into: &Path) -> Result<(), ImageError> {
     let path = cache.join(wheel.file());
     let data = fs::read(&path).map_err(FileError::on("reading", &path))?;
-    unzip::plan(&data, WHEEL_LIMITS)
+    unzip::plan(&data, WHEEL_LIMITS, "/var/runtime")
         .and_then(|plan| plan.extract(into))
         .map(|_bytes| ())
         .map_err(|source| ImageError::Unzip {

@@ -3,15 +3,12 @@
 use std::fmt;
 use std::path::Path;
 
-/// Longest path of an entry, in bytes; with `/var/task/` before it, well below the kernel's 4096.
+/// Longest path of an entry, in bytes; with the folder's own before it, well below the kernel's 4096.
 const PATH_BYTES_MAX: usize = 2048;
 /// Longest component: NAME_MAX.
 const COMPONENT_BYTES_MAX: usize = 255;
 /// Longest target of a symbolic link, in bytes.
 pub(super) const LINK_BYTES_MAX: u64 = 2048;
-/// Where the folder is mounted in the guest.
-const MOUNTED_AT: &str = "/var/task";
-
 /// A clean relative path: no empty, `.` or `..` component. The folder itself is the empty path.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct EntryPath(Vec<String>);
@@ -44,6 +41,11 @@ impl EntryPath {
         self.0.is_empty()
     }
 
+    /// Whether it is somewhere below `folder`.
+    pub(super) fn lies_in(&self, folder: &Self) -> bool {
+        self.0.len() > folder.0.len() && self.0.starts_with(&folder.0)
+    }
+
     /// The folders above, outermost first, the root left out.
     pub(super) fn parents(&self) -> impl Iterator<Item = Self> + '_ {
         (1..self.0.len()).map(|length| Self(self.0[..length].to_vec()))
@@ -65,15 +67,15 @@ fn has_drive(name: &str) -> bool {
     matches!(name.as_bytes(), [letter, b':', ..] if letter.is_ascii_alphabetic())
 }
 
-/// Whether a link at `link` to `target` stays within the folder.
+/// Whether a link at `link` to `target` stays within the folder, which the guest sees at `mounted_at`.
 ///
 /// `..` may only lead: after another component it could climb out of where a further link points.
-pub(super) fn is_inside(link: &EntryPath, target: &str) -> bool {
+pub(super) fn is_inside(link: &EntryPath, target: &str, mounted_at: &str) -> bool {
     let too_long = u64::try_from(target.len()).map_or(true, |length| length > LINK_BYTES_MAX);
     if target.is_empty() || too_long || target.contains('\0') {
         return false;
     }
-    let (mut depth, rest) = match target.strip_prefix(MOUNTED_AT) {
+    let (mut depth, rest) = match target.strip_prefix(mounted_at) {
         Some("") => return true,
         Some(rest) if rest.starts_with('/') => (0, rest),
         _ if target.starts_with('/') => return false,
@@ -125,7 +127,8 @@ mod tests {
 
     #[test]
     fn links_stay_inside() {
-        let inside = |link, target| is_inside(&EntryPath::parse(link).unwrap(), target);
+        let inside =
+            |link, target| is_inside(&EntryPath::parse(link).unwrap(), target, "/var/task");
         assert!(inside("lib.so", "lib.so.1"));
         assert!(inside("a/b/c", "../../x"));
         assert!(inside("a", "/var/task/x"));

@@ -55,7 +55,7 @@ fn with_mode(mut data: Vec<u8>, mode: u16) -> Vec<u8> {
 
 fn extract(data: &[u8]) -> Result<(tempfile::TempDir, u64), UnzipError> {
     let folder = tempfile::tempdir().unwrap();
-    let bytes = plan(data, LIMITS)?.extract(folder.path())?;
+    let bytes = plan(data, LIMITS, "/var/task")?.extract(folder.path())?;
     Ok((folder, bytes))
 }
 
@@ -241,7 +241,7 @@ proptest! {
         let outer = tempfile::tempdir().unwrap();
         let folder = outer.path().join("in");
         for data in [&data[..], &data[..cut % length]] {
-            if let Ok(plan) = plan(data, LIMITS) {
+            if let Ok(plan) = plan(data, LIMITS, "/var/task") {
                 let _ = plan.extract(&folder);
             }
         }
