@@ -423,16 +423,18 @@ impl Client {
     /// An error of the gateway becomes an error with the gateway's own message; for a function that is not there, with
     /// the name that was probably meant.
     async fn checked(&self, answer: Response) -> anyhow::Result<Response> {
-        let unknown = error_type(&answer) == NOT_FOUND;
+        let unknown = answer.status() == StatusCode::NOT_FOUND;
         let error = match checked(answer).await {
             Err(error) if unknown => error,
             other => return other,
         };
         let text = error.to_string();
-        let Some((_, name)) = text.rsplit_once(":function:") else {
+        // As the Lambda API says it, and as Thaw's own routes do.
+        let named = text.rsplit_once(":function:");
+        let Some((_, name)) = named.or_else(|| text.rsplit_once("no function \"")) else {
             return Err(error);
         };
-        let name = name.split([' ', ':']).next().unwrap_or_default();
+        let name = name.split([' ', ':', '"']).next().unwrap_or_default();
         let request = self.request(Method::GET, "/thaw/v1/functions");
         let list = checked(self.send(request).await?).await;
         let known: ListResponse = match list {

@@ -144,13 +144,15 @@ def test_dev_deploys_each_save_shows_errors_and_goes_on(gateway, named, tmp_path
 
 
 def test_usual_mistakes_are_told_with_their_remedy(gateway, hello, tmp_path):
-    def mistake(*arguments):
-        done = gateway.cli(*arguments, check=False)
+    def mistake(*arguments, **options):
+        options = {"--home": gateway.home, "--endpoint": gateway.url} | options
+        options = [part for option in options.items() for part in option]
+        done = subprocess.run([THAW, *options, *arguments], capture_output=True, text=True, timeout=300)
         assert done.returncode == 1 and len(done.stderr.strip().splitlines()) <= 2, done.stderr
         return done.stderr
 
-    assert "start one with `thaw up`" in mistake("--endpoint", "http://127.0.0.1:9", "ls")
-    assert "http://HOST:PORT" in mistake("--endpoint", "localhost:8080", "ls")
+    assert "start one with `thaw up`" in mistake("ls", **{"--endpoint": "http://127.0.0.1:9"})
+    assert "http://HOST:PORT" in mistake("ls", **{"--endpoint": "localhost:8080"})
     assert "did you mean hello?" in mistake("invoke", "helo")
     assert "did you mean hello?" in mistake("logs", "hallo")
     assert "`thaw ls` lists what there is" in mistake("rm", "something-else")
@@ -163,4 +165,4 @@ def test_usual_mistakes_are_told_with_their_remedy(gateway, hello, tmp_path):
     (tmp_path / "thaw.toml").write_text("timout = 3\n")
     assert "line 1: unknown field `timout`" in mistake("deploy", tmp_path)
     (tmp_path / "file").write_text("")
-    assert "another folder with --home" in mistake("--home", tmp_path / "file" / "home", "up")
+    assert "another folder with --home" in mistake("up", **{"--home": tmp_path / "file" / "home"})
