@@ -18,6 +18,7 @@ use crate::clock;
 use crate::code;
 use crate::deploy;
 use crate::functions::ChangeError;
+use crate::policy::Policy;
 use crate::record::Code;
 use crate::store::{Store, StoreError, Write};
 
@@ -62,34 +63,6 @@ pub struct About {
     pub architectures: Option<Vec<String>>,
     /// Its licence.
     pub license: Option<String>,
-}
-
-/// The policy of a layer version.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Policy {
-    /// Changes with every change.
-    pub revision_id: String,
-    /// Statements, in the order in which they were added; without any there is no policy.
-    pub statements: Vec<Statement>,
-}
-
-/// A statement of a policy, as IAM writes it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "PascalCase")]
-pub struct Statement {
-    /// Its name.
-    pub sid: String,
-    /// `Allow`.
-    pub effect: String,
-    /// `*`, or an account's ARN.
-    pub principal: serde_json::Value,
-    /// `lambda:GetLayerVersion`.
-    pub action: String,
-    /// The layer version's ARN.
-    pub resource: String,
-    /// An organization that the account must be in.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub condition: Option<serde_json::Value>,
 }
 
 /// All layers.
@@ -244,7 +217,6 @@ impl Layers {
             .change(store, name, |layer| {
                 let policy = &mut layer.versions.get_mut(&number)?.policy;
                 refused = change(policy).err();
-                policy.revision_id = Uuid::new_v4().to_string();
                 refused.is_none().then(|| policy.revision_id.clone())
             })
             .await?;

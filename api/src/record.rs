@@ -13,6 +13,7 @@ use thaw_api_types::lambda::Cors;
 
 use crate::engine::{Artifact, EPHEMERAL_MIB_DEFAULT};
 use crate::events::EventConfig;
+use crate::policy::Policy;
 
 /// What all versions of a function share.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -74,34 +75,6 @@ impl Function {
         let others = self.provisioned.iter().filter(|(key, _)| *key != qualifier);
         others.map(|(_, config)| u64::from(config.requested)).sum()
     }
-}
-
-/// A resource-based policy.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Policy {
-    /// Changes with every change of it.
-    pub revision_id: String,
-    /// In the order in which they were added; never empty.
-    pub statements: Vec<Statement>,
-}
-
-/// Who may do what, as IAM writes it down.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "PascalCase")]
-pub struct Statement {
-    /// Its name within the policy.
-    pub sid: String,
-    /// `Allow`.
-    pub effect: String,
-    /// `"*"`, or an object.
-    pub principal: serde_json::Value,
-    /// `lambda:InvokeFunction`, …
-    pub action: String,
-    /// The ARN, with its qualifier if it has one.
-    pub resource: String,
-    /// By operator and key.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub condition: Option<serde_json::Value>,
 }
 
 /// Provisioned concurrency of an alias or a version.

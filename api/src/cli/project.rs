@@ -123,7 +123,10 @@ impl Project {
         let zip = if self.code.is_dir() {
             let zip =
                 package::zip_selected(&self.code, self.manifest.package.all(), &self.exclude)?;
-            self.check_start(&zip)?;
+            // What is not in the folder may be in a layer.
+            if self.layers.is_empty() {
+                self.check_start(&zip)?;
+            }
             zip
         } else {
             package::zip_of(&self.code)?

@@ -4,6 +4,7 @@ use axum::body::Body;
 use axum::http::{HeaderValue, Response, StatusCode, header};
 use serde_json::{Map, Value};
 
+use crate::policy::PolicyError;
 use crate::record::State;
 
 /// Most bytes of a client's value that an error repeats.
@@ -66,15 +67,6 @@ impl ApiError {
         Self::missing(format!("Cannot find alias arn: {arn}"))
     }
 
-    /// 400, a resource-based policy grew too long; bytes.
-    pub fn policy_too_long(length: usize, limit: usize) -> Self {
-        Self::new(
-            StatusCode::BAD_REQUEST,
-            "PolicyLengthExceededException",
-            format!("The final policy size ({length}) is bigger than the limit ({limit})."),
-        )
-    }
-
     /// 404, nothing is provisioned for this alias or version.
     pub fn no_provisioned_concurrency(message: impl Into<String>) -> Self {
         let code = "ProvisionedConcurrencyConfigNotFoundException";
@@ -96,24 +88,6 @@ impl ApiError {
             "The operation cannot be performed at this time. The function is currently in the following state: {}{why}",
             state.word()
         ))
-    }
-
-    /// 412, a policy is at another revision.
-    pub fn other_policy() -> Self {
-        Self::new(
-            StatusCode::PRECONDITION_FAILED,
-            "PreconditionFailedException",
-            "The Revision Id provided does not match the latest Revision Id. Call the GetLayerVersionPolicy API to retrieve the latest Revision Id",
-        )
-    }
-
-    /// 400, a policy would be too long.
-    pub fn long_policy(limit: usize) -> Self {
-        Self::new(
-            StatusCode::BAD_REQUEST,
-            "PolicyLengthExceededException",
-            format!("The final policy size is bigger than the limit ({limit})."),
-        )
     }
 
     /// 409.
@@ -259,6 +233,27 @@ impl ApiError {
             headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
         }
         response
+    }
+}
+
+impl From<PolicyError> for ApiError {
+    fn from(error: PolicyError) -> Self {
+        let message = error.to_string();
+        match error {
+            PolicyError::OtherRevision => Self::new(
+                StatusCode::PRECONDITION_FAILED,
+                "PreconditionFailedException",
+                message,
+            ),
+            PolicyError::Exists(_) => Self::conflict(message),
+            PolicyError::NoStatement(_) | PolicyError::None => Self::missing(message),
+            PolicyError::TooLong(_) => Self::new(
+                StatusCode::BAD_REQUEST,
+                "PolicyLengthExceededException",
+                message,
+            ),
+            PolicyError::Json(_) => Self::service(message),
+        }
     }
 }
 

@@ -7,15 +7,11 @@ use std::sync::Arc;
 use axum::http::StatusCode;
 use serde_json::{Map, Value, json};
 use thaw_api_types::lambda::{AddPermissionRequest, AddPermissionResponse, GetPolicyResponse};
-use uuid::Uuid;
 
 use super::errors::{ApiError, violation};
 use super::{Answer, Call, Found, change_function, empty, json as answer, validate};
-use crate::record::{Policy, Statement};
+use crate::policy::{PolicyError, Statement};
 use crate::state::App;
-
-/// Longest policy, bytes.
-const POLICY_BYTES_MAX: usize = 20 * 1024;
 
 /// Longest name of a statement, characters.
 const STATEMENT_ID_MAX: usize = 100;
@@ -27,10 +23,10 @@ pub(super) async fn add(app: &Arc<App>, call: Call, name: &str) -> Answer {
     let request: AddPermissionRequest = call.json(limit, "AddPermission").await?;
     let revision_id = request.revision_id.clone();
     let statement = statement(&request, found.arn(app))?;
-    let text = to_text(&statement)?;
+    let text = serde_json::to_string(&statement).map_err(PolicyError::Json)?;
     change_function(app, &found.function, move |record| {
         let policy = record.policies.entry(qualifier).or_default();
-        let result = insert(policy, statement, revision_id.as_deref());
+        let result = policy.add(statement, revision_id.as_deref());
         record
             .policies
             .retain(|_, policy| !policy.statements.is_empty());
@@ -51,7 +47,7 @@ pub(super) fn get(app: &Arc<App>, call: &Call, name: &str) -> Answer {
         .get(qualifier(&found)?)
         .ok_or_else(|| ApiError::missing("The resource you requested does not exist."))?;
     let body = GetPolicyResponse {
-        policy: document(policy)?,
+        policy: policy.document()?,
         revision_id: policy.revision_id.clone(),
     };
     answer(StatusCode::OK, &body)
@@ -62,21 +58,14 @@ pub(super) async fn remove(app: &Arc<App>, call: Call, name: &str, id: &str) -> 
     let qualifier = qualifier(&found)?.to_owned();
     let (revision_id, id) = (call.query("RevisionId"), id.to_owned());
     change_function(app, &found.function, move |record| {
-        let policy = record
-            .policies
-            .get_mut(&qualifier)
-            .ok_or_else(|| ApiError::missing("No policy is associated with the given resource."))?;
-        let place = policy.statements.iter().position(|one| one.sid == id);
-        let place = place.ok_or_else(|| {
-            ApiError::missing(format!("Statement {id} is not found in resource policy."))
-        })?;
-        check_revision(policy, revision_id.as_deref())?;
-        policy.statements.remove(place);
-        policy.revision_id = Uuid::new_v4().to_string();
+        let policy = record.policies.get_mut(&qualifier);
+        policy
+            .ok_or(PolicyError::None)?
+            .remove(&id, revision_id.as_deref())?;
         record
             .policies
             .retain(|_, policy| !policy.statements.is_empty());
-        Ok::<_, ApiError>(())
+        Ok::<_, PolicyError>(())
     })
     .await??;
     Ok(empty(StatusCode::NO_CONTENT))
@@ -91,48 +80,6 @@ fn qualifier(found: &Found) -> Result<&str, ApiError> {
         Some(qualifier) => Ok(qualifier),
         None => Ok("$LATEST"),
     }
-}
-
-fn insert(
-    policy: &mut Policy,
-    statement: Statement,
-    revision_id: Option<&str>,
-) -> Result<(), ApiError> {
-    check_revision(policy, revision_id)?;
-    if policy.statements.iter().any(|one| one.sid == statement.sid) {
-        return Err(ApiError::conflict(format!(
-            "The statement id ({}) provided already exists. Please provide a new statement id, or remove the existing statement.",
-            statement.sid
-        )));
-    }
-    policy.statements.push(statement);
-    let length = document(policy)?.len();
-    if length > POLICY_BYTES_MAX {
-        policy.statements.pop();
-        return Err(ApiError::policy_too_long(length, POLICY_BYTES_MAX));
-    }
-    policy.revision_id = Uuid::new_v4().to_string();
-    Ok(())
-}
-
-fn check_revision(policy: &Policy, wanted: Option<&str>) -> Result<(), ApiError> {
-    match wanted {
-        Some(id) if id != policy.revision_id => Err(ApiError::precondition_failed()),
-        _ => Ok(()),
-    }
-}
-
-fn document(policy: &Policy) -> Result<String, ApiError> {
-    let statements = policy.statements.iter().map(to_text);
-    let statements = statements.collect::<Result<Vec<_>, _>>()?.join(",");
-    Ok(format!(
-        r#"{{"Version":"2012-10-17","Id":"default","Statement":[{statements}]}}"#
-    ))
-}
-
-fn to_text(statement: &Statement) -> Result<String, ApiError> {
-    serde_json::to_string(statement)
-        .map_err(|error| ApiError::service(format!("the statement is no JSON: {error}")))
 }
 
 /// A request as a statement on `resource`.
@@ -244,21 +191,5 @@ mod tests {
             principal("nobody").unwrap_err().code,
             "InvalidParameterValueException"
         );
-    }
-
-    #[test]
-    fn a_policy_that_grows_too_long_is_as_it_was() {
-        let mut policy = Policy::default();
-        let one = |number: usize| Statement {
-            sid: format!("{number:0100}"),
-            effect: "Allow".to_owned(),
-            principal: json!("*"),
-            action: "lambda:InvokeFunction".to_owned(),
-            resource: "r".repeat(400),
-            condition: None,
-        };
-        let refused = (0..100).find_map(|number| insert(&mut policy, one(number), None).err());
-        assert_eq!(refused.unwrap().code, "PolicyLengthExceededException");
-        assert!(document(&policy).unwrap().len() <= POLICY_BYTES_MAX);
     }
 }

@@ -13,35 +13,21 @@ use super::super::errors::{ApiError, violation};
 use super::super::{Answer, Call, change_error, empty, json, validate};
 use super::{is_name, layer_name, version_arn, version_number};
 use crate::functions::ChangeError;
-use crate::layers::{Policy, Statement};
+use crate::policy::{Policy, PolicyError, Statement};
 use crate::state::App;
 
 /// The one action that a layer's policy can allow.
 const ACTION: &str = "lambda:GetLayerVersion";
 const ID_CHARS_MAX: usize = 100;
-/// Largest policy document, bytes.
-const POLICY_BYTES_MAX: usize = 20_480;
-
 pub(in crate::lambda) async fn add(app: &Arc<App>, call: Call, name: &str, number: &str) -> Answer {
     let (name, number) = (layer_name(app, name)?, version_number(number)?);
     let (limit, wanted) = (call.json_limit(), call.query("RevisionId"));
     let request: AddLayerVersionPermissionRequest =
         call.json(limit, "AddLayerVersionPermission").await?;
     let statement = statement(request, version_arn(app, &name, number))?;
-    let text = serde_json::to_string(&statement).map_err(unwritable)?;
+    let text = serde_json::to_string(&statement).map_err(PolicyError::Json)?;
     let added = change(app, &name, number, |policy| {
-        check_revision(wanted.as_deref(), policy)?;
-        if policy.statements.iter().any(|one| one.sid == statement.sid) {
-            return Err(ApiError::conflict(format!(
-                "The statement id ({}) provided already exists. Please provide a new statement id, or remove the existing statement.",
-                statement.sid
-            )));
-        }
-        policy.statements.push(statement);
-        match written(policy)?.len() > POLICY_BYTES_MAX {
-            true => Err(ApiError::long_policy(POLICY_BYTES_MAX)),
-            false => Ok(()),
-        }
+        policy.add(statement, wanted.as_deref())
     });
     let body = LayerStatementResponse {
         revision_id: added.await?,
@@ -55,10 +41,10 @@ pub(in crate::lambda) fn get(app: &App, name: &str, number: &str) -> Answer {
     let version = app.layers.version(&name, number);
     let policy = version.ok_or_else(|| gone(app, &name, number))?.policy;
     if policy.statements.is_empty() {
-        return Err(none());
+        return Err(PolicyError::None.into());
     }
     let body = LayerPolicyResponse {
-        policy: written(&policy)?,
+        policy: policy.document()?,
         revision_id: policy.revision_id,
     };
     json(StatusCode::OK, &body)
@@ -74,18 +60,7 @@ pub(in crate::lambda) async fn remove(
     let (name, number) = (layer_name(app, name)?, version_number(number)?);
     let wanted = call.query("RevisionId");
     let removed = change(app, &name, number, |policy| {
-        if policy.statements.is_empty() {
-            return Err(none());
-        }
-        check_revision(wanted.as_deref(), policy)?;
-        let before = policy.statements.len();
-        policy.statements.retain(|statement| statement.sid != id);
-        match policy.statements.len() < before {
-            true => Ok(()),
-            false => Err(ApiError::missing(format!(
-                "Statement {id} is not found in resource policy."
-            ))),
-        }
+        policy.remove(id, wanted.as_deref())
     });
     removed.await?;
     Ok(empty(StatusCode::NO_CONTENT))
@@ -96,11 +71,11 @@ async fn change(
     app: &App,
     name: &str,
     number: u64,
-    work: impl FnOnce(&mut Policy) -> Result<(), ApiError>,
+    work: impl FnOnce(&mut Policy) -> Result<(), PolicyError>,
 ) -> Result<String, ApiError> {
     let changed = app.layers.change_policy(&app.store, name, number, work);
     match changed.await {
-        Ok(Some(result)) => result,
+        Ok(Some(result)) => Ok(result?),
         Ok(None) => Err(gone(app, name, number)),
         Err(error) => Err(change_error(app, &ChangeError::Store(error))),
     }
@@ -174,41 +149,9 @@ fn is_organization(text: &str) -> bool {
         .is_some_and(|id| (10..=32).contains(&id.len()) && id.bytes().all(is_fit))
 }
 
-fn written(policy: &Policy) -> Result<String, ApiError> {
-    #[derive(serde::Serialize)]
-    #[serde(rename_all = "PascalCase")]
-    struct Document<'a> {
-        version: &'a str,
-        id: &'a str,
-        statement: &'a [Statement],
-    }
-    let document = Document {
-        version: "2012-10-17",
-        id: "default",
-        statement: &policy.statements,
-    };
-    serde_json::to_string(&document).map_err(unwritable)
-}
-
-fn check_revision(wanted: Option<&str>, policy: &Policy) -> Result<(), ApiError> {
-    match wanted.filter(|wanted| !wanted.is_empty()) {
-        Some(wanted) if wanted != policy.revision_id => Err(ApiError::other_policy()),
-        _ => Ok(()),
-    }
-}
-
 fn gone(app: &App, name: &str, number: u64) -> ApiError {
     let arn = version_arn(app, name, number);
     ApiError::missing(format!("Layer version {arn} does not exist."))
-}
-
-fn none() -> ApiError {
-    ApiError::missing("No policy is associated with the given resource.")
-}
-
-#[expect(clippy::needless_pass_by_value, reason = "map_err hands it over")]
-fn unwritable(error: serde_json::Error) -> ApiError {
-    ApiError::service(format!("the policy is no JSON: {error}"))
 }
 
 #[cfg(test)]
