@@ -18,6 +18,7 @@ use crate::auth::{Auth, AuthMode, OpenAuthError, keys};
 use crate::budget::Budget;
 use crate::engine::{Engine, HostEngine};
 use crate::events::outcome::Retries;
+use crate::s3::S3;
 use crate::server;
 use crate::state::{App, Health};
 use crate::store::{Store, StoreError};
@@ -50,6 +51,8 @@ pub struct GatewayConfig {
     pub auth: AuthMode,
     /// A certificate, to speak TLS with.
     pub tls: Option<Arc<Tls>>,
+    /// Where code can come from beside requests.
+    pub s3: Option<S3>,
     /// Limits.
     pub limits: Limits,
 }
@@ -75,6 +78,7 @@ impl GatewayConfig {
             account_id: "000000000000".to_owned(),
             auth: AuthMode::Off,
             tls: None,
+            s3: None,
             limits: Limits::default(),
         }
     }

@@ -36,6 +36,7 @@ mod paging;
 mod policy;
 mod provisioned;
 mod read;
+mod source;
 pub(crate) mod stream;
 mod tags;
 mod update;

@@ -30,6 +30,7 @@ pub mod logs;
 pub mod policy;
 pub mod progress;
 pub mod record;
+pub mod s3;
 pub mod server;
 pub mod state;
 pub mod store;

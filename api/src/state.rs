@@ -26,6 +26,7 @@ use crate::layers::Layers;
 use crate::logs::Log;
 use crate::progress::Progress;
 use crate::record::{Function, Version, VersionId};
+use crate::s3::S3;
 use crate::store::{Store, StoreError, Stored, Write};
 
 /// Bodies of more than a megabyte that are held at once; others wait.
@@ -45,6 +46,8 @@ pub struct App {
     pub address: SocketAddr,
     /// Whether it speaks TLS.
     pub is_encrypted: bool,
+    /// Where code can come from beside requests.
+    pub s3: Option<S3>,
     /// Region in ARNs.
     pub region: String,
     /// Account in ARNs.
@@ -209,6 +212,7 @@ impl App {
             home: config.home,
             address,
             is_encrypted: config.tls.is_some(),
+            s3: config.s3,
             region: config.region,
             account_id: config.account_id,
             ready_count: config.ready_count,

@@ -12,19 +12,22 @@ const REGION: &str = "us-east-1";
 /// Environment variable of a key's id.
 pub const ID_VARIABLE: &str = "AWS_ACCESS_KEY_ID";
 
+/// `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY` where both are set, with `AWS_REGION`.
+pub fn from_environment() -> Option<Signer> {
+    let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let region = variable("AWS_REGION").or_else(|| variable("AWS_DEFAULT_REGION"));
+    Some(Signer {
+        access_key_id: variable(ID_VARIABLE)?,
+        secret: variable("AWS_SECRET_ACCESS_KEY")?,
+        region: region.unwrap_or_else(|| REGION.to_owned()),
+    })
+}
+
 /// `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY` where both are set, else the root key of this home, if it has one and
 /// this user may read it.
 pub fn signer(home: &Path) -> anyhow::Result<Option<Signer>> {
-    let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
-    if let (Some(access_key_id), Some(secret)) =
-        (variable(ID_VARIABLE), variable("AWS_SECRET_ACCESS_KEY"))
-    {
-        let region = variable("AWS_REGION").or_else(|| variable("AWS_DEFAULT_REGION"));
-        return Ok(Some(Signer {
-            access_key_id,
-            secret,
-            region: region.unwrap_or_else(|| REGION.to_owned()),
-        }));
+    if let Some(signer) = from_environment() {
+        return Ok(Some(signer));
     }
     let path = home.join(ROOT_FILE);
     match keys::root_signer(&path) {

@@ -13,6 +13,7 @@ use anyhow::{Context as _, bail, ensure};
 use clap::Args;
 use thaw_api::auth::keys::{self, ROOT_FILE};
 use thaw_api::gateway::{Exposure, Gateway, GatewayConfig};
+use thaw_api::s3::S3;
 use thaw_api::tls::Tls;
 use thaw_api::{AuthMode, Budget};
 use thaw_images::{ImageStore, Progress, RuntimeName};
@@ -20,6 +21,7 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::client::{Client, Deployment};
+use super::credentials;
 use super::installation::Installation;
 use super::progress::Steps;
 use super::venue::{InLab, LabChoice, Venue, WhenLost};
@@ -62,6 +64,10 @@ pub struct UpArgs {
     /// Virtual CPUs that run at once; four for each of the machine's unless given.
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
     cpus: Option<u32>,
+    /// S3-compatible store that functions' code may come from, for instance http://127.0.0.1:9000; the key is that of
+    /// `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`, the region `AWS_REGION`.
+    #[arg(long, value_name = "URL", env = "THAW_S3_ENDPOINT")]
+    s3_endpoint: Option<String>,
     /// Deploy this folder as the function `hello`, if there is none yet.
     #[arg(long, value_name = "DIR")]
     example: Option<PathBuf>,
@@ -91,7 +97,24 @@ impl UpArgs {
             _ => Ok(None),
         }
     }
+
+    fn s3(&self) -> anyhow::Result<Option<S3>> {
+        let Some(endpoint) = &self.s3_endpoint else {
+            return Ok(None);
+        };
+        let signer = credentials::from_environment().context(
+            "--s3-endpoint needs a key to sign with: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+        )?;
+        let store = S3::new(endpoint, signer)?;
+        Ok(Some(match self.in_lab {
+            true => store.seen_from(LAB_MACHINE),
+            false => store,
+        }))
+    }
 }
+
+/// This machine as the lab's user-mode network has it.
+const LAB_MACHINE: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
 
 pub fn run(global: &Global, args: &UpArgs) -> anyhow::Result<ExitCode> {
     let (home, installation) = (global.home()?, Installation::locate()?);
@@ -99,6 +122,7 @@ pub fn run(global: &Global, args: &UpArgs) -> anyhow::Result<ExitCode> {
         return serve(&home, &installation, args);
     }
     args.tls()?; // before anything that takes long
+    args.s3()?;
     std::fs::create_dir_all(&home).with_context(|| {
         format!(
             "cannot make {}, which holds all state: choose another folder with --home or THAW_HOME",
@@ -159,6 +183,9 @@ fn in_lab_command(installation: &Installation, args: &UpArgs) -> anyhow::Result<
                 .with_context(|| format!("{} is no usable path", path.display()))?;
             command.extend([option.into(), path.into()]);
         }
+    }
+    if let Some(endpoint) = &args.s3_endpoint {
+        command.extend(["--s3-endpoint".into(), endpoint.into()]);
     }
     if let Some(memory) = args.memory {
         command.extend(["--memory".into(), memory.to_string().into()]);
@@ -319,6 +346,7 @@ async fn configure(
     config.exposure = exposure;
     config.auth = args.auth();
     config.tls = tls;
+    config.s3 = args.s3()?;
     config.ready_count = args.ready;
     config.keep_alive = Duration::from_secs(args.keep_alive);
     config.budget = Budget {

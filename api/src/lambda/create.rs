@@ -8,7 +8,8 @@ use thaw_api_types::lambda::CreateFunctionRequest;
 use super::errors::ApiError;
 use super::names::FunctionRef;
 use super::{
-    Answer, CODE_BODY_BYTES_MAX, Call, change_error, is_elsewhere, json, layers, validate, view,
+    Answer, CODE_BODY_BYTES_MAX, Call, change_error, is_elsewhere, json, layers, source, validate,
+    view,
 };
 use crate::functions::{self, versions};
 use crate::state::App;
@@ -26,7 +27,7 @@ pub(super) async fn create(app: &Arc<App>, call: Call) -> Answer {
             "{name} does not name a function that can be created here."
         )));
     }
-    let zip = validate::zip(request.code.unwrap_or_default())?;
+    let zip = source::zip(app, request.code.unwrap_or_default()).await?;
     let tags = request.tags.unwrap_or_default();
     let refused = |error| change_error(app, &error);
     let function = functions::create(app, &reference.name, settings, tags, zip)

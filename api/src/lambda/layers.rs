@@ -11,7 +11,7 @@ use thaw_api_types::lambda::{
 
 use super::errors::{ApiError, violation};
 use super::paging::Page;
-use super::{Answer, CODE_BODY_BYTES_MAX, Call, change_error, empty, json, validate};
+use super::{Answer, CODE_BODY_BYTES_MAX, Call, change_error, empty, json, source, validate};
 use crate::clock;
 use crate::functions::ChangeError;
 use crate::layers::{About, LayerVersion};
@@ -96,7 +96,7 @@ pub(super) async fn publish(app: &Arc<App>, call: Call, name: &str) -> Answer {
         .await?;
     let name = layer_name(app, name)?;
     check(&request)?;
-    let zip = validate::zip(request.content.unwrap_or_default())?;
+    let zip = source::zip(app, request.content.unwrap_or_default()).await?;
     let about = About {
         description: request.description.unwrap_or_default(),
         runtimes: request.compatible_runtimes,

@@ -6,7 +6,9 @@ use axum::http::StatusCode;
 use thaw_api_types::lambda::{UpdateFunctionCodeRequest, UpdateFunctionConfigurationRequest};
 
 use super::errors::ApiError;
-use super::{Answer, CODE_BODY_BYTES_MAX, Call, change_error, json, layers, validate, view};
+use super::{
+    Answer, CODE_BODY_BYTES_MAX, Call, change_error, json, layers, source, validate, view,
+};
 use crate::code;
 use crate::functions::{self, Change, ChangeError, versions};
 use crate::state::App;
@@ -19,7 +21,7 @@ pub(super) async fn code(app: &Arc<App>, call: Call, name: &str) -> Answer {
     let request: UpdateFunctionCodeRequest =
         call.json(CODE_BODY_BYTES_MAX, "UpdateFunctionCode").await?;
     validate::check_architectures(request.architectures.as_deref())?;
-    let zip = validate::zip(request.code)?;
+    let zip = source::zip(app, request.code).await?;
     if request.dry_run == Some(true) {
         let checked = tokio::task::spawn_blocking(move || code::check(&zip)).await;
         checked

@@ -120,15 +120,10 @@ pub fn check_architectures(architectures: Option<&[String]>) -> Result<(), ApiEr
 /// The zip of an upload.
 ///
 /// # Errors
-/// There is none, it comes from elsewhere, is no base64, or is too large.
+/// There is none, it is an image, no base64, or too large.
 pub fn zip(code: FunctionCode) -> Result<Bytes, ApiError> {
     if code.image_uri.is_some() {
         return Err(images_unsupported());
-    }
-    if code.s3_bucket.is_some() || code.s3_key.is_some() {
-        return Err(ApiError::invalid_parameter(
-            "Code in S3 is not supported by this gateway: upload it as ZipFile.",
-        ));
     }
     let Some(text) = code.zip_file else {
         return Err(ApiError::invalid_parameter(

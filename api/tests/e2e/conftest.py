@@ -27,6 +27,10 @@ def free_port():
         return listener.getsockname()[1]
 
 
+# Where the gateway looks for code in S3, and how it signs; a test serves it.
+S3_PORT, S3_KEY, S3_SECRET = free_port(), "AKIDEXAMPLE", "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY"
+
+
 def processes_of(home):
     """Processes whose command line names this state folder, and monitors."""
     found = []
@@ -59,7 +63,9 @@ class Gateway:
 
     def start(self):
         command = [THAW, "--home", self.home, "up", "--listen", f"127.0.0.1:{self.port}", *self.options]
-        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        key = {"AWS_ACCESS_KEY_ID": S3_KEY, "AWS_SECRET_ACCESS_KEY": S3_SECRET, "AWS_REGION": "us-east-1"}
+        environment = os.environ | key | {"THAW_S3_ENDPOINT": f"http://127.0.0.1:{S3_PORT}"}
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, env=environment)
         deadline = time.monotonic() + 900  # the first start makes images
         while True:
             assert self.process.poll() is None, "thaw up ended before it served"

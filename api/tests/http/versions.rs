@@ -607,3 +607,29 @@ async fn what_there_is_none_of_is_listed_as_nothing_and_asked_of_functions_alone
     assert_eq!(mappings.json(), json!({"EventSourceMappings": []}));
     server.stop().await;
 }
+
+#[tokio::test]
+async fn code_in_s3_needs_a_store_that_the_operator_named() {
+    let server = Server::start().await;
+    let mut body = good("f");
+    body["Code"] = json!({"S3Bucket": "code", "S3Key": "app.zip"});
+    let message = refused(
+        &server.post(FUNCTIONS, &body).await,
+        400,
+        "InvalidParameterValueException",
+    );
+    assert!(message.contains("--s3-endpoint"), "{message}");
+    body["Code"] = json!({"S3Bucket": "code"});
+    refused(
+        &server.post(FUNCTIONS, &body).await,
+        400,
+        "InvalidParameterValueException",
+    );
+    body["Code"] = json!({"S3Bucket": "code", "S3Key": "app.zip", "ZipFile": "UEsDBA=="});
+    refused(
+        &server.post(FUNCTIONS, &body).await,
+        400,
+        "InvalidParameterValueException",
+    );
+    server.stop().await;
+}

@@ -130,6 +130,9 @@ pub struct FunctionCode {
     /// Key of a zip in S3.
     #[serde(skip_serializing_if = "Option::is_none", rename = "S3Key")]
     pub s3_key: Option<String>,
+    /// Version of the zip in S3.
+    #[serde(skip_serializing_if = "Option::is_none", rename = "S3ObjectVersion")]
+    pub s3_object_version: Option<String>,
     /// An OCI image.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub image_uri: Option<String>,
