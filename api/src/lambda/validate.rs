@@ -430,11 +430,6 @@ mod tests {
                 .message
                 .starts_with("Runtime and Handler are mandatory")
         );
-        let s3 = FunctionCode {
-            s3_bucket: Some("b".to_owned()),
-            ..FunctionCode::default()
-        };
-        assert!(zip(s3).unwrap_err().message.contains("S3"));
         assert!(
             zip(FunctionCode::default())
                 .unwrap_err()
