@@ -56,6 +56,15 @@ def store():
     server.server_close()
 
 
+def test_a_store_that_cannot_be_reached_is_named(client):
+    """Before the one that starts the store: nothing listens there yet."""
+    with pytest.raises(client.exceptions.ServiceException, match="the S3 endpoint http://.* cannot be read"):
+        client.create_function(
+            FunctionName="unstored", Runtime="python3.11", Handler="app.handler", Role=ROLE,
+            Code={"S3Bucket": "code", "S3Key": "x.zip"},
+        )
+
+
 def test_a_function_is_made_from_s3_and_given_other_code_from_there(client, store, invoke):
     client.create_function(
         FunctionName="stored", Runtime="python3.11", Handler="app.handler", Role=ROLE, Timeout=30,
@@ -71,12 +80,3 @@ def test_a_function_is_made_from_s3_and_given_other_code_from_there(client, stor
     updated = client.update_function_code(FunctionName="stored", S3Bucket="code", S3Key="a b/app.zip", DryRun=True)
     assert updated["CodeSize"] == len(CODE)
     client.delete_function(FunctionName="stored")
-
-
-def test_a_store_that_cannot_be_reached_is_named(client):
-    """Without the fixture: nothing listens there (any more)."""
-    with pytest.raises(client.exceptions.ServiceException, match="the S3 endpoint http://.* cannot be read"):
-        client.create_function(
-            FunctionName="unstored", Runtime="python3.11", Handler="app.handler", Role=ROLE,
-            Code={"S3Bucket": "code", "S3Key": "x.zip"},
-        )
