@@ -63,7 +63,8 @@ pub struct Answer {
     pub version: VersionId,
     /// Answer or error.
     pub result: FunctionResult,
-    /// Its hooks after the restore failed, and the function did not run.
+    /// SnapStart's hooks after the restore failed, and the function did not run. Hooks of a function without SnapStart are its
+    /// own, and so are their errors.
     pub restore_failed: bool,
     /// START, output, END, REPORT.
     pub log: Bytes,
@@ -331,7 +332,7 @@ fn sort(
     let id = &request.request_id;
     let settings = &serving.revision.settings;
     let limit = Duration::from_secs(settings.timeout_seconds.into());
-    let restore_failed = matches!(outcome.end, End::RestoreError { .. });
+    let restore_failed = settings.snap_start && matches!(outcome.end, End::RestoreError { .. });
     let (result, note, status) = match outcome.end {
         End::Response { payload, .. } if payload.len() > RESPONSE_BYTES_MAX => {
             (too_large(), None, None)

@@ -520,6 +520,19 @@ async fn provisioned_concurrency_is_of_published_versions_and_within_the_limits(
 async fn failed_hooks_after_a_restore_are_told_as_snapstarts_error() {
     let server = published().await;
     let invoke = format!("{FUNCTIONS}/f:1/invocations");
+    let own = server.send("POST", &invoke, &[], b"\"restore\"").await;
+    assert_eq!(
+        own.status, 200,
+        "without SnapStart the error is the function's"
+    );
+    assert_eq!(own.header("x-amz-function-error"), Some("Unhandled"));
+    let settings = json!({"SnapStart": {"ApplyOn": "PublishedVersions"}});
+    put(&server, &format!("{FUNCTIONS}/f/configuration"), &settings).await;
+    server.deployed("f").await;
+    let versions = format!("{FUNCTIONS}/f/versions");
+    server.post(&versions, &json!({})).await;
+    server.version_deployed("f", "2").await;
+    let invoke = format!("{FUNCTIONS}/f:2/invocations");
     let answer = server.send("POST", &invoke, &[], b"\"restore\"").await;
     let message = refused(&answer, 400, "SnapStartException");
     assert!(message.contains("no network yet"), "{message}");
