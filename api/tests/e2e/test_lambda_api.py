@@ -136,8 +136,8 @@ def test_a_response_over_the_limit_is_the_functions_error(sizes, invoke):
 
 
 def test_an_operation_that_is_not_served_says_so_in_lambdas_shape(client):
-    with pytest.raises(client.exceptions.InvalidParameterValueException, match="GetEventSourceMapping is not supported"):
-        client.get_event_source_mapping(UUID="any")
+    with pytest.raises(client.exceptions.InvalidParameterValueException, match="CreateEventSourceMapping is not supported"):
+        client.create_event_source_mapping(FunctionName="any")
 
 
 def test_the_aws_cli_creates_invokes_lists_and_deletes(gateway, tmp_path):
