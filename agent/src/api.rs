@@ -4,6 +4,7 @@
 //! timers: a clone may have been asleep for hours, and a keep-alive time-out would then fire at once.
 
 pub(crate) mod body;
+pub(crate) mod extension;
 pub(crate) mod render;
 pub(crate) mod stream;
 
@@ -22,6 +23,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use crate::life::{Answer, Call};
 use body::{Received, receive};
+use extension::Registration;
 
 /// Where the runtime finds the API: `AWS_LAMBDA_RUNTIME_API`.
 pub const ADDRESS: &str = "127.0.0.1:9001";
@@ -51,7 +53,8 @@ enum Route<'a> {
     RestoreError,
     ExtensionRegister,
     ExtensionNext,
-    ExtensionError,
+    ExtensionInitError,
+    ExtensionExitError,
     WrongMethod,
     Unknown,
 }
@@ -77,7 +80,8 @@ impl<'a> Route<'a> {
             match path.strip_prefix("/2020-01-01/extension/") {
                 Some("register") => (Method::POST, Self::ExtensionRegister),
                 Some("event/next") => (Method::GET, Self::ExtensionNext),
-                Some("init/error" | "exit/error") => (Method::POST, Self::ExtensionError),
+                Some("init/error") => (Method::POST, Self::ExtensionInitError),
+                Some("exit/error") => (Method::POST, Self::ExtensionExitError),
                 _ => return Self::Unknown,
             }
         };
@@ -90,11 +94,11 @@ impl<'a> Route<'a> {
 }
 
 /// Serves the API until the driver is gone. Each connection is a task of its own.
-/// `registration` is the body that extensions get.
+/// `registration` is what extensions get to know.
 pub(crate) async fn serve(
     listener: TcpListener,
     calls: mpsc::Sender<PendingCall>,
-    registration: Bytes,
+    registration: Arc<Registration>,
 ) {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     while let Ok(place) = Arc::clone(&places).acquire_owned().await {
@@ -104,10 +108,11 @@ pub(crate) async fn serve(
         };
         // Requests and answers are single small writes; waiting to merge them only delays them.
         let _ = stream.set_nodelay(true);
-        let (calls, registration) = (calls.clone(), registration.clone());
+        let (calls, registration) = (calls.clone(), Arc::clone(&registration));
         tokio::spawn(async move {
-            let service =
-                service_fn(move |request| answer(request, calls.clone(), registration.clone()));
+            let service = service_fn(move |request| {
+                answer(request, calls.clone(), Arc::clone(&registration))
+            });
             let _place = place;
             // An error here is the client's: it closed early or did not speak HTTP.
             let _ = hyper::server::conn::http1::Builder::new()
@@ -122,7 +127,7 @@ pub(crate) async fn serve(
 async fn answer(
     request: Request<Incoming>,
     calls: mpsc::Sender<PendingCall>,
-    registration: Bytes,
+    registration: Arc<Registration>,
 ) -> Result<Response<Full<Bytes>>, hyper::Error> {
     let (parts, body) = request.into_parts();
     let call = match Route::of(&parts.method, parts.uri.path()) {
@@ -138,15 +143,27 @@ async fn answer(
         Route::Error(id) => error_call(id, &parts.headers, receive(body).await?),
         Route::InitError => Call::InitError(init_error(&parts.headers, receive(body).await?)),
         Route::RestoreError => Call::RestoreError(init_error(&parts.headers, receive(body).await?)),
-        Route::ExtensionRegister => {
+        route @ (Route::ExtensionRegister
+        | Route::ExtensionNext
+        | Route::ExtensionInitError
+        | Route::ExtensionExitError) => {
             let received = receive(body).await?;
-            return Ok(render::registered(&parts.headers, received, registration));
-        }
-        // Extensions get no events: the only way out of a sandbox is its end.
-        Route::ExtensionNext => return std::future::pending().await,
-        Route::ExtensionError => {
-            receive(body).await?;
-            return Ok(render::accepted());
+            let call = match route {
+                Route::ExtensionRegister => extension::register(&parts.headers, received),
+                Route::ExtensionNext => extension::next(&parts.headers),
+                Route::ExtensionInitError => extension::init_error(&parts.headers),
+                _ => extension::exit_error(&parts.headers),
+            };
+            let call = match call {
+                Ok(call) => Call::Extension(call),
+                Err(refusal) => return Ok(extension::refused(&refusal)),
+            };
+            return Ok(match ask(&calls, call).await {
+                Some(Answer::Extension(answer)) => {
+                    extension::answer(answer, &parts.headers, &registration)
+                }
+                answer => rendered(answer),
+            });
         }
         Route::WrongMethod => return Ok(render::plain(StatusCode::METHOD_NOT_ALLOWED)),
         Route::Unknown => return Ok(render::plain(StatusCode::NOT_FOUND)),

@@ -1,12 +1,14 @@
 //! The one task that owns a sandbox: waits for what happens, asks [`Life`] what to do, does it.
 
+use std::collections::BTreeMap;
 use std::io;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use bytes::Bytes;
-use rustix::process::Signal;
-use serde_json::json;
-use thaw_agent_protocol::{AgentMessage, Configure, Generation, HostMessage, Thaw};
+use rustix::process::{Pid, Signal};
+use thaw_agent_protocol::{
+    AgentMessage, Configure, Generation, HostMessage, RuntimeExitCause, Thaw,
+};
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
@@ -14,14 +16,16 @@ use tokio::signal::unix::{Signal as SignalStream, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until, timeout};
 
+use crate::api::extension::Registration;
 use crate::api::{self, PendingCall};
 use crate::boot::BootError;
 use crate::channel::{self, ChannelError, Incoming, Writer};
+use crate::extensions::{EXTENSIONS_MAX, ExtensionAnswer, Limit, SHUTDOWN_LIMIT};
 use crate::identity::files::GENERATION_FILE;
 use crate::identity::{AdoptError, Machine};
 use crate::life::{Answer, Call, Effect, Life, LifeError};
-use crate::output::Output;
-use crate::process::{self, Host, Runtime};
+use crate::output::{Output, WritingEnds};
+use crate::process::{self, Host, Process};
 
 /// Time that the runtime gets between SIGTERM and SIGKILL.
 const TERMINATE_GRACE: Duration = Duration::from_secs(2);
@@ -91,10 +95,17 @@ pub struct Driver<W, M> {
     host: Host,
     machine: M,
     children: SignalStream,
-    runtime: Option<Runtime>,
+    /// The runtime, as long as it waits for extensions to register.
+    unstarted: Option<Unstarted>,
+    runtime: Option<Process>,
+    /// In the order in which the life was told of them.
+    extensions: Vec<Process>,
     output: Option<Output>,
     parked: Option<oneshot::Sender<Answer>>,
+    parked_extensions: BTreeMap<usize, oneshot::Sender<Answer>>,
     init_limit: Option<Instant>,
+    /// Of the sandbox's end.
+    end_limit: Option<Instant>,
     output_due: Option<Instant>,
 }
 
@@ -105,6 +116,15 @@ enum Event {
     OutputDue,
     ChildEnded,
     InitLimit,
+    EndLimit,
+}
+
+/// What the runtime is started with.
+#[derive(Debug)]
+struct Unstarted {
+    bootstrap: Vec<String>,
+    environment: BTreeMap<String, String>,
+    output: WritingEnds,
 }
 
 enum Next {
@@ -137,10 +157,14 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
             host: settings.host,
             machine: settings.machine,
             children,
+            unstarted: None,
             runtime: None,
+            extensions: Vec::new(),
             output: None,
             parked: None,
+            parked_extensions: BTreeMap::new(),
             init_limit: None,
+            end_limit: None,
             output_due: None,
         })
     }
@@ -151,8 +175,8 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
     /// The sandbox cannot go on.
     pub async fn run(mut self) -> Result<(), DriverError> {
         let result = self.live().await;
-        if let Some(runtime) = &self.runtime {
-            runtime.signal(Signal::KILL);
+        for process in self.runtime.iter().chain(&self.extensions) {
+            process.signal(Signal::KILL);
         }
         if let Err(error) = &result {
             let message = chain(error);
@@ -190,7 +214,8 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
     }
 
     async fn wait(&mut self) -> Event {
-        let (init_limit, output_due) = (self.init_limit, self.output_due);
+        let (init_limit, output_due, end_limit) =
+            (self.init_limit, self.output_due, self.end_limit);
         let silent = self.life.is_frozen();
         tokio::select! {
             message = self.messages.recv() => Event::Message(message),
@@ -199,6 +224,7 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
             () = begin_output(&mut self.output), if !silent && output_due.is_none() => Event::OutputBegins,
             () = sleep_until(output_due.unwrap_or_else(Instant::now)), if !silent && output_due.is_some() => Event::OutputDue,
             () = sleep_until(init_limit.unwrap_or_else(Instant::now)), if init_limit.is_some() => Event::InitLimit,
+            () = sleep_until(end_limit.unwrap_or_else(Instant::now)), if end_limit.is_some() => Event::EndLimit,
         }
     }
 
@@ -206,11 +232,8 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
         match event {
             Event::Message(message) => {
                 let (generation, message) = message.unwrap_or(Err(ChannelError::Closed))?;
-                if matches!(message, HostMessage::Invoke(_))
-                    && self.parked.as_ref().is_some_and(oneshot::Sender::is_closed)
-                {
-                    self.parked = None;
-                    self.life.parked_call_lost();
+                if matches!(message, HostMessage::Invoke(_)) {
+                    self.forget_lost_calls();
                 }
                 let effects = self.life.host(generation, message)?;
                 self.carry_out(effects, None).await
@@ -227,13 +250,23 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
                 Ok(Next::GoOn)
             }
             Event::ChildEnded => {
-                let Some(runtime) = &mut self.runtime else {
-                    return Ok(Next::GoOn);
-                };
-                let Some(cause) = runtime.reap(self.host.reap) else {
-                    return Ok(Next::GoOn);
-                };
-                let effects = self.life.runtime_ended(cause, runtime.ran_out_of_memory());
+                for (extension, cause) in self.reap() {
+                    let effects = match (extension, &self.runtime) {
+                        (Some(at), _) => self.life.extension_ended(at, &cause),
+                        (None, Some(runtime)) => {
+                            self.life.runtime_ended(cause, runtime.ran_out_of_memory())
+                        }
+                        (None, None) => Vec::new(),
+                    };
+                    if let Next::PowerOff = self.carry_out(effects, None).await? {
+                        return Ok(Next::PowerOff);
+                    }
+                }
+                Ok(Next::GoOn)
+            }
+            Event::EndLimit => {
+                self.end_limit = None;
+                let effects = self.life.end_limit_passed();
                 self.carry_out(effects, None).await
             }
             Event::InitLimit => {
@@ -276,12 +309,23 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
                     self.queue_output_so_far().await?;
                     self.writer.send(message).await?;
                 }
-                Effect::Start(configure) => {
-                    if let Err(reason) = self.start(configure)? {
+                Effect::Start(configure) => effects.extend(self.start(configure)?),
+                Effect::StartRuntime => {
+                    if let Err(reason) = self.start_runtime() {
                         self.init_limit = None;
                         effects.extend(self.life.start_failed(&reason));
                     }
                 }
+                Effect::ParkExtension(at) => {
+                    if let Some(reply) = reply.take() {
+                        self.parked_extensions.insert(at, reply);
+                    }
+                }
+                Effect::WakeExtension(at, event) => {
+                    let answer = Answer::Extension(ExtensionAnswer::Event(event));
+                    send_answer(&mut self.parked_extensions.remove(&at), answer);
+                }
+                Effect::Within(limit) => self.end_limit = moment(limit),
                 Effect::Adopt(generation, thaw) => self.adopt(generation, &thaw)?,
                 Effect::Kill => {
                     if let Some(runtime) = &self.runtime {
@@ -315,13 +359,15 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
         // Queued, not sent: an invocation that came with the thaw goes first, see `live`. Should the runtime not fetch it,
         // the word goes alone.
         self.output_due = Instant::now().checked_add(FIRST_OUTPUT_DELAY);
-        self.writer
-            .queue(AgentMessage::Thawed { unique_after_ns })?;
+        self.writer.queue(AgentMessage::Thawed {
+            unique_after_ns,
+            extensions: self.life.has_extensions(),
+        })?;
         Ok(())
     }
 
-    /// The inner error is the function's own fault.
-    fn start(&mut self, configure: Configure) -> Result<Result<(), String>, DriverError> {
+    /// Starts all but the runtime.
+    fn start(&mut self, configure: Configure) -> Result<Vec<Effect>, DriverError> {
         self.machine.set_hostname(&configure.hostname)?;
         if self.life.generation() != Generation::default() {
             self.machine.take_code()?;
@@ -330,30 +376,103 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
         let mut environment = configure.environment;
         environment.insert("AWS_LAMBDA_RUNTIME_API".into(), address);
         environment.insert("THAW_GENERATION_FILE".into(), GENERATION_FILE.into());
-        let (output, ends) = Output::new(self.host.user).map_err(|source| DriverError::System {
-            what: "pipes for the runtime's output",
-            source,
-        })?;
-        self.output = Some(output);
-        let started = process::find_bootstrap(&configure.bootstrap)
-            .and_then(|bootstrap| Runtime::start(bootstrap, &environment, &self.host, ends));
-        match started {
-            Ok(runtime) => self.runtime = Some(runtime),
-            Err(reason) => return Ok(Err(reason)),
-        }
+        let (readers, output) =
+            Output::new(self.host.user).map_err(|source| DriverError::System {
+                what: "pipes for the runtime's output",
+                source,
+            })?;
+        self.output = Some(readers);
         let limit = Duration::from_millis(configure.init_limit_ms);
         self.init_limit = Instant::now().checked_add(limit);
-        Ok(Ok(()))
+        let effects = self.launch_extensions(&environment, &output);
+        self.unstarted = Some(Unstarted {
+            bootstrap: configure.bootstrap,
+            environment,
+            output,
+        });
+        Ok(effects)
+    }
+
+    /// Starts every external extension, up to the first that cannot be.
+    fn launch_extensions(
+        &mut self,
+        environment: &BTreeMap<String, String>,
+        output: &WritingEnds,
+    ) -> Vec<Effect> {
+        let mut names = process::find_extensions(&self.host.extensions);
+        if names.is_empty() {
+            return self.life.extensions_launched(names);
+        }
+        let environment = process::extension_environment(environment);
+        for at in 0..names.len() {
+            let path = self.host.extensions.join(&names[at]);
+            let path = path.to_string_lossy();
+            let started = match at {
+                EXTENSIONS_MAX => Err("ErrTooManyExtensions".to_owned()),
+                _ => output
+                    .again()
+                    .map_err(|error| format!("its output: {error}"))
+                    .and_then(|output| Process::start(&path, &environment, &self.host, output)),
+            };
+            match started {
+                Ok(process) => self.extensions.push(process),
+                Err(reason) => {
+                    names.truncate(at + 1);
+                    return self.life.extension_launch_failed(names, reason);
+                }
+            }
+        }
+        self.life.extensions_launched(names)
+    }
+
+    /// The error is the function's own fault.
+    fn start_runtime(&mut self) -> Result<(), String> {
+        let Some(unstarted) = self.unstarted.take() else {
+            return Ok(());
+        };
+        let bootstrap = process::find_bootstrap(&unstarted.bootstrap)?;
+        let environment = &unstarted.environment;
+        let runtime = Process::start(bootstrap, environment, &self.host, unstarted.output)?;
+        self.runtime = Some(runtime);
+        Ok(())
+    }
+
+    /// Parked calls whose clients have gone are no way to hand out an invocation.
+    fn forget_lost_calls(&mut self) {
+        if self.parked.as_ref().is_some_and(oneshot::Sender::is_closed) {
+            self.parked = None;
+            self.life.parked_call_lost();
+        }
+        let life = &mut self.life;
+        self.parked_extensions.retain(|at, call| {
+            let is_lost = call.is_closed();
+            if is_lost {
+                life.extension_call_lost(*at);
+            }
+            !is_lost
+        });
+    }
+
+    /// The runtime (`None`) and extensions that were found ended, each once.
+    fn reap(&mut self) -> Vec<(Option<usize>, RuntimeExitCause)> {
+        let processes = self.runtime.iter().chain(&self.extensions);
+        let living = processes.filter(|process| !process.has_ended());
+        let own: Vec<Pid> = living.map(Process::pid).collect();
+        let mut ended = Vec::new();
+        for (pid, cause) in process::reap(self.host.reap, &own) {
+            if let Some(runtime) = self.runtime.as_mut().filter(|one| one.pid() == pid) {
+                runtime.set_ended();
+                ended.push((None, cause));
+            } else if let Some(at) = self.extensions.iter().position(|one| one.pid() == pid) {
+                self.extensions[at].set_ended();
+                ended.push((Some(at), cause));
+            }
+        }
+        ended
     }
 
     /// Starts the Runtime API; the runtime is told the address it is at.
     fn serve(&mut self, configure: &Configure) -> Result<String, DriverError> {
-        let variable = |name: &str| configure.environment.get(name).cloned().unwrap_or_default();
-        let registration = json!({
-            "functionName": variable("AWS_LAMBDA_FUNCTION_NAME"),
-            "functionVersion": variable("AWS_LAMBDA_FUNCTION_VERSION"),
-            "handler": variable("_HANDLER"),
-        });
         let Some((listener, calls)) = self.server.take() else {
             return Ok(api::ADDRESS.into());
         };
@@ -363,7 +482,7 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
                 what: "Runtime API",
                 source,
             })?;
-        let registration = Bytes::from(registration.to_string());
+        let registration = Arc::new(Registration::of(configure));
         tokio::spawn(api::serve(listener, calls, registration));
         Ok(address.to_string())
     }
@@ -396,11 +515,11 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
     }
 
     async fn last_output(&mut self) -> Result<(), ChannelError> {
-        while let Some(runtime) = &mut self.runtime
+        while let Some(runtime) = &self.runtime
             && !runtime.has_ended()
         {
             tokio::select! {
-                _ = self.children.recv() => drop(runtime.reap(self.host.reap)),
+                _ = self.children.recv() => drop(self.reap()),
                 () = begin_output(&mut self.output) => {
                     self.queue_output_so_far().await?;
                     self.writer.flush().await?;
@@ -417,6 +536,19 @@ fn send_answer(caller: &mut Option<oneshot::Sender<Answer>>, answer: Answer) {
         // A caller that is gone needs no answer.
         let _ = caller.send(answer);
     }
+}
+
+/// When a limit of the sandbox's end, set now, will have passed.
+fn moment(limit: Limit) -> Option<Instant> {
+    let left = match limit {
+        Limit::None => return None,
+        Limit::Shutdown => SHUTDOWN_LIMIT,
+        Limit::Deadline(unix_ms) => {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH);
+            Duration::from_millis(unix_ms).saturating_sub(now.unwrap_or_default())
+        }
+    };
+    Instant::now().checked_add(left)
 }
 
 async fn begin_output(output: &mut Option<Output>) {

@@ -15,6 +15,7 @@ pub mod boot;
 pub mod channel;
 pub mod document;
 pub mod driver;
+pub mod extensions;
 pub mod identity;
 pub mod life;
 pub mod output;

@@ -5,6 +5,8 @@
 //!                                                                    Running --begin--> Streaming --end--> Idle
 //! ```
 //! An invocation that finds the runtime already blocked in `/next` skips `Assigned`. Every phase can turn into `Ended`.
+//! With extensions, the runtime starts when they have registered, `Idle` begins when each waits for its first event, and the
+//! answer begins the end of the sandbox: see `life/beside.rs`.
 //!
 //! Always holds: nothing runs before the clone is unique. An `Invoke` is accepted only in the generation of the last
 //! `Thaw`, and never in the generation in which the runtime was configured: 0, or that of a `Thaw` before `Configure`, for a
@@ -12,132 +14,23 @@
 //! `Thaw` nothing is written to the channel (but the end of the runtime), because the snapshot is being taken there: see
 //! [`Life::is_frozen`].
 
+mod beside;
+mod words;
+
 use bytes::Bytes;
 use thaw_agent_protocol::{
-    AgentMessage, Configure, Generation, HostMessage, InitError, InvocationError, Invoke, Reply,
+    AgentMessage, Configure, Generation, HostMessage, InitError, InvocationError, Invoke,
     RuntimeExit, RuntimeExitCause, StreamBegin, StreamEnd, StreamFailure, Thaw,
 };
-use thiserror::Error;
 
 use crate::document;
+use crate::extensions::{Extensions, Failure};
+
+pub use words::{Answer, Call, Effect, Invocation, LifeError};
 
 /// Request id under which a runtime that is still initialising may post an answer to nobody: a rehearsal of an invocation,
 /// so that the code and the connection of the real one are in the snapshot.
 pub const REHEARSAL: &str = "rehearsal";
-
-/// One invocation as the Runtime API hands it out; cheap to clone.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Invocation {
-    /// Everything but the payload, which was taken out.
-    pub head: Invoke,
-    /// The event's bytes.
-    pub payload: Bytes,
-}
-
-/// A call of the runtime whose answer depends on the life of the sandbox.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Call {
-    /// `GET …/invocation/next`.
-    Next,
-    /// `GET …/restore/next`.
-    RestoreNext,
-    /// `POST …/invocation/{id}/response`.
-    Response(Reply),
-    /// The head of a `POST …/invocation/{id}/response` in response mode `streaming`.
-    ResponseBegin(StreamBegin),
-    /// A piece of its body, not empty.
-    ResponseChunk {
-        /// The id in the path.
-        request_id: String,
-        /// At most [`thaw_agent_protocol::STREAM_CHUNK_BYTES_MAX`].
-        bytes: Bytes,
-    },
-    /// The end of its body.
-    ResponseEnd(StreamEnd),
-    /// `POST …/invocation/{id}/response` or `…/error`, over the size limit.
-    TooLarge {
-        /// The id in the path.
-        request_id: String,
-    },
-    /// `POST …/invocation/{id}/error`, or a response whose trailers say that it failed midway.
-    Error(InvocationError),
-    /// `POST …/runtime/init/error`.
-    InitError(InitError),
-    /// `POST …/runtime/restore/error`.
-    RestoreError(InitError),
-}
-
-/// What the Runtime API answers to a [`Call`].
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Answer {
-    /// 200 with an invocation.
-    Invocation(Invocation),
-    /// 200, empty: go on after the restore.
-    Restored,
-    /// 202.
-    Accepted,
-    /// 400: no such invocation is running.
-    InvalidRequestId,
-    /// 403: not in this phase.
-    NotAllowed {
-        /// The phase in which the call came.
-        from: &'static str,
-        /// What the call would have led to.
-        to: &'static str,
-    },
-    /// 413.
-    TooLarge,
-}
-
-/// What the driver does next; effects are carried out in order.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Effect {
-    /// Keep the current call without an answer. A call parked earlier is turned away.
-    Park,
-    /// Answer the current call.
-    Answer(Answer),
-    /// Answer the parked call.
-    Wake(Answer),
-    /// Tell the host, after all output written so far.
-    Send(AgentMessage),
-    /// Start the runtime.
-    Start(Configure),
-    /// Become the clone that the host describes, in this generation; tell the host.
-    Adopt(Generation, Thaw),
-    /// End the runtime's processes at once.
-    Kill,
-    /// Power off in good order.
-    PowerOff,
-}
-
-/// The host broke the order of a sandbox's life. The sandbox ends: better no answer than one of the wrong life.
-#[derive(Clone, Debug, Error, PartialEq, Eq)]
-pub enum LifeError {
-    /// An invocation of another life, or before any thaw.
-    #[error("invocation of generation {got} refused in generation {current}")]
-    StaleInvocation {
-        /// Generation of the frame.
-        got: u64,
-        /// Generation of this sandbox.
-        current: u64,
-    },
-    /// A thaw that does not begin a new life.
-    #[error("thaw to generation {got} refused in generation {current}")]
-    StaleThaw {
-        /// Generation of the frame.
-        got: u64,
-        /// Generation of this sandbox.
-        current: u64,
-    },
-    /// A message that has no meaning in this phase.
-    #[error("{message} refused while {phase}")]
-    OutOfOrder {
-        /// The message.
-        message: &'static str,
-        /// The phase.
-        phase: &'static str,
-    },
-}
 
 #[derive(Debug)]
 enum Phase {
@@ -170,6 +63,14 @@ pub struct Life {
     parked: Option<Parked>,
     answered: Option<String>,
     restore_error: Option<InitError>,
+    extensions: Extensions,
+    /// An extension failed while nothing ran that could be answered with it.
+    extension_failure: Option<Failure>,
+    runtime_started: bool,
+    /// The word that the sandbox's end is complete is said.
+    is_settled: bool,
+    /// The host wants the power off as soon as the extensions are done.
+    powering_off: bool,
 }
 
 impl Default for Life {
@@ -188,6 +89,11 @@ impl Life {
             parked: None,
             answered: None,
             restore_error: None,
+            extensions: Extensions::new(),
+            extension_failure: None,
+            runtime_started: false,
+            is_settled: false,
+            powering_off: false,
         }
     }
 
@@ -236,16 +142,23 @@ impl Life {
             HostMessage::Configure(configure) => self.configure(configure),
             HostMessage::Thaw(thaw) => self.thaw(generation, thaw),
             HostMessage::Invoke(invoke) => self.invoke(generation, invoke),
-            HostMessage::Shutdown => {
-                self.phase = Phase::Ended;
-                Ok(vec![Effect::PowerOff])
-            }
+            HostMessage::Shutdown => Ok(self.shut_down()),
         }
     }
 
-    /// A call of the runtime.
+    /// A call of the runtime or of an extension.
     pub fn call(&mut self, call: Call) -> Vec<Effect> {
+        let was_open = self.request_id().is_some();
+        let mut effects = self.called(call);
+        if was_open && self.request_id().is_none() {
+            effects.extend(self.answered());
+        }
+        effects
+    }
+
+    fn called(&mut self, call: Call) -> Vec<Effect> {
         match call {
+            Call::Extension(call) => self.extension_called(call),
             Call::Next => self.next(),
             Call::RestoreNext => self.restore_next(),
             Call::Response(reply) => {
@@ -323,14 +236,16 @@ impl Life {
         }
         let request_id = self.request_id().map(str::to_owned);
         self.phase = Phase::Ended;
-        vec![
+        let mut effects = vec![
             Effect::Kill,
             Effect::Send(AgentMessage::RuntimeExit(RuntimeExit {
                 cause,
                 out_of_memory,
                 request_id,
             })),
-        ]
+        ];
+        effects.extend(self.answered());
+        effects
     }
 
     /// The runtime could not be started; `reason` is for the function's owner.
@@ -348,13 +263,13 @@ impl Life {
             return Vec::new();
         };
         self.phase = Phase::Ended;
-        vec![
-            Effect::Kill,
-            Effect::Send(AgentMessage::InitError(InitError {
-                error_type: document::TIMED_OUT.into(),
-                payload: document::timed_out(limit_ms),
-            })),
-        ]
+        let mut effects = vec![Effect::Kill];
+        effects.extend(self.extensions.report());
+        effects.push(Effect::Send(AgentMessage::InitError(InitError {
+            error_type: document::TIMED_OUT.into(),
+            payload: document::timed_out(limit_ms),
+        })));
+        effects
     }
 
     fn configure(&mut self, configure: Configure) -> Result<Vec<Effect>, LifeError> {
@@ -409,8 +324,15 @@ impl Life {
         }
         if let Some(error) = self.restore_error.take() {
             self.phase = Phase::Ended;
-            return Ok(vec![Effect::Send(failed_restore(head.request_id, error))]);
+            let mut effects = vec![Effect::Send(failed_restore(head.request_id, error))];
+            effects.extend(self.answered());
+            return Ok(effects);
         }
+        if let Some(failure) = self.extension_failure.take() {
+            return Ok(self.fail_with(&failure, head.request_id));
+        }
+        self.is_settled = false;
+        let beside = self.extensions.invoke(&head);
         let invocation = Invocation {
             payload: Bytes::from(std::mem::take(&mut head.payload)),
             head,
@@ -418,10 +340,12 @@ impl Life {
         if self.parked == Some(Parked::Next) {
             self.parked = None;
             self.phase = Phase::Running(invocation.clone());
-            Ok(vec![Effect::Wake(Answer::Invocation(invocation))])
+            let mut effects = vec![Effect::Wake(Answer::Invocation(invocation))];
+            effects.extend(beside);
+            Ok(effects)
         } else {
             self.phase = Phase::Assigned(invocation);
-            Ok(Vec::new())
+            Ok(beside)
         }
     }
 
@@ -459,8 +383,9 @@ impl Life {
 
     fn park_and_announce(&mut self, call: Parked) -> Vec<Effect> {
         self.parked = Some(call);
-        self.phase = Phase::Idle { announced: true };
-        vec![Effect::Park, Effect::Send(AgentMessage::Ready)]
+        let mut effects = vec![Effect::Park];
+        effects.extend(self.announce());
+        effects
     }
 
     fn finish(&mut self, id: &str, to: &'static str, message: AgentMessage) -> Vec<Effect> {

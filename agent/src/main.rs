@@ -58,6 +58,7 @@ async fn serve(channel: OwnedFd, listener: TcpListener, machine: Guest) -> anyho
         host: Host {
             user: Some(RUNTIME_USER),
             task_root: "/var/task".into(),
+            extensions: "/opt/extensions".into(),
             reap: Reap::Everyone,
         },
         machine,

@@ -32,6 +32,16 @@ pub(crate) struct WritingEnds {
     pub(crate) stderr: OwnedFd,
 }
 
+impl WritingEnds {
+    /// The same ends once more, for another process.
+    pub(crate) fn again(&self) -> io::Result<Self> {
+        Ok(Self {
+            stdout: self.stdout.try_clone()?,
+            stderr: self.stderr.try_clone()?,
+        })
+    }
+}
+
 #[derive(Debug)]
 struct Pipe {
     stream: LogStream,

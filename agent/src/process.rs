@@ -1,10 +1,10 @@
-//! The runtime process: found, started unprivileged, reaped.
+//! The processes of a sandbox, the runtime and external extensions: found, started unprivileged, reaped.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use rustix::process::{Pid, Signal, WaitOptions, WaitStatus};
@@ -18,8 +18,10 @@ use crate::sys::{self, Program, User};
 pub struct Host {
     /// The user that the runtime becomes; `None` leaves it the agent's own (tests without privilege).
     pub user: Option<User>,
-    /// The runtime's working directory.
+    /// The working directory of the runtime and of extensions.
     pub task_root: PathBuf,
+    /// The folder of the external extensions; it need not exist.
+    pub extensions: PathBuf,
     /// Whose children the agent waits for.
     pub reap: Reap,
 }
@@ -29,13 +31,13 @@ pub struct Host {
 pub enum Reap {
     /// Every process that loses its parent: the agent is PID 1.
     Everyone,
-    /// Only the runtime.
-    Runtime,
+    /// Only those that the agent started.
+    Own,
 }
 
-/// The running runtime.
+/// A running runtime or extension.
 #[derive(Debug)]
-pub(crate) struct Runtime {
+pub(crate) struct Process {
     pid: Pid,
     oom_kills_at_start: u64,
     ended: bool,
@@ -76,21 +78,21 @@ fn exec_failure(path: &str, error: &io::Error) -> String {
     format!("fork/exec {path}: {reason}")
 }
 
-impl Runtime {
-    /// Starts `bootstrap` with exactly this environment.
+impl Process {
+    /// Starts the program at `path` with exactly this environment.
     ///
     /// # Errors
     /// What the function's owner is told.
     pub(crate) fn start(
-        bootstrap: &str,
+        path: &str,
         environment: &BTreeMap<String, String>,
         host: &Host,
         output: WritingEnds,
     ) -> Result<Self, String> {
         let oom_kills_at_start = oom_kills();
-        let program = Program::new(bootstrap, environment.iter())
-            .map_err(|error| format!("environment of {bootstrap}: {error}"))?;
-        let mut command = sys::confined(program, host.user);
+        let prepared = Program::new(path, environment.iter())
+            .map_err(|error| format!("environment of {path}: {error}"))?;
+        let mut command = sys::confined(prepared, host.user);
         command
             .current_dir(&host.task_root)
             .stdin(Stdio::null())
@@ -98,7 +100,7 @@ impl Runtime {
             .stderr(output.stderr);
         let child = command
             .spawn()
-            .map_err(|error| exec_failure(bootstrap, &error))?;
+            .map_err(|error| exec_failure(path, &error))?;
         // Dropping the handle neither waits for the child nor ends it; `reap` does the waiting.
         let pid = Pid::from_child(&child);
         Ok(Self {
@@ -108,51 +110,96 @@ impl Runtime {
         })
     }
 
-    /// Waits for every child that ended, without blocking; says how the runtime ended if it is among them.
-    pub(crate) fn reap(&mut self, reap: Reap) -> Option<RuntimeExitCause> {
-        let mut cause = None;
-        let mut reaped = |status: WaitStatus| {
-            cause = match (status.exit_status(), status.terminating_signal()) {
-                (Some(code), _) => Some(RuntimeExitCause::Code(code)),
-                (None, Some(signal)) => Some(RuntimeExitCause::Signal(signal)),
-                (None, None) => None,
-            };
-        };
-        match reap {
-            Reap::Runtime => {
-                if let Ok(Some((_, status))) =
-                    rustix::process::waitpid(Some(self.pid), WaitOptions::NOHANG)
-                {
-                    reaped(status);
-                }
-            }
-            // Bounded by the number of processes in the guest.
-            Reap::Everyone => {
-                while let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG) {
-                    if pid == self.pid {
-                        reaped(status);
-                    }
-                }
-            }
-        }
-        self.ended |= cause.is_some();
-        cause
+    pub(crate) fn pid(&self) -> Pid {
+        self.pid
     }
 
-    /// The runtime was found ended by [`Self::reap`].
+    /// It was found ended by [`reap`].
+    pub(crate) fn set_ended(&mut self) {
+        self.ended = true;
+    }
+
+    /// The process was found ended.
     pub(crate) fn has_ended(&self) -> bool {
         self.ended
     }
 
-    /// Sends a signal to the runtime's process group. That it is gone already is no failure.
+    /// Sends a signal to its process group. That it is gone already is no failure.
     pub(crate) fn signal(&self, signal: Signal) {
         let _ = rustix::process::kill_process_group(self.pid, signal);
     }
 
-    /// The kernel's out-of-memory killer struck since the runtime started.
+    /// The kernel's out-of-memory killer struck since it started.
     pub(crate) fn ran_out_of_memory(&self) -> bool {
         oom_kills() > self.oom_kills_at_start
     }
+}
+
+/// Waits for every child that ended, without blocking; says how those among `own` ended.
+pub(crate) fn reap(reap: Reap, own: &[Pid]) -> Vec<(Pid, RuntimeExitCause)> {
+    let mut ended = Vec::new();
+    let mut reaped = |pid, status: WaitStatus| {
+        let cause = match (status.exit_status(), status.terminating_signal()) {
+            (Some(code), _) => RuntimeExitCause::Code(code),
+            (None, Some(signal)) => RuntimeExitCause::Signal(signal),
+            (None, None) => return,
+        };
+        if own.contains(&pid) {
+            ended.push((pid, cause));
+        }
+    };
+    match reap {
+        Reap::Own => {
+            for pid in own {
+                let found = rustix::process::waitpid(Some(*pid), WaitOptions::NOHANG);
+                if let Ok(Some((pid, status))) = found {
+                    reaped(pid, status);
+                }
+            }
+        }
+        // Bounded by the number of processes in the guest.
+        Reap::Everyone => {
+            while let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG) {
+                reaped(pid, status);
+            }
+        }
+    }
+    ended
+}
+
+/// The external extensions in `folder`, by name: as on Lambda every file in it is meant to be one, whether it can be
+/// executed or not.
+pub(crate) fn find_extensions(folder: &Path) -> Vec<String> {
+    let Ok(entries) = fs::read_dir(folder) else {
+        return Vec::new();
+    };
+    let files = entries.flatten().filter(|entry| !entry.path().is_dir());
+    let mut names: Vec<String> = files
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect();
+    names.sort();
+    names
+}
+
+/// The environment of extensions: the runtime's without what concerns the runtime alone (Lambda's developer guide, "Extensions
+/// API", environment variables).
+pub(crate) fn extension_environment(
+    runtime: &BTreeMap<String, String>,
+) -> BTreeMap<String, String> {
+    const WITHHELD: [&str; 7] = [
+        "AWS_EXECUTION_ENV",
+        "AWS_LAMBDA_LOG_GROUP_NAME",
+        "AWS_LAMBDA_LOG_STREAM_NAME",
+        "AWS_XRAY_CONTEXT_MISSING",
+        "AWS_XRAY_DAEMON_ADDRESS",
+        "LAMBDA_RUNTIME_DIR",
+        "LAMBDA_TASK_ROOT",
+    ];
+    let is_theirs = |name: &String| !name.starts_with('_') && !WITHHELD.contains(&name.as_str());
+    let theirs = runtime.iter().filter(|(name, _)| is_theirs(name));
+    theirs
+        .map(|(name, value)| (name.clone(), value.clone()))
+        .collect()
 }
 
 /// The `oom_kill` counter of /proc/vmstat; 0 where it cannot be read.

@@ -317,6 +317,7 @@ fn job(app: &App, live: &Live, revision: &Revision) -> FreezeJob {
         ephemeral_mib: settings.ephemeral_mib,
         bootstrap: environment::bootstrap(&settings.runtime),
         environment: environment::variables(&live.name, live.id, &app.region, settings),
+        account_id: Some(app.account_id.clone()),
         init_limit: app.limits.init_limit,
     }
 }
@@ -450,6 +451,14 @@ pub async fn discard(folder: PathBuf) {
 /// Sorts the function's own failures from this machine's.
 fn init_failure(error: FreezeError, limit: Duration) -> Result<InitFailure, FreezeError> {
     let (cause, log) = match error {
+        // The agent's own finding, which is told with each request's id.
+        FreezeError::Init(failure) if failure.error_type.starts_with("Extension.") => (
+            InitCause::Found {
+                text: fault::text_of(&failure.document),
+                error_type: failure.error_type,
+            },
+            failure.log,
+        ),
         FreezeError::Init(failure) => (
             InitCause::Document {
                 error_type: failure.error_type,
@@ -522,6 +531,12 @@ fn tail(log: &[u8]) -> String {
 fn tell(live: &Live, step: EngineStep) {
     let (step, message) = match step {
         EngineStep::Images => (Step::Images, "kernel and runtime image"),
+        EngineStep::Image(step) => {
+            tracing::info!(function = %live.label, %step, "the runtime's image is made");
+            live.progress
+                .push(Step::Images, &format!("runtime image: {step}"));
+            return;
+        }
         EngineStep::Code => (Step::Code, "make the code image"),
         EngineStep::Booting => (Step::Booting, "boot the guest"),
         EngineStep::AgentUp => (Step::Agent, "agent is up"),

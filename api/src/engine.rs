@@ -112,6 +112,8 @@ pub struct FreezeJob {
     pub ephemeral_mib: u32,
     /// Programs that speak the Runtime API, tried in order.
     pub bootstrap: Vec<String>,
+    /// The function's account, for extensions that ask for it.
+    pub account_id: Option<String>,
     /// Environment of the function's runtime.
     pub environment: BTreeMap<String, String>,
     /// Longest initialisation.
@@ -119,10 +121,12 @@ pub struct FreezeJob {
 }
 
 /// Beginning of a step of a freeze.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum EngineStep {
     /// Kernel, initramfs and runtime image.
     Images,
+    /// The runtime's image is not there yet: a step of making it, for people.
+    Image(String),
     /// Code image.
     Code,
     /// The guest's kernel.

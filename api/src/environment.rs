@@ -29,7 +29,13 @@ pub const RESERVED: [&str; 19] = [
 ];
 
 /// Runtimes that this gateway has images for.
-pub const RUNTIMES: [&str; 4] = ["python3.11", "provided", "provided.al2", "provided.al2023"];
+pub const RUNTIMES: [&str; 5] = [
+    "python3.11",
+    "nodejs18.x",
+    "provided",
+    "provided.al2",
+    "provided.al2023",
+];
 
 /// Memory for which AWS gives a function one whole CPU.
 const MIB_PER_VCPU: u32 = 1769;

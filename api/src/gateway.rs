@@ -214,7 +214,11 @@ impl Gateway {
             restore_concurrency_max: config.limits.restore_concurrency_max,
             ..RuntimeConfig::default()
         })?;
-        let engine = HostEngine::new(runtime, config.home.clone(), config.agent.clone());
+        let mut engine = HostEngine::new(runtime, config.home.clone(), config.agent.clone());
+        if config.exposure == Exposure::ForwardedLoopback {
+            // In the lab, whose processor is emulated and whose changes outside the home are lost.
+            engine = engine.ordering_images();
+        }
         Self::start_on(config, Arc::new(engine)).await
     }
 

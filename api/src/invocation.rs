@@ -191,10 +191,12 @@ async fn serve(
     let Some(serving) = &record.serving else {
         return Err(Refusal::Inactive(record.state.clone()));
     };
+    let mut late_log = None;
     let answer = match &serving.outcome {
         record::Outcome::InitFailed(failure) => init_failed(&request, live.id, serving, failure),
         record::Outcome::Frozen(_) => {
-            let outcome = attempt(app, live, &record, serving, &request, sink).await?;
+            let mut outcome = attempt(app, live, &record, serving, &request, sink).await?;
+            late_log = outcome.late_log.take();
             sort(&request, live.id, serving, outcome)?
         }
     };
@@ -206,7 +208,22 @@ async fn serve(
         let document = String::from_utf8_lossy(document.get(..1024).unwrap_or(document));
         live.set_last_error(Some(format!("{error_type}: {document}")));
     }
-    match live.log.push(answer.log.clone()) {
+    keep_log(app, live, answer.log.clone()).await;
+    if let Some(late_log) = late_log {
+        let (app, live) = (Arc::clone(app), Arc::clone(live));
+        let tasks = app.tasks.clone();
+        tasks.spawn(async move {
+            let log = late_log.whole().await;
+            if !log.is_empty() {
+                keep_log(&app, &live, log.into()).await;
+            }
+        });
+    }
+    Ok(answer)
+}
+
+async fn keep_log(app: &Arc<App>, live: &Arc<Live>, text: Bytes) {
+    match live.log.push(text) {
         Write::Others => {}
         Write::Now => write_log(Arc::clone(live)).await,
         Write::Soon => {
@@ -217,7 +234,6 @@ async fn serve(
             });
         }
     }
-    Ok(answer)
 }
 
 async fn write_log(live: Arc<Live>) {

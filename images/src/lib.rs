@@ -25,6 +25,7 @@ mod erofs;
 mod fault;
 mod initramfs;
 mod kernel;
+mod orders;
 mod overlay;
 mod progress;
 mod runtime;
@@ -45,8 +46,8 @@ pub use kernel::{Kernel, KernelError};
 pub use overlay::{OVERLAY_MIB_MAX, OVERLAY_MIB_MIN, OverlayError};
 pub use progress::{Progress, Quiet};
 pub use runtime::{
-    Contents, ImageError, LdCacheError, RuntimeImage, RuntimeManifest, RuntimeName, UnknownRuntime,
-    WheelError, WheelRecord,
+    Contents, ImageError, LdCacheError, NpmError, NpmRecord, RuntimeImage, RuntimeManifest,
+    RuntimeName, UnknownRuntime, WheelError, WheelRecord,
 };
 pub use staging::StagingError;
 pub use store::ImageStore;

@@ -1,7 +1,9 @@
 //! Base images: the root file systems that functions run in.
 
+mod addons;
 mod assemble;
 mod ldcache;
+mod npm;
 mod recipe;
 mod wheels;
 
@@ -18,9 +20,11 @@ use crate::erofs::{self, ErofsError};
 use crate::fault::{Fault, FileError};
 use crate::progress::{Progress, step};
 use crate::staging::{Staging, StagingError, install, make_dir};
-use crate::tool::ToolError;
+use crate::tool::{GXX, ToolError};
 use crate::unzip::UnzipError;
 pub use ldcache::LdCacheError;
+use npm::NpmPackage;
+pub use npm::{NpmError, NpmRecord};
 use recipe::Recipe;
 use wheels::Wheel;
 pub use wheels::WheelError;
@@ -36,11 +40,13 @@ pub enum RuntimeName {
     Provided,
     /// Python 3.11 with its Lambda runtime client.
     Python311,
+    /// Node.js 18 with its Lambda runtime client.
+    Nodejs18,
 }
 
 /// A name that no image has.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("unknown runtime {name:?}: there are {}", RuntimeName::ALL.map(RuntimeName::as_str).join(" and "))]
+#[error("unknown runtime {name:?}: there are {}", RuntimeName::ALL.map(RuntimeName::as_str).join(", "))]
 pub struct UnknownRuntime {
     /// The name.
     pub name: String,
@@ -48,7 +54,10 @@ pub struct UnknownRuntime {
 
 impl RuntimeName {
     /// Every runtime.
-    pub const ALL: [Self; 2] = [Self::Provided, Self::Python311];
+    pub const ALL: [Self; 3] = [Self::Provided, Self::Python311, Self::Nodejs18];
+
+    /// Those whose images are made before a gateway serves; another is made when a function first wants it.
+    pub const AHEAD: [Self; 2] = [Self::Provided, Self::Python311];
 
     /// The name as the Lambda API spells it.
     #[must_use]
@@ -56,6 +65,7 @@ impl RuntimeName {
         match self {
             Self::Provided => "provided",
             Self::Python311 => "python3.11",
+            Self::Nodejs18 => "nodejs18.x",
         }
     }
 }
@@ -74,6 +84,7 @@ impl FromStr for RuntimeName {
             // The versioned names differ in the distribution below, which `provided` hides.
             "provided" | "provided.al2" | "provided.al2023" => Ok(Self::Provided),
             "python3.11" => Ok(Self::Python311),
+            "nodejs18.x" => Ok(Self::Nodejs18),
             _ => Err(UnknownRuntime {
                 name: name.to_owned(),
             }),
@@ -134,6 +145,12 @@ pub struct Contents {
     pub packer: String,
     /// Python wheels.
     pub wheels: Vec<WheelRecord>,
+    /// npm packages.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub npm: Vec<NpmRecord>,
+    /// The compiler of native parts, with its version, where there are any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compiler: Option<String>,
 }
 
 /// One wheel as an image's manifest lists it.
@@ -155,6 +172,19 @@ pub enum ImageError {
     /// Wheels could not be had.
     #[error("getting the python wheels of an image")]
     Wheel(#[from] WheelError),
+    /// npm packages could not be had.
+    #[error("getting the npm packages of an image")]
+    Npm(#[from] NpmError),
+    /// A native part does not run in the image.
+    #[error(
+        "{addon}, compiled on this machine, does not run in the image ({line}): make the image on Debian 12"
+    )]
+    Addon {
+        /// The native part.
+        addon: String,
+        /// What the image's loader says.
+        line: String,
+    },
     /// A wheel could not be unpacked.
     #[error("unpacking the python wheel {file}")]
     Unzip {
@@ -179,6 +209,14 @@ pub enum ImageError {
     /// No scratch folder.
     #[error("building an image")]
     Staging(#[from] StagingError),
+    /// Another process was to make it.
+    #[error("the image {name} was ordered, and not made: {reason}")]
+    Ordered {
+        /// The runtime.
+        name: RuntimeName,
+        /// What that process said.
+        reason: String,
+    },
     /// The finished image is not there.
     #[error("the image {} vanished while it was built", path.display())]
     Vanished {
@@ -228,6 +266,9 @@ pub(crate) fn build(
     })?;
     step(progress, "download packages", |progress| {
         apt.download(&packages, progress)?;
+        apt.download(&addons::headers(&recipe, apt)?, progress)?;
+        let (npm, wheels) = (apt.root().join("npm"), apt.root().join("wheels"));
+        npm::download(&npm, &wheels, &recipe.npm, staging, progress)?;
         wheels::download(&apt.root().join("wheels"), &recipe.wheels, progress)?;
         Ok::<_, ImageError>(())
     })?;
@@ -235,15 +276,26 @@ pub(crate) fn build(
     step(progress, "unpack packages", |_| {
         assemble::unpack(&recipe, &packages, apt, staging, &tree)
     })?;
+    if !recipe.npm.is_empty() {
+        step(progress, "compile native parts", |_| {
+            addons::build(&recipe, apt, staging, &tree)
+        })?;
+    }
     step(progress, "finish the root file system", |progress| {
         assemble::finish(&recipe, &tree, progress)
     })?;
+    let mut compiler = None;
+    if !recipe.npm.is_empty() {
+        compiler = Some(GXX.version("--version")?);
+    }
     let contents = Contents {
         runtime: name,
         recipe: recipe.digest(),
         packages,
         packer: erofs::packer()?,
         wheels: recipe.wheels.iter().map(Wheel::record).collect(),
+        npm: recipe.npm.iter().map(NpmPackage::record).collect(),
+        compiler,
     };
     step(progress, "pack the image", |progress| {
         let out = staging.path().join("image");
@@ -308,7 +360,7 @@ mod tests {
         let error = "cobol".parse::<RuntimeName>().unwrap_err();
         assert_eq!(
             error.to_string(),
-            "unknown runtime \"cobol\": there are provided and python3.11"
+            "unknown runtime \"cobol\": there are provided, python3.11, nodejs18.x"
         );
     }
 
@@ -323,6 +375,8 @@ mod tests {
                 packages: Vec::new(),
                 packer: String::new(),
                 wheels: Vec::new(),
+                npm: Vec::new(),
+                compiler: None,
             },
             sha256: String::new(),
             size,

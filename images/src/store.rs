@@ -8,10 +8,11 @@ use crate::code::{self, CodeError, CodeImage};
 use crate::fault::FileError;
 use crate::initramfs::{self, Initramfs, InitramfsError};
 use crate::kernel::{self, Kernel, KernelError};
+use crate::orders::Orders;
 use crate::overlay::{self, OVERLAY_MIB_MAX, OVERLAY_MIB_MIN, OverlayError};
 use crate::progress::Progress;
 use crate::runtime::{self, ImageError, RuntimeImage, RuntimeName};
-use crate::staging::{Staging, StagingError, lock_file, make_dir};
+use crate::staging::{Staging, StagingError, lock_file, make_dir, remove_tree};
 
 /// All that guests boot from, below one state folder.
 ///
@@ -22,6 +23,9 @@ use crate::staging::{Staging, StagingError, lock_file, make_dir};
 pub struct ImageStore {
     root: PathBuf,
     cache: PathBuf,
+    is_ordering: bool,
+    /// Scratch space: a folder's name.
+    scratch: &'static str,
 }
 
 impl ImageStore {
@@ -32,6 +36,8 @@ impl ImageStore {
         let root = absolute(root.into());
         Self {
             cache: root.join("cache"),
+            is_ordering: false,
+            scratch: "staging",
             root,
         }
     }
@@ -41,6 +47,16 @@ impl ImageStore {
     pub fn with_cache(self, cache: impl Into<PathBuf>) -> Self {
         Self {
             cache: cache.into(),
+            ..self
+        }
+    }
+
+    /// The same store for a process that cannot build runtimes' images: it orders them, and waits until another process,
+    /// with a store in the same folder, has [served](Self::serve_orders) the order.
+    #[must_use]
+    pub fn ordering(self) -> Self {
+        Self {
+            is_ordering: true,
             ..self
         }
     }
@@ -99,8 +115,41 @@ impl ImageStore {
         if let Some(image) = runtime::open(&folder, name) {
             return Ok(image);
         }
+        if self.is_ordering {
+            // An image of another recipe: replaced from outside, this side of the lab's border would go on seeing it.
+            if folder.exists() {
+                remove_tree(&folder).map_err(FileError::on("removing", &folder))?;
+            }
+            let look = || runtime::open(&folder, name);
+            let placed = self.orders().place(name, look, progress)?;
+            return placed.map_err(|reason| ImageError::Ordered { name, reason });
+        }
         let (apt, staging) = (self.apt()?, self.staging()?);
         runtime::build(&folder, name, &apt, &staging, progress)
+    }
+
+    /// Builds the images that others have ordered so far; whoever ordered one that fails is told the reason. Returns at once
+    /// when there is no order.
+    ///
+    /// # Errors
+    /// When an order cannot be read or answered.
+    pub fn serve_orders(&self, progress: &mut dyn Progress) -> Result<(), FileError> {
+        // Who ordered does not see the locks that are held here, and would sweep a folder of the same scratch space.
+        let maker = Self {
+            scratch: "staging-of-orders",
+            ..self.clone()
+        };
+        let make = |name, progress: &mut dyn Progress| {
+            maker
+                .runtime(name, progress)
+                .map(|_image| ())
+                .map_err(|error| chain(&error))
+        };
+        self.orders().serve(make, progress)
+    }
+
+    fn orders(&self) -> Orders {
+        Orders::new(self.root.join("images").join("orders"))
     }
 
     /// A formatted, empty, sparse ext4 file system of `size_mib` (`overlay/`): the template that
@@ -139,7 +188,7 @@ impl ImageStore {
     }
 
     pub(crate) fn staging(&self) -> Result<Staging, StagingError> {
-        Staging::new(&self.root.join("staging"))
+        Staging::new(&self.root.join(self.scratch))
     }
 
     fn apt(&self) -> Result<Apt, PackageError> {
@@ -151,6 +200,18 @@ impl ImageStore {
         make_dir(&self.root)?;
         lock_file(&self.root.join("images.lock"))
     }
+}
+
+/// An error with its causes: it goes to another process as text.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
 }
 
 /// Without a current folder a relative path leads nowhere; the first use of it will say so.

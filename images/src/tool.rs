@@ -1,6 +1,8 @@
 //! Runs the programs of the host that images are made with.
 
+use std::ffi::OsStr;
 use std::io;
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 /// How much of a failed program's stderr an error carries.
@@ -32,6 +34,21 @@ pub(crate) const MKFS_EXT4: Tool = Tool {
 pub(crate) const PYTHON_PIP: Tool = Tool {
     name: "python3",
     package: "python3-pip",
+};
+/// Compiles C, too.
+pub(crate) const GXX: Tool = Tool {
+    name: "g++",
+    package: "g++",
+};
+/// Starts a loader: it is no program of the host's own.
+pub(crate) const LOADER: Tool = Tool {
+    name: "env",
+    package: "coreutils",
+};
+/// Started by its path alone, see [`Tool::run_at`].
+pub(crate) const NODE: Tool = Tool {
+    name: "node",
+    package: "nodejs",
 };
 pub(crate) const TAR: Tool = Tool {
     name: "tar",
@@ -86,7 +103,23 @@ impl Tool {
     /// The locale and the time zone are fixed, so that output can be parsed and images do not
     /// depend on the user.
     pub(crate) fn run(self, prepare: impl Fn(&mut Command)) -> Result<Vec<u8>, ToolError> {
-        let output = self.output(prepare)?;
+        self.succeeded(self.output(prepare)?)
+    }
+
+    /// The same with the program at `path`, wherever the host has another one.
+    pub(crate) fn run_at(
+        self,
+        path: &Path,
+        prepare: impl Fn(&mut Command),
+    ) -> Result<Vec<u8>, ToolError> {
+        let output = self.start(path.as_os_str(), &prepare);
+        self.succeeded(output.map_err(|source| ToolError::Start {
+            tool: self.name,
+            source,
+        })?)
+    }
+
+    fn succeeded(self, output: Output) -> Result<Vec<u8>, ToolError> {
         if output.status.success() {
             return Ok(output.stdout);
         }
@@ -100,10 +133,10 @@ impl Tool {
     }
 
     fn output(self, prepare: impl Fn(&mut Command)) -> Result<Output, ToolError> {
-        match self.start(self.name, &prepare) {
+        match self.start(self.name.as_ref(), &prepare) {
             // An ordinary user's PATH lacks the sbin folders where mkfs.* and ldconfig live.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                self.start(&format!("/usr/sbin/{}", self.name), &prepare)
+                self.start(format!("/usr/sbin/{}", self.name).as_ref(), &prepare)
             }
             other => other,
         }
@@ -130,7 +163,7 @@ impl Tool {
         Ok(text.lines().next().unwrap_or_default().trim().to_owned())
     }
 
-    fn start(self, program: &str, prepare: &impl Fn(&mut Command)) -> io::Result<Output> {
+    fn start(self, program: &OsStr, prepare: &impl Fn(&mut Command)) -> io::Result<Output> {
         let mut command = Command::new(program);
         command
             .stdin(Stdio::null())

@@ -134,6 +134,44 @@ fn the_python_image_holds_a_python_that_runs_the_lambda_client() {
 }
 
 #[test]
+fn the_node_image_holds_the_lambda_client_with_native_parts_that_load_in_it() {
+    let (home, store) = store();
+    let image = store.runtime(RuntimeName::Nodejs18, &mut Quiet).unwrap();
+    assert_eq!(image.manifest.contents.npm.len(), 2);
+    let tree = home.path().join("tree");
+    unpack(&image.rootfs, &tree);
+    let link = fs::read_link(tree.join("var/lang/bin/node")).unwrap();
+    assert_eq!(link, Path::new("/usr/bin/node"));
+    assert!(tree.join("usr/bin/node").is_file());
+    let client = tree.join("var/runtime/node_modules/aws-lambda-ric");
+    assert!(client.join("dist/index.mjs").is_file());
+    assert!(
+        !client.join("deps").exists(),
+        "sources are not in the image"
+    );
+    // Node finds its own modules by absolute paths, so that it runs in the image alone; the loader can be asked here.
+    let libraries = tree.join("usr/lib/x86_64-linux-gnu");
+    for addon in [
+        client.join("dist/rapid-client.node"),
+        tree.join("var/runtime/thaw_identity.node"),
+    ] {
+        let output = Command::new(libraries.join("ld-linux-x86-64.so.2"))
+            .arg("--library-path")
+            .arg(&libraries)
+            .arg("--list")
+            .arg(&addon)
+            .output()
+            .unwrap();
+        let listing = String::from_utf8_lossy(&output.stdout);
+        assert!(
+            output.status.success() && !listing.contains("not found"),
+            "{output:?}"
+        );
+        assert!(listing.contains(tree.to_str().unwrap()), "{listing}");
+    }
+}
+
+#[test]
 fn an_overlay_is_sparse_and_always_the_same() {
     let (_home, first) = store();
     let (_other_home, second) = store();

@@ -190,6 +190,7 @@ mod tests {
             .write_all(&bytes(
                 AgentMessage::Thawed {
                     unique_after_ns: None,
+                    extensions: false,
                 },
                 9,
             ))
@@ -224,6 +225,7 @@ mod tests {
                         .write_all(&bytes(
                             AgentMessage::Thawed {
                                 unique_after_ns: None,
+                                extensions: false,
                             },
                             0,
                         ))

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use thaw_agent_protocol::RuntimeExit;
 use thaw_vmm_control::{ExitReason, Fault};
 use thiserror::Error;
+use tokio::sync::watch;
 
 use crate::HostError;
 use crate::schedule::Start;
@@ -71,6 +72,30 @@ pub struct Outcome {
     pub start: Start,
     /// With [`Measure::On`], when the guest answered.
     pub timings: Option<InvocationTimings>,
+    /// What the function's extensions write after the answer; none where the function has no extensions.
+    pub late_log: Option<LateLog>,
+}
+
+/// Output that comes when the outcome is known already. Clones are the same output.
+#[derive(Clone, Debug)]
+pub struct LateLog(watch::Receiver<Option<Vec<u8>>>);
+
+impl LateLog {
+    /// One that [`watch::Sender::send_replace`] of the first completes; dropped, it is empty.
+    pub(crate) fn new() -> (watch::Sender<Option<Vec<u8>>>, Self) {
+        let (sender, receiver) = watch::channel(None);
+        (sender, Self(receiver))
+    }
+
+    /// The whole of it, at most [`INVOCATION_LOG_BYTES_MAX`] bytes and a note, when the sandbox is done: within the function's
+    /// time and what the shutdown of extensions takes.
+    pub async fn whole(mut self) -> Vec<u8> {
+        match self.0.wait_for(Option::is_some).await {
+            Ok(log) => log.clone().unwrap_or_default(),
+            // The sandbox was ended, and with it what it had to say.
+            Err(_) => Vec::new(),
+        }
+    }
 }
 
 /// How an invocation ended.

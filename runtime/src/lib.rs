@@ -34,8 +34,8 @@ pub use freeze::{
     GUEST_COMMAND_LINE, INIT_LOG_BYTES_MAX, InitFailure,
 };
 pub use invocation::{
-    End, INVOCATION_LOG_BYTES_MAX, Invocation, InvocationTimings, InvokeError, Measure, Outcome,
-    StreamPart, ThrottleReason,
+    End, INVOCATION_LOG_BYTES_MAX, Invocation, InvocationTimings, InvokeError, LateLog, Measure,
+    Outcome, StreamPart, ThrottleReason,
 };
 pub use pool::{Learn, OpenPoolError, Pool, PoolSpec, PoolStats};
 pub use schedule::{Recycle, Start};

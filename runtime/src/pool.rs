@@ -77,6 +77,8 @@ pub struct PoolStats {
     pub running: usize,
     /// Invocations waiting for a VM.
     pub waiting: usize,
+    /// A VM should be ready, and the machine has no room for it.
+    pub is_held_back: bool,
     /// Invocations that ran, since the pool was opened.
     pub invocations: u64,
     /// Of these, on a monitor that was started for them.
@@ -271,6 +273,7 @@ impl Pool {
             rewinding: now.rewinding,
             running: now.running,
             waiting: now.waiting,
+            is_held_back: now.is_held_back,
             ..counts.unwrap_or_default()
         }
     }

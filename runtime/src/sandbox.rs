@@ -2,6 +2,7 @@
 
 pub(crate) mod answer;
 pub(crate) mod life;
+pub(crate) mod settle;
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -18,6 +19,7 @@ use tokio::time::Instant;
 
 use self::answer::{Answer, Taken};
 use self::life::{Begin, Input, Life, Step};
+use self::settle::Unsettled;
 use crate::channel::AgentChannel;
 use crate::monitor::{Spawner, socket_pair};
 use crate::node::Lesson;
@@ -113,6 +115,8 @@ pub(crate) struct Sandbox {
     generation: Generation,
     /// What its guest has touched is to be asked for before it is rewound or destroyed.
     lesson: Option<Lesson>,
+    /// Its last invocation is not over for its guest.
+    unsettled: Option<Unsettled>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -182,6 +186,7 @@ impl Sandbox {
             stage: Stage::Shell,
             generation: Generation(0),
             lesson: None,
+            unsettled: None,
         })
     }
 
@@ -322,6 +327,10 @@ impl Sandbox {
             }
             error => error,
         })?;
+        if life.has_extensions() {
+            let left = invocation.timeout.saturating_sub(duration);
+            self.unsettled = Unsettled::after(&end, left);
+        }
         let end = answer.complete(end);
         let answered = Moment::now();
         let end = self.with_console(end, config).await;
@@ -350,6 +359,7 @@ impl Sandbox {
             duration,
             timings,
             start: Start::Cold,
+            late_log: None,
         })
     }
 

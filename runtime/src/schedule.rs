@@ -267,6 +267,8 @@ pub(crate) struct FunctionCounts {
     pub(crate) running: usize,
     pub(crate) rewinding: usize,
     pub(crate) waiting: usize,
+    /// A sandbox should be made ahead, and the machine has no room for it.
+    pub(crate) is_held_back: bool,
 }
 
 impl Schedule {
@@ -308,9 +310,13 @@ impl Schedule {
 
     /// Nothing of a function that is gone.
     pub(crate) fn function(&self, id: FunctionId) -> FunctionCounts {
-        self.functions
-            .get(&id)
-            .map_or_else(FunctionCounts::default, Function::counts)
+        let Some(function) = self.functions.get(&id) else {
+            return FunctionCounts::default();
+        };
+        FunctionCounts {
+            is_held_back: function.is_short(self.now) && !self.has_room_ahead(id),
+            ..function.counts()
+        }
     }
 
     /// A function's ready sandboxes, the one that is used next at the end.

@@ -6,6 +6,8 @@
 mod lessons;
 #[path = "faults/lives.rs"]
 mod lives;
+#[path = "faults/settling.rs"]
+mod settling;
 #[path = "faults/stage.rs"]
 mod stage;
 #[path = "faults/streams.rs"]

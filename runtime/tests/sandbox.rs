@@ -77,6 +77,7 @@ fn request(handler: &str, output: PathBuf) -> FreezeRequest {
             environment,
             init_limit_ms: 100_000,
             hostname: "thaw".into(),
+            account_id: None,
         },
         metadata: Metadata::default(),
         output,

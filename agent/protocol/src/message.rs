@@ -4,6 +4,7 @@
 //! `Hello` ← · `Configure` → · `Log`* ← · `Ready` ← (the snapshot is taken here) or `InitError`/`RuntimeExit` ← ·
 //! then, in each clone: `Thaw` → · `Invoke` → · `Thawed` ← · `Log`* ← · `Response`, `InvocationError`, `RestoreError` or
 //! `RuntimeExit` ←. A streamed response is `ResponseBegin` ← · `ResponseChunk`* ← · `ResponseEnd` ←, with `Log`s between.
+//! With extensions, `Log`* ← · `Settled` ← follow. `Shutdown` → is said to a clone with extensions whose time is over.
 
 use std::collections::BTreeMap;
 
@@ -23,6 +24,9 @@ pub struct Configure {
     pub init_limit_ms: u64,
     /// Host name while the snapshot is built.
     pub hostname: String,
+    /// The function's account, for extensions that ask for it.
+    #[serde(default)]
+    pub account_id: Option<String>,
 }
 
 /// Makes a clone unique. Always the first message after a restore; no request runs before it is carried out. A guest
@@ -171,7 +175,8 @@ pub enum HostMessage {
     Thaw(Thaw),
     /// Answer the waiting `/invocation/next` with this.
     Invoke(Invoke),
-    /// End the runtime (SIGTERM, then SIGKILL) and power off.
+    /// End extensions (the event `SHUTDOWN`) and the runtime (SIGTERM, then SIGKILL) and power off. While an invocation
+    /// runs, it means that its time is over.
     Shutdown,
 }
 
@@ -192,8 +197,10 @@ pub enum AgentMessage {
     Thawed {
         /// What that took, nanoseconds of the guest's monotonic clock. Agents of older snapshots do not tell.
         unique_after_ns: Option<u64>,
+        /// Extensions take part in this sandbox: a [`Self::Settled`] follows its answer, or its failure.
+        extensions: bool,
     },
-    /// Output of the runtime, at most 64 KiB a message; the bytes are the body of the frame.
+    /// Output of the runtime and of extensions, at most 64 KiB a message; the bytes are the body of the frame.
     Log {
         /// Where it came from.
         stream: LogStream,
@@ -216,6 +223,9 @@ pub enum AgentMessage {
     RestoreError(InvocationError),
     /// The runtime process ended.
     RuntimeExit(RuntimeExit),
+    /// The invocation is over for the extensions, too, and they were told that the sandbox ends: nothing that matters comes any
+    /// more. Only from sandboxes whose [`Self::Thawed`] said that there are extensions.
+    Settled,
     /// The agent cannot go on; for people and logs.
     Fatal {
         /// What failed, and on what.
@@ -260,6 +270,7 @@ const RESTORE_ERROR: u8 = 74;
 const RESPONSE_BEGIN: u8 = 75;
 const RESPONSE_CHUNK: u8 = 76;
 const RESPONSE_END: u8 = 77;
+const SETTLED: u8 = 78;
 
 #[derive(Serialize, Deserialize)]
 struct HelloHead {
@@ -275,6 +286,8 @@ struct LogHead {
 struct ThawedHead {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     unique_after_ns: Option<u64>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    extensions: bool,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -377,12 +390,16 @@ impl Message for AgentMessage {
                 let payload = std::mem::take(&mut error.payload);
                 frame(INIT_ERROR, generation, &error, payload)
             }
-            Self::Thawed { unique_after_ns } => frame(
-                THAWED,
-                generation,
-                &ThawedHead { unique_after_ns },
-                Vec::new(),
-            ),
+            Self::Thawed {
+                unique_after_ns,
+                extensions,
+            } => {
+                let head = ThawedHead {
+                    unique_after_ns,
+                    extensions,
+                };
+                frame(THAWED, generation, &head, Vec::new())
+            }
             Self::Log { stream, bytes } => frame(LOG, generation, &LogHead { stream }, bytes),
             Self::Response(mut reply) => {
                 let payload = std::mem::take(&mut reply.payload);
@@ -406,6 +423,7 @@ impl Message for AgentMessage {
                 frame(RESTORE_ERROR, generation, &error, payload)
             }
             Self::RuntimeExit(exit) => frame(RUNTIME_EXIT, generation, &exit, Vec::new()),
+            Self::Settled => frame(SETTLED, generation, &Empty {}, Vec::new()),
             Self::Fatal { message } => frame(FATAL, generation, &FatalHead { message }, Vec::new()),
         }
     }
@@ -425,6 +443,7 @@ impl Message for AgentMessage {
             }
             THAWED => head::<ThawedHead>(&frame).map(|h| Self::Thawed {
                 unique_after_ns: h.unique_after_ns,
+                extensions: h.extensions,
             }),
             LOG => {
                 let LogHead { stream } = head(&frame)?;
@@ -467,6 +486,7 @@ impl Message for AgentMessage {
                 }))
             }
             RUNTIME_EXIT => Ok(Self::RuntimeExit(head(&frame)?)),
+            SETTLED => head::<Empty>(&frame).map(|_| Self::Settled),
             FATAL => head::<FatalHead>(&frame).map(|h| Self::Fatal { message: h.message }),
             kind => Err(MessageError::Kind(kind)),
         }
@@ -490,6 +510,7 @@ mod tests {
             environment: BTreeMap::from([("TZ".into(), ":UTC".into())]),
             init_limit_ms: 10_000,
             hostname: "sandbox".into(),
+            account_id: Some("000000000000".into()),
         }));
         round_trip(HostMessage::Thaw(Thaw {
             unix_time_ns: 5,
@@ -508,7 +529,9 @@ mod tests {
         round_trip(AgentMessage::Ready);
         round_trip(AgentMessage::Thawed {
             unique_after_ns: Some(u64::MAX),
+            extensions: true,
         });
+        round_trip(AgentMessage::Settled);
         round_trip(AgentMessage::InitError(InitError {
             error_type: "Runtime.ImportModuleError".into(),
             payload: b"{}".to_vec(),
@@ -577,7 +600,8 @@ mod tests {
         assert_eq!(
             AgentMessage::from_frame(frame).unwrap(),
             AgentMessage::Thawed {
-                unique_after_ns: None
+                unique_after_ns: None,
+                extensions: false,
             }
         );
     }

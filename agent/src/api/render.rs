@@ -2,12 +2,11 @@
 
 use bytes::Bytes;
 use http_body_util::Full;
-use hyper::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
+use hyper::header::{CONTENT_TYPE, HeaderName, HeaderValue};
 use hyper::{Response, StatusCode};
 use serde_json::json;
 use thaw_agent_protocol::RESPONSE_BYTES_MAX;
 
-use crate::api::body::Received;
 use crate::life::{Answer, Invocation};
 
 type Reply = Response<Full<Bytes>>;
@@ -32,6 +31,8 @@ pub(crate) fn answer(answer: Answer) -> Reply {
                 "State transition from {from} to {to} failed for runtime. Error: State transition is not allowed"
             ),
         ),
+        // Rendered with the request's headers, in `api::extension`.
+        Answer::Extension(_) => plain(StatusCode::INTERNAL_SERVER_ERROR),
         Answer::TooLarge => error(
             StatusCode::PAYLOAD_TOO_LARGE,
             "RequestEntityTooLarge",
@@ -55,47 +56,16 @@ pub(crate) fn plain(status: StatusCode) -> Reply {
     response
 }
 
-/// Answers an extension's registration. Extensions inside the runtime that want no events (a way to get SIGTERM) are
-/// welcome; wanting events is refused, because none would ever come.
-pub(crate) fn registered(headers: &HeaderMap, received: Received, body: Bytes) -> Reply {
-    let wants_events = match received {
-        Received::Whole { payload } if payload.is_empty() => Some(false),
-        Received::Whole { payload } => serde_json::from_slice::<serde_json::Value>(&payload)
-            .ok()
-            .map(|body| body["events"].as_array().is_some_and(|e| !e.is_empty())),
-        Received::TooLarge => None,
-    };
-    if !headers.contains_key("lambda-extension-name") || wants_events.is_none() {
-        return error(
-            StatusCode::BAD_REQUEST,
-            "InvalidRequestFormat",
-            "an extension registers with the header Lambda-Extension-Name and a JSON body",
-        );
-    }
-    if wants_events == Some(true) {
-        return error(
-            StatusCode::FORBIDDEN,
-            "Extension.InvalidEventType",
-            "this sandbox delivers no events to extensions",
-        );
-    }
-    let mut response = document(StatusCode::OK, body);
-    let identifier = std::fs::read_to_string("/proc/sys/kernel/random/uuid").unwrap_or_default();
-    if let Ok(identifier) = HeaderValue::from_str(identifier.trim()) {
-        let name = HeaderName::from_static("lambda-extension-identifier");
-        response.headers_mut().insert(name, identifier);
-    }
-    response
-}
-
-fn document(status: StatusCode, body: Bytes) -> Reply {
+/// A JSON document.
+pub(super) fn document(status: StatusCode, body: Bytes) -> Reply {
     let mut response = Response::new(Full::new(body));
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, JSON);
     response
 }
 
-fn error(status: StatusCode, error_type: &str, message: &str) -> Reply {
+/// An error as Lambda writes it.
+pub(super) fn error(status: StatusCode, error_type: &str, message: &str) -> Reply {
     let body = json!({"errorMessage": message, "errorType": error_type});
     document(status, Bytes::from(body.to_string()))
 }

@@ -1,4 +1,5 @@
 use proptest::prelude::*;
+use thaw_agent_protocol::Reply;
 
 use super::*;
 
@@ -344,6 +345,9 @@ proptest! {
                         }
                     }
                     Effect::Start(_) | Effect::Kill | Effect::PowerOff => {}
+                    Effect::StartRuntime | Effect::ParkExtension(_) | Effect::WakeExtension(..) | Effect::Within(_) => {
+                        prop_assert!(false, "without extensions: {effect:?}");
+                    }
                 }
             }
             prop_assert_eq!(answers, usize::from(is_call), "a call is answered or parked exactly once: {:?}", input);

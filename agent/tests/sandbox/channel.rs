@@ -28,7 +28,10 @@ fn a_thaw_changes_the_generation_of_every_later_frame() {
     let (mut sandbox, _client) = frozen();
     sandbox.thaw(77);
     let (generation, message) = sandbox.receive();
-    let AgentMessage::Thawed { unique_after_ns } = message else {
+    let AgentMessage::Thawed {
+        unique_after_ns, ..
+    } = message
+    else {
         panic!("not thawed: {message:?}");
     };
     assert_eq!(generation, Generation(77));

@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod channel;
+mod extensions;
 mod processes;
 mod runtime_api;
 mod runtimes;

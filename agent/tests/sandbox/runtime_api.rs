@@ -292,25 +292,6 @@ fn nothing_is_sent_before_the_answer_of_a_short_invocation() {
 }
 
 #[test]
-fn an_extension_without_events_registers_and_waits() {
-    let mut sandbox = Sandbox::idle();
-    let mut client = sandbox.client();
-    let register = |client: &mut Client, body: &[u8]| {
-        let headers = "Lambda-Extension-Name: helper\r\n";
-        client.start("POST", "/2020-01-01/extension/register", headers, body);
-        client.finish()
-    };
-    let reply = register(&mut client, br#"{"events":[]}"#);
-    assert_eq!(reply.status, 200);
-    assert_eq!(reply.headers["lambda-extension-identifier"].len(), 36);
-    assert_eq!(reply.json()["functionName"], "f");
-    let reply = register(&mut client, br#"{"events":["INVOKE"]}"#);
-    assert_eq!(reply.status, 403);
-    client.start("GET", "/2020-01-01/extension/event/next", "", b"");
-    sandbox.assert_silent(Duration::from_millis(50));
-}
-
-#[test]
 fn an_invocation_waits_for_a_runtime_that_lost_its_connection() {
     let mut sandbox = Sandbox::idle();
     let mut client = sandbox.client();

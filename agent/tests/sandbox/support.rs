@@ -92,7 +92,8 @@ impl Sandbox {
                         host: Host {
                             user: None,
                             task_root: task_root.clone(),
-                            reap: Reap::Runtime,
+                            extensions: task_root.join("extensions"),
+                            reap: Reap::Own,
                         },
                         machine: Recorder {
                             thaws: thaws_to,
@@ -180,6 +181,7 @@ impl Sandbox {
                 environment: all,
                 init_limit_ms: u64::try_from(init_limit.as_millis()).unwrap(),
                 hostname: "snapshot".into(),
+                account_id: Some("123456789012".into()),
             }),
         );
     }

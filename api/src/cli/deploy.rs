@@ -1,5 +1,6 @@
 //! `thaw deploy`: what changes, code to the gateway, then its progress until the function is frozen.
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::bail;
@@ -16,7 +17,7 @@ use super::output::{self, Format};
 use super::plan::{self, Current, Plan, Wanted};
 use super::progress::Steps;
 use super::project::{Project, ProjectArgs};
-use super::{Global, layers, url, versions};
+use super::{Global, layers, package, url, versions};
 
 /// What Lambda calls reserved concurrency.
 const CONCURRENCY: &str = "/2017-10-31/functions";
@@ -37,10 +38,11 @@ pub struct DeployArgs {
 /// is as thaw.toml says, or else the default.
 #[derive(Args, Clone, Debug, Default)]
 pub struct Settings {
-    /// Base runtime: python3.11 (the default), or provided for any executable named bootstrap.
+    /// Base runtime: python3.11, nodejs18.x, or provided for any executable named bootstrap; by default nodejs18.x where the
+    /// code has an index.mjs, index.js or index.cjs, and python3.11 elsewhere.
     #[arg(long)]
     pub runtime: Option<String>,
-    /// Module and function; by default app.handler.
+    /// Module and function; by default app.handler, or index.handler for Node.js.
     #[arg(long)]
     pub handler: Option<String>,
     /// Longest run of one invocation, seconds; by default 3.
@@ -55,22 +57,27 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// As the gateway keeps them, without a thaw.toml.
-    pub fn record(&self) -> thaw_api::record::Settings {
-        self.over(&Manifest::default())
+    /// As the gateway keeps them for this code, without a thaw.toml.
+    pub fn record(&self, code: &Path) -> thaw_api::record::Settings {
+        self.over(&Manifest::default(), code)
     }
 
-    /// As the gateway keeps them, laid over what thaw.toml says.
-    pub fn over(&self, manifest: &Manifest) -> thaw_api::record::Settings {
+    /// As the gateway keeps them for this code, laid over what thaw.toml says.
+    pub fn over(&self, manifest: &Manifest, code: &Path) -> thaw_api::record::Settings {
         let text = |own: &Option<String>, manifest: &Option<String>, default: &str| {
             let said = own.clone().or_else(|| manifest.clone());
             said.unwrap_or_else(|| default.to_owned())
         };
+        let runtime = text(&self.runtime, &manifest.runtime, package::runtime_of(code));
+        let handler = match runtime.starts_with("nodejs") {
+            true => "index.handler",
+            false => "app.handler",
+        };
         let mut environment = manifest.environment.clone();
         environment.extend(self.env.iter().cloned());
         thaw_api::record::Settings {
-            runtime: text(&self.runtime, &manifest.runtime, "python3.11"),
-            handler: text(&self.handler, &manifest.handler, "app.handler"),
+            handler: text(&self.handler, &manifest.handler, handler),
+            runtime,
             role: super::client::ROLE.into(),
             description: String::new(),
             timeout_seconds: self.timeout.or(manifest.timeout).unwrap_or(3),

@@ -144,6 +144,20 @@ pub fn zip_selected(root: &Path, paths: &[PathBuf], exclude: &Exclude) -> anyhow
     pack(root, &files)
 }
 
+/// The runtime that a folder or a zip is for: Node.js where it would find a module named index, else Python.
+pub fn runtime_of(source: &Path) -> &'static str {
+    let archive = fs::File::open(source).ok();
+    let archive = archive.and_then(|file| zip::ZipArchive::new(file).ok());
+    let has = |name: &&str| match &archive {
+        Some(archive) => archive.index_for_name(name).is_some(),
+        None => source.join(name).is_file(),
+    };
+    match ["index.mjs", "index.js", "index.cjs"].iter().any(has) {
+        true => "nodejs18.x",
+        false => "python3.11",
+    }
+}
+
 /// Where files are looked for.
 struct Search<'a> {
     /// What `exclude` is relative to.
@@ -239,6 +253,26 @@ mod tests {
         assert_eq!(file.unix_mode().unwrap() & 0o777, 0o755);
         file.read_to_string(&mut text).unwrap();
         assert_eq!(text, "#!/bin/sh");
+    }
+
+    #[test]
+    fn a_module_named_index_at_the_top_is_for_node_and_all_else_for_python() {
+        let runtime = |name: &str| {
+            let folder = tempfile::tempdir().unwrap();
+            fs::create_dir_all(folder.path().join("lib")).unwrap();
+            fs::write(folder.path().join(name), b"x").unwrap();
+            let zip = folder.path().with_extension("zip");
+            fs::write(&zip, zip_of(folder.path()).unwrap()).unwrap();
+            assert_eq!(runtime_of(&zip), runtime_of(folder.path()));
+            fs::remove_file(&zip).unwrap();
+            runtime_of(folder.path())
+        };
+        for name in ["index.mjs", "index.js", "index.cjs"] {
+            assert_eq!(runtime(name), "nodejs18.x");
+        }
+        for name in ["app.py", "lib/index.js", "bootstrap"] {
+            assert_eq!(runtime(name), "python3.11");
+        }
     }
 
     #[test]

@@ -268,7 +268,7 @@ mod tests {
     use thaw_api_types::lambda::Environment;
 
     fn settings() -> Settings {
-        super::super::deploy::Settings::default().record()
+        super::super::deploy::Settings::default().record(std::path::Path::new("."))
     }
 
     fn code(sha256: &str) -> Code {

@@ -72,7 +72,7 @@ impl Project {
         let stem = code.file_stem().and_then(|stem| stem.to_str());
         let name = args.name.clone().or_else(|| manifest.name.clone());
         let name = name.or_else(|| stem.map(str::to_owned));
-        let settings = args.settings.over(&manifest);
+        let settings = args.settings.over(&manifest, &code);
         check_runtime(&settings.runtime)?;
         let layers = match args.layer.as_slice() {
             [] => manifest.layers.clone(),

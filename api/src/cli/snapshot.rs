@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use thaw_api::engine::{Engine as _, EngineStep, FreezeJob, HostEngine};
 use thaw_api::environment;
 use thaw_api::record::VersionId;
+use thaw_images::{ImageStore, RuntimeName};
 use thaw_runtime::{Runtime, RuntimeConfig};
 use thaw_snapshot::{BaseRef, Snapshot, WorkingSet};
 
@@ -114,8 +115,14 @@ fn build(global: &Global, home: &Path, args: &BuildArgs) -> anyhow::Result<ExitC
             args.name
         );
         fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
-        fs::write(folder.join("code.zip"), package::zip_of(&args.code)?)
-            .context("cannot store the code")?;
+        let code = folder.join("code.zip");
+        fs::write(&code, package::zip_of(&args.code)?).context("cannot store the code")?;
+        // Here, as nothing can be made in the lab.
+        let runtime: RuntimeName = args.settings.record(&code).runtime.parse()?;
+        ImageStore::new(home)
+            .runtime(runtime, &mut steps)
+            .with_context(|| format!("cannot make the image {runtime}"))?;
+        steps.end();
         if let Venue::Lab(_) = Venue::choose(args.lab) {
             return InLab::this_command(home, &installation).run(&mut steps);
         }
@@ -145,11 +152,12 @@ async fn freeze(
         ..RuntimeConfig::default()
     })?;
     let engine = HostEngine::new(runtime, home.to_owned(), installation.agent.clone());
-    let settings = args.settings.record();
+    let code = folder.join("code.zip");
+    let settings = args.settings.record(&code);
     let job = FreezeJob {
         function: args.name.clone(),
         revision: "built".into(),
-        zip: folder.join("code.zip"),
+        zip: code,
         layers: Vec::new(),
         folder: folder.clone(),
         memory_mib: settings.memory_mib,
@@ -157,11 +165,12 @@ async fn freeze(
         ephemeral_mib: thaw_api::engine::EPHEMERAL_MIB_DEFAULT,
         bootstrap: environment::bootstrap(&settings.runtime),
         environment: environment::variables(&args.name, VersionId::Latest, "us-east-1", &settings),
+        account_id: None,
         init_limit: INIT_LIMIT,
         runtime: settings.runtime,
     };
     let artifact = engine
-        .freeze(job, &mut |step| steps.begin(words(step)))
+        .freeze(job, &mut |step| steps.begin(words(&step)))
         .await;
     engine.shutdown(Duration::from_secs(10)).await;
     artifact
@@ -169,9 +178,10 @@ async fn freeze(
         .with_context(|| format!("cannot freeze {}", args.name))
 }
 
-fn words(step: EngineStep) -> &'static str {
+fn words(step: &EngineStep) -> &'static str {
     match step {
         EngineStep::Images => "check the images",
+        EngineStep::Image(_) => "make the runtime's image",
         EngineStep::Code => "make the code image",
         EngineStep::Booting => "boot the guest",
         EngineStep::AgentUp => "start the runtime",

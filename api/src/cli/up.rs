@@ -32,6 +32,8 @@ use thaw_lab::Paging;
 const EXAMPLE: &str = "hello";
 /// Longest wait for the gateway to be able to invoke functions.
 const READY_LIMIT: Duration = Duration::from_secs(120);
+/// How often it is looked for images that the gateway in the lab orders.
+const ORDERS_INTERVAL: Duration = Duration::from_millis(200);
 
 #[derive(Args)]
 pub struct UpArgs {
@@ -150,6 +152,7 @@ pub fn run(global: &Global, args: &UpArgs) -> anyhow::Result<ExitCode> {
         Venue::Lab(_) => {
             let _lock = lock(&home)?; // locks do not reach across the lab's border, so both sides hold one
             ensure_port_free(args.listen, PORT_PATIENCE)?;
+            serve_orders(&home);
             let command = in_lab_command(&installation, args)?;
             InLab {
                 home: &home,
@@ -258,13 +261,38 @@ pub fn prepare_images(
     store
         .initramfs(&kernel, &installation.agent)
         .context("cannot make the initramfs")?;
-    for name in [RuntimeName::Provided, RuntimeName::Python311] {
+    for name in RuntimeName::AHEAD {
         store
             .runtime(name, steps)
             .with_context(|| format!("cannot make the image {name}"))?;
     }
     steps.end();
     Ok(())
+}
+
+/// Makes, for as long as this process lives, the images that the gateway in the lab orders.
+fn serve_orders(home: &Path) {
+    let store = ImageStore::new(home);
+    std::thread::spawn(move || {
+        loop {
+            if let Err(error) = store.serve_orders(&mut Told) {
+                let error = anyhow::Error::from(error);
+                eprintln!("thaw: an image that was ordered is not made: {error:#}");
+            }
+            std::thread::sleep(ORDERS_INTERVAL);
+        }
+    });
+}
+
+/// A line on standard error for each step, beside what the gateway in the lab says.
+struct Told;
+
+impl Progress for Told {
+    fn step(&mut self, name: &str) {
+        eprintln!("thaw: {name}");
+    }
+    fn detail(&mut self, _text: &str) {}
+    fn done(&mut self, _took: Duration) {}
 }
 
 impl Progress for Steps {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
-use thaw_images::{Fault, ImageStore, Quiet, RuntimeImage, RuntimeName};
+use thaw_images::{Fault, ImageStore, Progress, Quiet, RuntimeImage, RuntimeName};
 
 use thaw_runtime::{
     BaseRequest, Configure, FreezeRequest, FreezeStep, Frozen, Invocation, InvokeError,
@@ -60,6 +60,33 @@ impl HostEngine {
         }
     }
 
+    /// The same where images cannot be made, in the lab: they are ordered of the process that started it.
+    #[must_use]
+    pub fn ordering_images(self) -> Self {
+        Self {
+            images: self.images.ordering(),
+            ..self
+        }
+    }
+
+    /// A runtime's image, made now if there is none; `step` hears of that.
+    async fn image(
+        &self,
+        name: RuntimeName,
+        step: &mut (dyn FnMut(EngineStep) + Send),
+    ) -> Result<RuntimeImage, EngineError> {
+        let (sender, mut steps) = mpsc::unbounded_channel();
+        let making = self.blocking(move |images, _| rootfs(images, name, &mut Heard(sender)));
+        let mut making = std::pin::pin!(making);
+        loop {
+            tokio::select! {
+                biased;
+                Some(heard) = steps.recv() => step(EngineStep::Image(heard)),
+                made = &mut making => return made,
+            }
+        }
+    }
+
     /// The snapshot of the runtime alone, over which a function's is a difference, with the disk that stands for its code.
     async fn base_request(&self, request: &FreezeRequest) -> Result<BaseRequest, EngineError> {
         let base = bases::request(&self.home, request);
@@ -97,8 +124,8 @@ impl Engine for HostEngine {
         let home = self.home.clone();
         self.blocking(move |images, agent| {
             base(images, agent, EPHEMERAL_MIB_DEFAULT)?;
-            for name in RuntimeName::ALL {
-                rootfs(images, name)?;
+            for name in RuntimeName::AHEAD {
+                rootfs(images, name, &mut Quiet)?;
             }
             bases::remove_unused(&home).map_err(image("the runtimes' snapshots"))
         })
@@ -114,14 +141,10 @@ impl Engine for HostEngine {
             step(EngineStep::Images);
             let runtime = runtime_name(&job.runtime)?;
             let ephemeral_mib = job.ephemeral_mib;
-            let (base, rootfs) = self
-                .blocking(move |images, agent| {
-                    Ok((
-                        base(images, agent, ephemeral_mib)?,
-                        rootfs(images, runtime)?,
-                    ))
-                })
+            let base = self
+                .blocking(move |images, agent| base(images, agent, ephemeral_mib))
                 .await?;
+            let rootfs = self.image(runtime, step).await?;
             step(EngineStep::Code);
             let (zip, layers) = (job.zip.clone(), job.layers.clone());
             let out = job.folder.join(CODE_FILE);
@@ -150,7 +173,7 @@ impl Engine for HostEngine {
             };
             let artifact = artifact.clone();
             self.blocking(move |images, _| {
-                let rootfs = rootfs(images, name)?;
+                let rootfs = rootfs(images, name, &mut Quiet)?;
                 Ok(rootfs.digest == artifact.rootfs_digest
                     && rootfs.rootfs == artifact.rootfs
                     && artifact.snapshot.is_file()
@@ -235,9 +258,25 @@ fn base(images: &ImageStore, agent: &Path, overlay_mib: u32) -> Result<Base, Eng
     })
 }
 
-fn rootfs(images: &ImageStore, name: RuntimeName) -> Result<RuntimeImage, EngineError> {
+/// Hands on the steps of making an image.
+struct Heard(mpsc::UnboundedSender<String>);
+
+impl Progress for Heard {
+    fn step(&mut self, name: &str) {
+        // Whoever deployed may be gone; the image is made all the same.
+        let _ = self.0.send(name.to_owned());
+    }
+    fn detail(&mut self, _text: &str) {}
+    fn done(&mut self, _took: Duration) {}
+}
+
+fn rootfs(
+    images: &ImageStore,
+    name: RuntimeName,
+    progress: &mut dyn Progress,
+) -> Result<RuntimeImage, EngineError> {
     images
-        .runtime(name, &mut Quiet)
+        .runtime(name, progress)
         .map_err(image("the runtime's image"))
 }
 
@@ -286,6 +325,7 @@ fn request(job: FreezeJob, base: Base, rootfs: &RuntimeImage, code: PathBuf) -> 
             environment: job.environment,
             init_limit_ms: u64::try_from(job.init_limit.as_millis()).unwrap_or(u64::MAX),
             hostname: HOSTNAME.to_owned(),
+            account_id: job.account_id,
         },
         metadata: Metadata {
             function: job.function,

@@ -60,6 +60,16 @@ pub fn document(error_type: &str, request_id: &str, text: &str) -> Bytes {
     serde_json::to_vec(&document).unwrap_or_default().into()
 }
 
+/// The text of a document that has the form of [`document`], or lacks the request id.
+#[must_use]
+pub fn text_of(document: &[u8]) -> String {
+    let message = serde_json::from_slice(document)
+        .map(|document: FunctionErrorDocument| document.error_message)
+        .unwrap_or_default();
+    let text = message.split_once("Error: ").map(|(_, text)| text);
+    text.unwrap_or(&message).to_owned()
+}
+
 /// The function took too long.
 #[must_use]
 pub fn timed_out(limit: Duration) -> PlatformFault {
@@ -227,6 +237,15 @@ mod tests {
             fault.message("r"),
             "RequestId: r Error: Runtime exited with error: signal: killed"
         );
+    }
+
+    #[test]
+    fn the_text_of_a_document_is_found_with_and_without_a_request() {
+        let fault = timed_out(Duration::from_secs(1));
+        assert_eq!(text_of(&fault.document("i")), fault.text);
+        let at_init = br#"{"errorType":"E","errorMessage":"Error: exit status 4"}"#;
+        assert_eq!(text_of(at_init), "exit status 4");
+        assert_eq!(text_of(b"no document"), "");
     }
 
     #[test]

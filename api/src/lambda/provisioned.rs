@@ -164,7 +164,8 @@ fn view(
     config: Provisioned,
 ) -> ProvisionedConcurrencyConfig {
     let record = function.record();
-    let (mut allocated, mut available, mut failure) = (0, 0, None);
+    let (mut allocated, mut available) = (0, 0);
+    let (mut failure, mut is_held_back) = (None, false);
     for live in function.all() {
         let share = record.provisioned_by(qualifier, live.id);
         match &*live.pool.borrow() {
@@ -173,10 +174,14 @@ fn view(
                 let there = |count: usize| u32::try_from(count).unwrap_or(u32::MAX).min(share);
                 allocated += there(stats.ready + stats.rewinding + stats.running);
                 available += there(stats.ready + stats.rewinding);
+                is_held_back |= stats.is_held_back;
             }
             PoolSlot::Failed(why) if share > 0 => failure = Some(why.clone()),
             _ => {}
         }
+    }
+    if is_held_back && allocated < config.requested {
+        failure = failure.or_else(|| Some(held_back(allocated, config.requested)));
     }
     let status = match failure {
         Some(_) => ProvisionedStatus::Failed,
@@ -192,4 +197,11 @@ fn view(
         status_reason: failure,
         last_modified: clock::last_modified(config.modified_unix_ms),
     }
+}
+
+/// It goes on by itself when there is room; until then somebody should know what to do.
+fn held_back(allocated: u32, requested: u32) -> String {
+    format!(
+        "This machine has memory for {allocated} of {requested} sandboxes at the moment: ask for fewer, remove other functions, or give Thaw more (`thaw up --memory`)."
+    )
 }

@@ -420,7 +420,7 @@ mod tests {
         assert!(
             runtime
                 .message
-                .contains("enum value set: [python3.11, provided")
+                .contains("enum value set: [python3.11, nodejs18.x, provided")
         );
         let arm = refused(|request| request.architectures = Some(vec!["arm64".to_owned()]));
         assert!(arm.message.contains("arm64"));

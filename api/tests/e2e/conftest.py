@@ -1,9 +1,10 @@
-"""One gateway for the whole run, started as a user starts it; functions are made and removed by the tests."""
+"""One gateway for the whole run (or for each of pytest-xdist's workers), started as a user starts it; functions are made and removed by the tests."""
 
 import io
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -108,8 +109,19 @@ class Gateway:
 @pytest.fixture(scope="session")
 def home():
     path = pathlib.Path(os.environ["THAW_TEST_HOME"])
+    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+        return link_images(path, path / worker)
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def link_images(home, own):
+    """Another state folder with the images that are in `home` already: they are replaced, never written to."""
+    for folder in ("cache", "images", "initramfs", "kernel", "lab", "overlay"):
+        if (home / folder).exists() and not (own / folder).exists():
+            shutil.copytree(home / folder, own / folder, symlinks=True, copy_function=os.link)
+    own.mkdir(parents=True, exist_ok=True)
+    return own
 
 
 @pytest.fixture(scope="session")

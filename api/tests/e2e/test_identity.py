@@ -15,6 +15,7 @@ import time
 import pytest
 
 from conftest import ROOT, zip_of
+from test_node import RUNTIME, node_zip
 
 CLONES = 50
 
@@ -274,3 +275,55 @@ def test_a_hook_that_fails_keeps_the_request_from_the_handler(deploy, invoke):
     assert (told["errorType"], told["errorMessage"]) == ("ValueError", "no new connection"), told
     log = base64.b64decode(answer["LogResult"]).decode()
     assert "no new connection" in log and "the handler ran" not in log, log
+
+
+NODE_CLONES = 12
+
+# The other context is the control: its generator is V8's own, which nobody renews.
+NODE_FUNCTION = """
+import { createContext, runInContext } from 'node:vm';
+import crypto, { randomBytes, randomInt, randomUUID } from 'node:crypto';
+
+const other = createContext({});
+const draws = () => ({
+    random: Math.random(),
+    randomInt: randomInt(2 ** 47),
+    randomUUID: randomUUID(),
+    webcrypto: crypto.webcrypto.randomUUID(),
+    getRandomValues: [...crypto.webcrypto.getRandomValues(new Uint32Array(4))].join(),
+    randomBytes: randomBytes(16).toString('hex'),
+});
+// More than once: what has to differ is what a cache holds, too.
+const before = [draws(), draws(), draws()];
+runInContext('Math.random()', other);
+export const handler = async () => ({ before, draws: [draws(), draws()], own: runInContext('Math.random()', other), now: Date.now() });
+"""
+
+
+@pytest.fixture(scope="module")
+def node_clones(deploy, client):
+    """What clones of one snapshot of a Node.js function say, one after another, so that some are rewound."""
+    code = node_zip(index_mjs=NODE_FUNCTION)
+    name = deploy("node-identity", code, runtime=RUNTIME, handler="index.handler", timeout=60, MemorySize=256)
+
+    def invoke():
+        answer = client.invoke(FunctionName=name)
+        told = json.loads(answer["Payload"].read())
+        assert "FunctionError" not in answer, told
+        return told | {"start": answer["ResponseMetadata"]["HTTPHeaders"]["x-thaw-start"], "answered": time.time()}
+
+    return [invoke() for _ in range(NODE_CLONES)]
+
+
+def test_node_clones_are_of_one_snapshot_and_some_were_rewound(node_clones):
+    assert len({json.dumps(clone["before"]) for clone in node_clones}) == 1
+    assert len({clone["own"] for clone in node_clones}) == 1
+    assert {clone["start"] for clone in node_clones} >= {"rewound"}
+    assert all(abs(clone["now"] / 1000 - clone["answered"]) < 60 for clone in node_clones)
+
+
+@pytest.mark.parametrize("what", ["random", "randomInt", "randomUUID", "webcrypto", "getRandomValues", "randomBytes"])
+def test_node_clones_draw_different_random_values(node_clones, what):
+    drawn = [draw[what] for clone in node_clones for draw in clone["draws"]]
+    drawn += [draw[what] for draw in node_clones[0]["before"]]
+    assert len(set(drawn)) == 2 * NODE_CLONES + 3

@@ -12,7 +12,7 @@ import time
 
 import pytest
 from botocore.exceptions import ClientError
-from conftest import ROLE, ROOT, THAW, Gateway, processes_of, zip_of
+from conftest import ROLE, ROOT, THAW, Gateway, link_images, processes_of, zip_of
 
 
 def test_the_command_line_deploys_invokes_lists_logs_and_removes(gateway):
@@ -125,11 +125,7 @@ def second(home, tmp_path):
     """A gateway of the test's own, on images that the first one made."""
     own = home / "second"
     shutil.rmtree(own, ignore_errors=True)
-    own.mkdir()
-    for folder in ["kernel", "initramfs", "images", "overlay", "lab"]:
-        if (home / folder).exists():
-            # Nobody writes into these files; who makes one anew gives it the name at the end.
-            shutil.copytree(home / folder, own / folder, symlinks=True, copy_function=os.link)
+    link_images(home, own)
     gateway = Gateway(own)
     yield gateway
     if gateway.process and gateway.process.poll() is None:

@@ -10,12 +10,13 @@ from conftest import ROOT, zip_of
 
 @pytest.fixture(scope="module")
 def rust(deploy):
-    """rust(name) deploys one of the programs in api/tests/e2e/rust."""
+    """rust(program) deploys one of the programs in api/tests/e2e/rust."""
     subprocess.run([ROOT / ".ci/guests"], check=True)
 
-    def rust(name):
-        program = ROOT / "target/guests/x86_64-unknown-linux-gnu/debug" / name
-        return deploy(f"rust-{name}", zip_of(bootstrap=program.read_bytes()), runtime="provided.al2023", handler="any")
+    def rust(program, name=None, **settings):
+        built = ROOT / "target/guests/x86_64-unknown-linux-gnu/debug" / program
+        code = zip_of(bootstrap=built.read_bytes())
+        return deploy(f"rust-{name or program}", code, runtime="provided.al2023", handler="any", **settings)
 
     return rust
 
@@ -46,3 +47,17 @@ def test_lambda_http_answers_a_function_url(gateway, rust):
     answer = json.loads(body)
     assert answer["method"] == "POST" and answer["header"] == "1" and answer["body"] == "posted"
     assert (answer["name"], answer["path"]) == ("x", "/a%20b"), answer
+
+
+def test_snapstarts_hooks_of_lambda_runtime_run_around_the_snapshot(client, rust, invoke):
+    on = {"ApplyOn": "PublishedVersions"}
+    name = rust("hooks", SnapStart=on)
+    failing = rust("hooks", "hooks-that-fail", SnapStart=on, Environment={"Variables": {"FAIL": "cache"}})
+    for function in (name, failing):
+        client.publish_version(FunctionName=function)
+        client.get_waiter("published_version_active").wait(FunctionName=function, Qualifier="1")
+    for _ in range(2):
+        assert invoke(name, Qualifier="1")[0] == ["before cache", "before pool", "after pool", "after cache"]
+    assert invoke(name)[0] == [], "there are no hooks without SnapStart"
+    with pytest.raises(client.exceptions.SnapStartException, match="no network yet"):
+        client.invoke(FunctionName=failing, Qualifier="1")

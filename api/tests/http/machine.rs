@@ -214,6 +214,8 @@ impl Engine for Machine {
 }
 
 /// Content of a snapshot that another processor took.
+/// No more sandboxes of a version than these fit into this machine.
+pub const READY_MAX: usize = 12;
 const FOREIGN: &str = "foreign";
 
 /// Of such a snapshot.
@@ -252,7 +254,7 @@ struct Echo {
 impl Sandboxes for Echo {
     fn keep_ready(&self, count: usize) {
         let mut ready = self.ready.lock().unwrap();
-        ready.insert(self.name.clone(), count);
+        ready.insert(self.name.clone(), count.min(READY_MAX));
     }
 
     fn invoke(&self, invocation: Invocation) -> BoxFuture<'_, Result<Outcome, InvokeError>> {
@@ -274,6 +276,7 @@ impl Sandboxes for Echo {
                 duration: Duration::from_micros(1500),
                 timings: measured.then(InvocationTimings::default),
                 start: Start::Rewound,
+                late_log: None,
             })
         }
         .boxed()
@@ -350,14 +353,17 @@ impl Sandboxes for Echo {
                 duration: Duration::from_micros(1500),
                 timings: None,
                 start: Start::Rewound,
+                late_log: None,
             })
         }
         .boxed()
     }
 
     fn stats(&self) -> PoolStats {
+        let ready = self.ready.lock().unwrap()[&self.name];
         PoolStats {
-            ready: self.ready.lock().unwrap()[&self.name],
+            ready,
+            is_held_back: ready == READY_MAX,
             ..PoolStats::default()
         }
     }

@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 
+use super::machine::READY_MAX;
 use super::server::{Answer, Server, zip};
 use super::{FUNCTIONS, good, refused};
 
@@ -424,6 +425,17 @@ async fn provisioned_concurrency_follows_its_alias_and_ends_with_it() {
     ] {
         assert_eq!(read[member], value, "{member}");
     }
+    put(
+        &server,
+        &path("live"),
+        &want(i64::try_from(READY_MAX).unwrap() + 1),
+    )
+    .await;
+    let read = server.get(&path("live")).await.json();
+    assert_eq!(read["Status"], "FAILED", "{read}");
+    let reason = read["StatusReason"].as_str().unwrap();
+    assert!(reason.contains("memory for 12 of 13 sandboxes"), "{reason}");
+    put(&server, &path("live"), &want(4)).await;
     let overlapping = put(&server, &path("1"), &want(1)).await;
     refused(&overlapping, 409, "ResourceConflictException");
 

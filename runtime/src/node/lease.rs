@@ -2,11 +2,14 @@
 
 use std::sync::Arc;
 
+use tokio::sync::watch;
+
 use super::{Lesson, Member, Node};
 use crate::sandbox::answer::Answer;
+use crate::sandbox::settle::Left;
 use crate::sandbox::{Moment, NotRun, Sandbox};
 use crate::schedule::{Input, Start, Verdict, VmId};
-use crate::{End, HostError, Invocation, InvokeError, Outcome, PoolStats};
+use crate::{End, HostError, Invocation, InvokeError, LateLog, Outcome, PoolStats};
 
 /// What a caller is granted.
 #[derive(Debug)]
@@ -25,6 +28,8 @@ pub(crate) struct Lease {
     node: Arc<Node>,
     parts: Parts,
     fate: Fate,
+    /// Where extensions' output after the answer goes.
+    late_log: Option<watch::Sender<Option<Vec<u8>>>>,
 }
 
 #[derive(Debug)]
@@ -54,6 +59,7 @@ impl Lease {
             node,
             parts,
             fate: Fate::Untouched,
+            late_log: None,
         }
     }
 
@@ -112,6 +118,11 @@ impl Lease {
         match result {
             Ok(mut outcome) => {
                 outcome.start = *start;
+                if sandbox.is_unsettled() {
+                    let (sender, late_log) = LateLog::new();
+                    self.late_log = Some(sender);
+                    outcome.late_log = Some(late_log);
+                }
                 if matches!(outcome.end, End::Response { .. }) {
                     sandbox.learn(Lesson::of(member));
                 }
@@ -138,16 +149,6 @@ impl Lease {
             }
         }
     }
-
-    fn count(counts: &mut PoolStats, start: Start) {
-        counts.invocations += 1;
-        match start {
-            Start::Cold => counts.cold += 1,
-            Start::Claimed => counts.claimed += 1,
-            Start::Rewound => counts.rewound += 1,
-            Start::Warm => {}
-        }
-    }
 }
 
 impl Drop for Lease {
@@ -160,13 +161,66 @@ impl Drop for Lease {
                 .node
                 .claim_failed(vm, sandbox, &self.parts.member, error);
         }
-        self.node.apply_with(|desk| {
-            let entry = desk.members.get_mut(&self.parts.member.id);
+        let handed = Handed {
+            node: Arc::clone(&self.node),
+            member: Arc::clone(&self.parts.member),
+            vm,
+            start,
+            sandbox,
+            fate,
+        };
+        // Extensions are at work still: the sandbox is the invocation's until they are done.
+        match self.late_log.take() {
+            Some(late_log) => drop(self.node.tokio.spawn(handed.settle(late_log))),
+            None => handed.back(),
+        }
+    }
+}
+
+/// A sandbox on its way back to the schedule.
+struct Handed {
+    node: Arc<Node>,
+    member: Arc<Member>,
+    vm: VmId,
+    start: Start,
+    sandbox: Option<Sandbox>,
+    fate: Fate,
+}
+
+impl Handed {
+    /// Waits for the extensions first, unless the pool is closed.
+    async fn settle(mut self, late_log: watch::Sender<Option<Vec<u8>>>) {
+        let member = Arc::clone(&self.member);
+        if let Some(sandbox) = &mut self.sandbox {
+            let (log, left) = tokio::select! {
+                biased;
+                () = member.stop_running.cancelled() => (Vec::new(), Left::Dead),
+                settled = sandbox.settle() => settled,
+            };
+            if left == Left::Dead {
+                self.fate = Fate::Used(Verdict::Spoilt);
+            }
+            late_log.send_replace(Some(log));
+        }
+        self.back();
+    }
+
+    fn back(self) {
+        let Self {
+            node,
+            member,
+            vm,
+            start,
+            sandbox,
+            fate,
+        } = self;
+        node.apply_with(|desk| {
+            let entry = desk.members.get_mut(&member.id);
             let input = match fate {
                 Fate::Untouched => Input::GaveBack(vm),
                 Fate::Used(verdict) => {
                     if let Some(entry) = entry {
-                        Self::count(&mut entry.counts, start);
+                        count(&mut entry.counts, start);
                         let stale = sandbox.as_ref().map_or(0, Sandbox::stale_frames);
                         entry.counts.stale_frames += stale;
                     }
@@ -179,5 +233,15 @@ impl Drop for Lease {
             }
             input
         });
+    }
+}
+
+fn count(counts: &mut PoolStats, start: Start) {
+    counts.invocations += 1;
+    match start {
+        Start::Cold => counts.cold += 1,
+        Start::Claimed => counts.claimed += 1,
+        Start::Rewound => counts.rewound += 1,
+        Start::Warm => {}
     }
 }

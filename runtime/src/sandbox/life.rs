@@ -20,6 +20,7 @@ pub(crate) struct Life {
     begin: Begin,
     has_begun: bool,
     unique_after: Option<Duration>,
+    extensions: bool,
     log: Tail,
     /// A streamed answer that has begun.
     stream: Option<Stream>,
@@ -104,6 +105,7 @@ impl Life {
             begin,
             has_begun: begin == Begin::Continue,
             unique_after: None,
+            extensions: false,
             log: Tail::new(INVOCATION_LOG_BYTES_MAX),
             stream: None,
             state: match begin {
@@ -121,6 +123,11 @@ impl Life {
     /// How long the agent says that it took to make the clone unique: a guest's word, any number.
     pub(crate) fn unique_after(&self) -> Option<Duration> {
         self.unique_after
+    }
+
+    /// Whether the guest said that it has extensions: something follows its answer.
+    pub(crate) fn has_extensions(&self) -> bool {
+        self.extensions
     }
 
     /// The output so far.
@@ -184,8 +191,12 @@ impl Life {
         let thawed = self.state == State::Thawed;
         match message {
             // The reply to `Resume` may be overtaken by the guest, on the other socket.
-            AgentMessage::Thawed { unique_after_ns } => {
+            AgentMessage::Thawed {
+                unique_after_ns,
+                extensions,
+            } => {
                 self.state = State::Thawed;
+                self.extensions = extensions;
                 self.unique_after = unique_after_ns.map(Duration::from_nanos);
                 Step::Continue
             }
@@ -257,6 +268,7 @@ impl Life {
             AgentMessage::Fatal { message } => {
                 guest_fault(format!("agent cannot go on: {message}"))
             }
+            AgentMessage::Settled => guest_fault("agent settled what it had not answered".into()),
             AgentMessage::Hello { .. } => guest_fault("agent started anew after the thaw".into()),
             AgentMessage::InitError(error) => guest_fault(format!(
                 "agent reported {} after the thaw",
@@ -358,6 +370,7 @@ mod tests {
         life.step(Input::Vm(VmEvent::Reply(Reply::Done)));
         life.step(agent(AgentMessage::Thawed {
             unique_after_ns: None,
+            extensions: false,
         }));
         life
     }
@@ -407,6 +420,7 @@ mod tests {
         let mut life = Life::new("r".into(), Begin::Resume);
         life.step(agent(AgentMessage::Thawed {
             unique_after_ns: None,
+            extensions: false,
         }));
         life.step(Input::Vm(VmEvent::Reply(Reply::Done)));
         assert!(matches!(
@@ -552,7 +566,7 @@ mod tests {
     }
 
     fn input() -> impl Strategy<Value = u8> {
-        0u8..20
+        0u8..21
     }
 
     fn make(kind: u8) -> Input {
@@ -560,6 +574,7 @@ mod tests {
         match kind {
             0 => agent(AgentMessage::Thawed {
                 unique_after_ns: None,
+                extensions: false,
             }),
             1 => agent(AgentMessage::Ready),
             2 => agent(answer("r", 3)),
@@ -597,6 +612,7 @@ mod tests {
                 failure: None,
             })),
             18 => agent(AgentMessage::ResponseEnd(StreamEnd::default())),
+            19 => agent(AgentMessage::Settled),
             _ => Input::Deadline,
         }
     }

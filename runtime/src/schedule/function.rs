@@ -74,6 +74,7 @@ impl Function {
             running: self.running,
             rewinding: self.rewinding,
             waiting: self.queue.len(),
+            is_held_back: false,
         }
     }
 

@@ -218,10 +218,8 @@ impl Schedule {
     }
 
     fn note_short(&mut self, id: FunctionId) {
-        let is_short = self.functions.get(&id).is_some_and(|function| {
-            function.is_short(self.now) && self.ledger.could_ever_run(function.limits.shape)
-        });
-        if is_short {
+        let function = self.functions.get(&id);
+        if function.is_some_and(|function| function.is_short(self.now)) {
             self.short.insert(id);
         } else {
             self.short.remove(&id);
@@ -244,19 +242,22 @@ impl Schedule {
         }
     }
 
+    /// Whether one more idle sandbox of a function fits beside all that is there.
+    pub(super) fn has_room_ahead(&self, id: FunctionId) -> bool {
+        let shape = self.functions[&id].limits.shape;
+        let idle = self.ledger.idle_mib(shape);
+        let has_shell = self.classes.get(&shape).is_some_and(|c| c.ready() > 0);
+        let there = if has_shell {
+            self.ledger.shell_mib()
+        } else {
+            0
+        };
+        self.ledger.could_ever_run(shape) && self.ledger.fits(idle - there)
+    }
+
     /// Of the functions that are short and fit, the one with the fewest sandboxes to come.
     fn shortest(&self) -> Option<FunctionId> {
-        let fits = |id: &&FunctionId| {
-            let shape = self.functions[*id].limits.shape;
-            let idle = self.ledger.idle_mib(shape);
-            let has_shell = self.classes.get(&shape).is_some_and(|c| c.ready() > 0);
-            let there = if has_shell {
-                self.ledger.shell_mib()
-            } else {
-                0
-            };
-            self.ledger.fits(idle - there)
-        };
+        let fits = |id: &&FunctionId| self.has_room_ahead(**id);
         let supply = |id: &&FunctionId| {
             let function = &self.functions[*id];
             (function.ready.len() + function.incoming(), **id)

@@ -224,6 +224,31 @@ fn the_ready_minimum_can_be_changed_and_a_function_that_is_gone_has_none() {
 }
 
 #[test]
+fn a_ready_minimum_beyond_the_machine_is_held_back_until_there_is_room() {
+    let rules = Rules {
+        memory_mib: 250,
+        ..rules()
+    };
+    let mut bench = Bench::with(rules, &[(ONE, limits(0, 8, 0)), (TWO, limits(0, 8, 0))]);
+    let count = |bench: &Bench| bench.schedule.function(ONE);
+    bench.feed(Input::KeepReady(ONE, 1000));
+    let now = count(&bench);
+    assert!(now.ready > 0 && now.is_held_back, "{now:?}");
+    assert!(
+        !bench.schedule.function(TWO).is_held_back,
+        "it asked for none"
+    );
+    let at_most = now.ready;
+    bench.feed(Input::KeepReady(ONE, at_most));
+    assert!(!count(&bench).is_held_back);
+    bench.feed(Input::KeepReady(TWO, 1));
+    assert!(bench.schedule.function(TWO).is_held_back);
+    bench.feed(Input::Remove(ONE));
+    let now = bench.schedule.function(TWO);
+    assert_eq!((now.ready, now.is_held_back), (1, false));
+}
+
+#[test]
 fn without_a_minimum_a_function_scales_to_zero_and_back() {
     let mut bench = Bench::with(rules(), &[(ONE, limits(0, 8, 0))]);
     let (vm, _) = bench.run(1, ONE);

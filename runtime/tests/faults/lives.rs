@@ -8,7 +8,7 @@ use super::stage::{Stage, host, invocation, invoke, is_answer, monitors};
 
 impl Stage {
     /// A pool that keeps nothing ready of its own accord.
-    async fn lazy_pool(&self) -> Pool {
+    pub async fn lazy_pool(&self) -> Pool {
         let spec = PoolSpec {
             ready_count: 0,
             ..self.spec()

@@ -167,6 +167,7 @@ impl Monitor {
         let _ = old.write_all(&frame(
             &AgentMessage::Thawed {
                 unique_after_ns: None,
+                extensions: false,
             },
             self.generation,
         ));
@@ -237,6 +238,24 @@ impl Monitor {
                 while self.agent.write_all(&chunk).is_ok() {}
             }
             "begins-and-hangs" => self.begin_stream(&invoke, generation),
+            "settles-when-told" | "never-settles" => {
+                self.thawed_with_extensions(generation);
+                self.say(reply(invoke), generation);
+                if self.script == "settles-when-told" {
+                    self.wait_for("go");
+                    self.log("late words\n", generation);
+                    self.say(AgentMessage::Settled, generation);
+                }
+            }
+            "hears-of-its-time-out" => {
+                self.thawed_with_extensions(generation);
+                let HostMessage::Shutdown = self.hear().1 else {
+                    panic!("then comes Shutdown");
+                };
+                self.log("told\n", generation);
+                self.exited(ExitReason::Shutdown);
+                exit(0);
+            }
             // Invocations follow one another without a word of the runtime's to the monitor.
             "stays-warm" => {
                 self.answer(invoke, generation);
@@ -275,19 +294,42 @@ impl Monitor {
 
     fn answer(&mut self, invoke: Invoke, generation: u64) {
         let unique_after_ns = Some(u64::MAX);
-        self.say(AgentMessage::Thawed { unique_after_ns }, generation);
+        self.say(
+            AgentMessage::Thawed {
+                unique_after_ns,
+                extensions: false,
+            },
+            generation,
+        );
         self.log("hello from the function\n", generation);
-        let reply = Answer {
-            request_id: invoke.request_id,
-            content_type: Some("application/json".into()),
-            payload: invoke.payload,
+        self.say(reply(invoke), generation);
+    }
+
+    fn thawed_with_extensions(&mut self, generation: u64) {
+        let thawed = AgentMessage::Thawed {
+            unique_after_ns: None,
+            extensions: true,
         };
-        self.say(AgentMessage::Response(reply), generation);
+        self.say(thawed, generation);
+    }
+
+    /// Until the test makes this file beside the program.
+    fn wait_for(&self, what: &str) {
+        let program = PathBuf::from(std::env::args_os().next().expect("a name"));
+        while !program.with_extension(what).exists() {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
     }
 
     fn begin_stream(&mut self, invoke: &Invoke, generation: u64) {
         let unique_after_ns = None;
-        self.say(AgentMessage::Thawed { unique_after_ns }, generation);
+        self.say(
+            AgentMessage::Thawed {
+                unique_after_ns,
+                extensions: false,
+            },
+            generation,
+        );
         let begin = StreamBegin {
             request_id: invoke.request_id.clone(),
             content_type: Some("text/event-stream".into()),
@@ -392,4 +434,12 @@ fn frame(message: &AgentMessage, generation: u64) -> Vec<u8> {
         .encode(Generation(generation), &mut bytes)
         .expect("a frame");
     bytes
+}
+
+fn reply(invoke: Invoke) -> AgentMessage {
+    AgentMessage::Response(Answer {
+        request_id: invoke.request_id,
+        content_type: Some("application/json".into()),
+        payload: invoke.payload,
+    })
 }
