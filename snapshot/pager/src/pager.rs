@@ -402,10 +402,14 @@ impl Shared {
             }
             return;
         }
+        state.stats.faults += 1;
+        // Heard of only after another's touch had brought the page in: who waited was woken then.
+        if state.schedule.is_present(unit) && self.region.is_resident(fault.offset) {
+            return;
+        }
         if self.is_recording {
             state.awaited.entry(unit).or_insert(access);
         }
-        state.stats.faults += 1;
         state.schedule.fault(unit, Instant::now());
         drop(state);
         self.work.notify_one();

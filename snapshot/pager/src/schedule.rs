@@ -68,6 +68,11 @@ impl Schedule {
         }
     }
 
+    /// Whether `unit` was brought in. Parts of it may have been given back since.
+    pub(crate) fn is_present(&self, unit: usize) -> bool {
+        self.units[unit] == State::Present
+    }
+
     /// What a thread that is free should do.
     pub(crate) fn next(&mut self) -> Option<Job> {
         if let Some(unit) = self.faults.pop_front() {

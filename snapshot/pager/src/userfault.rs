@@ -386,6 +386,22 @@ impl Region {
         Ok(())
     }
 
+    /// Whether the page at `offset` is in memory now; one that is swapped out is told as absent (mincore(2)).
+    pub(crate) fn is_resident(&self, offset: u64) -> bool {
+        let page = self.range(offset, PAGE_BYTES as u64);
+        let start = usize::try_from(page.start).expect("it is mapped");
+        let mut answer = 0u8;
+        // SAFETY: one page is asked for, and its answer is one byte. The call reads and writes no memory of the page.
+        let code = unsafe {
+            libc::mincore(
+                ptr::without_provenance_mut(start),
+                PAGE_BYTES,
+                &raw mut answer,
+            )
+        };
+        code == 0 && answer & 1 == 1
+    }
+
     /// Lets a watched page be written, and wakes who waits for it.
     pub(crate) fn unwatch(&self, offset: u64) -> io::Result<()> {
         let mut protect = Writeprotect {

@@ -15,7 +15,7 @@ use proptest::prelude::*;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use thaw_snapshot::{Access, PageRun, Touch, WorkingSet};
 use thaw_snapshot_pager::{
-    Failure, Filled, Mode, Pager, PagerConfig, Source, SourceError, StartError, Userfault,
+    Failure, Filled, Mode, Pager, PagerConfig, Source, SourceError, StartError, Stats, Userfault,
 };
 
 const PAGE: usize = 4096;
@@ -180,6 +180,15 @@ fn patient() -> PagerConfig {
     }
 }
 
+/// A page is there a moment before it is counted.
+fn counts(pager: &Pager, count: impl Fn(Stats) -> u64, expected: u64) {
+    let began = Instant::now();
+    while count(pager.stats()) < expected && began.elapsed() < PATIENCE {
+        thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(count(pager.stats()), expected);
+}
+
 fn run(start: u64, count: u64) -> PageRun {
     PageRun { start, count }
 }
@@ -203,7 +212,7 @@ fn every_page_is_what_the_source_holds_whoever_touches_it_when() {
     reads.sort_unstable();
     let all: Vec<_> = (0..pages.div_ceil(4)).collect();
     assert_eq!(reads, all, "each chunk is fetched once");
-    assert_eq!(pager.stats().fault_bytes, (pages * PAGE) as u64);
+    counts(&pager, |stats| stats.fault_bytes, (pages * PAGE) as u64);
 }
 
 #[test]
@@ -230,7 +239,7 @@ fn zero_pages_cost_no_memory() {
     let (pager, _told) = memory.serve(Arc::new(Zeros), serve(), patient());
     assert!((0..pages).all(|page| memory.read(page * PAGE) == 0));
     assert_eq!(private_kib(memory), 0);
-    assert_eq!(pager.stats().zero_bytes, (pages * PAGE / 2) as u64);
+    counts(&pager, |stats| stats.zero_bytes, (pages * PAGE / 2) as u64);
     memory.write(5 * PAGE, 1);
     assert_eq!(memory.read(5 * PAGE), 1);
     assert_eq!(private_kib(memory), 4);
