@@ -281,6 +281,9 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
         call: Call,
         reply: oneshot::Sender<Answer>,
     ) -> Result<Next, DriverError> {
+        if matches!(call, Call::Extension(_)) {
+            self.forget_lost_calls();
+        }
         let effects = self.life.call(call);
         self.carry_out(effects, Some(reply)).await
     }

@@ -26,7 +26,7 @@ const NOT_ALLOWED: &str = "State transition is not allowed";
 pub enum ExtensionCall {
     /// `POST …/extension/register`.
     Register {
-        /// `Lambda-Extension-Name`.
+        /// `Lambda-Extension-Name`, not empty.
         name: String,
         /// The identifier that it gets, unless it has one already.
         identifier: String,
@@ -278,28 +278,25 @@ impl Extensions {
         events: &[String],
         is_initialising: bool,
     ) -> Result<(), Refusal> {
-        if name.is_empty() {
-            return Err(Refusal::new(
-                "Extension.InvalidExtensionName",
-                "Empty extension name",
-            ));
-        }
         let external = self
             .all
             .iter()
             .position(|one| one.is_external && one.name == name);
         let wants = |wanted: &str| events.iter().any(|event| event == wanted);
         for event in events {
-            // The end of the runtime's process is not told to what is part of it.
-            let is_known = event == "INVOKE" || (event == "SHUTDOWN" && external.is_some());
-            if !is_known {
-                let message = format!("{event}: ErrorInvalidEventType");
-                return Err(Refusal::new("Extension.InvalidEventType", message));
-            }
+            let why = match event.as_str() {
+                "INVOKE" => continue,
+                "SHUTDOWN" if external.is_some() => continue,
+                // The end of the runtime's process is not told to what is part of it.
+                "SHUTDOWN" => "ShutdownEventNotSupportedForInternalExtension",
+                _ => "ErrorInvalidEventType",
+            };
+            let message = format!("{event}: {why}");
+            return Err(Refusal::new("Extension.InvalidEventType", message));
         }
         let at = match external {
             Some(at) if self.all[at].state != State::Started => {
-                return Err(self.all[at].not_allowed("Registered"));
+                return Err(self.all[at].not_allowed("Registered", &name));
             }
             Some(at) => at,
             None if !is_initialising => {
@@ -328,27 +325,25 @@ impl Extensions {
         Ok(())
     }
 
-    fn find(&self, identifier: &str) -> Result<usize, Refusal> {
+    /// The extension with this identifier; or Lambda's refusal, in the words of the call.
+    fn find(&self, identifier: &str, unknown: impl Into<String>) -> Result<usize, Refusal> {
         let found = self
             .all
             .iter()
             .position(|one| !identifier.is_empty() && one.identifier == identifier);
-        found.ok_or_else(|| {
-            let message = format!("Unknown extension {identifier}");
-            Refusal::new("Extension.UnknownExtensionIdentifier", message)
-        })
+        found.ok_or_else(|| Refusal::new("Extension.UnknownExtensionIdentifier", unknown))
     }
 
     fn next(&mut self, identifier: &str) -> Result<Vec<Effect>, Refusal> {
-        let at = self.find(identifier)?;
+        let at = self.find(identifier, format!("Unknown extension {identifier}"))?;
         let one = &mut self.all[at];
         match one.state {
-            State::Registered | State::Ready | State::Running => {}
+            State::Registered | State::Running => {}
             State::Told | State::Done => {
                 one.state = State::Done;
                 return Ok(vec![Effect::ParkExtension(at)]);
             }
-            _ => return Err(one.not_allowed("Ready")),
+            _ => return Err(one.not_allowed("Ready", identifier)),
         }
         Ok(vec![match one.waiting.take() {
             Some(event) => {
@@ -368,14 +363,22 @@ impl Extensions {
         error_type: String,
         state: State,
     ) -> Result<(Vec<Effect>, Option<Failure>), Refusal> {
-        let at = self.find(identifier)?;
+        let at = self.find(identifier, "Unknown Lambda-Extension-Identifier")?;
         let one = &mut self.all[at];
-        let (allowed, name) = match state {
-            State::InitError => (one.state == State::Registered, "Extension.InitError"),
-            _ => (one.is_alive(), "Extension.ExitError"),
+        // Said again it is accepted and changes nothing.
+        if one.state == state {
+            return Ok((vec![reply(ExtensionAnswer::Accepted)], None));
+        }
+        let (allowed, name, to) = match state {
+            State::InitError => (
+                one.state == State::Registered,
+                "Extension.InitError",
+                "InitError",
+            ),
+            _ => (one.is_alive(), "Extension.ExitError", "Exited"),
         };
         if !allowed {
-            return Err(one.not_allowed(state.name()));
+            return Err(one.not_allowed(to, identifier));
         }
         one.state = state;
         one.error_type = Some(error_type.clone());
@@ -557,12 +560,13 @@ impl Extension {
         )
     }
 
-    fn not_allowed(&self, to: &str) -> Refusal {
-        let (from, name) = (self.state.name(), &self.name);
+    /// `who` is what the call named it by.
+    fn not_allowed(&self, to: &str, who: &str) -> Refusal {
+        let from = self.state.name();
         Refusal::new(
             "Extension.InvalidExtensionState",
             format!(
-                "State transition from {from} to {to} failed for extension {name}. Error: {NOT_ALLOWED}"
+                "State transition from {from} to {to} failed for extension {who}. Error: {NOT_ALLOWED}"
             ),
         )
     }

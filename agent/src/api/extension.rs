@@ -6,6 +6,7 @@ use bytes::Bytes;
 use http_body_util::Full;
 use hyper::header::{HeaderMap, HeaderName, HeaderValue};
 use hyper::{Response, StatusCode};
+use serde::Deserialize;
 use serde_json::{Value, json};
 use thaw_agent_protocol::{Configure, Invoke};
 
@@ -48,33 +49,44 @@ impl Registration {
         if wants_account && let Some(account_id) = &self.account_id {
             document["accountId"] = json!(account_id);
         }
-        let mut response = render::document(StatusCode::OK, document.to_string().into());
+        let mut response = render::json(StatusCode::OK, document.to_string().into());
         put(&mut response, IDENTIFIER, identifier);
         response
     }
 }
 
+/// The body of a registration; a member that is null is none.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Wish {
+    events: Option<Vec<String>>,
+    configuration_keys: Option<Vec<String>>,
+}
+
 /// `POST …/extension/register`; or why it is refused before it is looked at.
 pub(crate) fn register(headers: &HeaderMap, received: Received) -> Result<ExtensionCall, Refusal> {
     let malformed = |message: &str| Refusal::new("InvalidRequestFormat", message);
-    let events = match received {
-        Received::TooLarge => return Err(malformed("the body is too large")),
-        // Clients that want no events were always let in without a body.
-        Received::Whole { payload } if payload.is_empty() => Vec::new(),
-        Received::Whole { payload } => {
-            let body: Value =
-                serde_json::from_slice(&payload).map_err(|error| malformed(&error.to_string()))?;
-            match body.get("events") {
-                None => Vec::new(),
-                Some(events) => serde_json::from_value(events.clone())
-                    .map_err(|error| malformed(&error.to_string()))?,
-            }
-        }
+    let name = text(headers, "lambda-extension-name").unwrap_or_default();
+    if name.is_empty() {
+        return Err(Refusal::new(
+            "Extension.InvalidExtensionName",
+            "Empty extension name",
+        ));
+    }
+    let Received::Whole { payload } = received else {
+        return Err(malformed("the body is too large"));
     };
+    let wish: Wish =
+        serde_json::from_slice(&payload).map_err(|error| malformed(&error.to_string()))?;
+    if wish.configuration_keys.is_some_and(|keys| !keys.is_empty()) {
+        return Err(malformed(
+            "configurationKeys are deprecated; use environment variables instead",
+        ));
+    }
     Ok(ExtensionCall::Register {
-        name: text(headers, "lambda-extension-name").unwrap_or_default(),
+        name,
         identifier: fresh_identifier(),
-        events,
+        events: wish.events.unwrap_or_default(),
     })
 }
 
@@ -147,7 +159,7 @@ pub(crate) fn answer(
                 Event::Invoke(head) => invoke(&head),
                 Event::Shutdown(reason) => shutdown(reason),
             };
-            let mut response = render::document(StatusCode::OK, document.to_string().into());
+            let mut response = render::json(StatusCode::OK, document.to_string().into());
             put(&mut response, EVENT_IDENTIFIER, &fresh_identifier());
             response
         }
@@ -157,16 +169,16 @@ pub(crate) fn answer(
 }
 
 fn invoke(head: &Invoke) -> Value {
-    json!({
+    let mut event = json!({
         "eventType": "INVOKE",
         "deadlineMs": head.deadline_unix_ms,
         "requestId": head.request_id,
         "invokedFunctionArn": head.function_arn,
-        "tracing": {
-            "type": "X-Amzn-Trace-Id",
-            "value": head.trace_id.as_deref().unwrap_or_default(),
-        },
-    })
+    });
+    if let Some(trace_id) = head.trace_id.as_deref().filter(|id| !id.is_empty()) {
+        event["tracing"] = json!({"type": "X-Amzn-Trace-Id", "value": trace_id});
+    }
+    event
 }
 
 fn shutdown(reason: Reason) -> Value {

@@ -40,11 +40,8 @@ pub enum Call {
     },
     /// The end of its body.
     ResponseEnd(StreamEnd),
-    /// `POST …/invocation/{id}/response` or `…/error`, over the size limit.
-    TooLarge {
-        /// The id in the path.
-        request_id: String,
-    },
+    /// `POST …/invocation/{id}/response` or `…/error` that cannot be handed on; the id in the path, and why not.
+    Unfit(String, Unfit),
     /// `POST …/invocation/{id}/error`, or a response whose trailers say that it failed midway.
     Error(InvocationError),
     /// `POST …/runtime/init/error`.
@@ -53,6 +50,15 @@ pub enum Call {
     RestoreError(InitError),
     /// A call of the Extensions API.
     Extension(ExtensionCall),
+}
+
+/// Why what a runtime posted for an invocation is not handed on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unfit {
+    /// It is over [`thaw_agent_protocol::RESPONSE_BYTES_MAX`].
+    TooLarge,
+    /// It names a response mode that Lambda does not know.
+    ResponseMode,
 }
 
 /// What the Runtime API answers to a [`Call`].
@@ -73,8 +79,8 @@ pub enum Answer {
         /// What the call would have led to.
         to: &'static str,
     },
-    /// 413.
-    TooLarge,
+    /// 413 or 400: what was posted is not handed on; the invocation failed of it.
+    Unfit(Unfit),
     /// What the Extensions API answers.
     Extension(ExtensionAnswer),
 }
