@@ -7,6 +7,7 @@ pub(crate) mod body;
 pub(crate) mod extension;
 pub(crate) mod render;
 pub(crate) mod stream;
+mod telemetry;
 
 use std::sync::Arc;
 
@@ -23,6 +24,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use crate::document;
 use crate::life::{Answer, Call, Unfit};
+use crate::telemetry::Api;
 use body::{Received, receive};
 use extension::Registration;
 
@@ -60,6 +62,7 @@ enum Route<'a> {
     ExtensionNext,
     ExtensionInitError,
     ExtensionExitError,
+    Subscription(Api),
     WrongMethod,
     Unknown,
 }
@@ -68,6 +71,10 @@ impl<'a> Route<'a> {
     fn of(method: &Method, path: &'a str) -> Self {
         let (wanted, route) = if path == "/2018-06-01/ping" {
             (Method::GET, Self::Ping)
+        } else if path == "/2020-08-15/logs" {
+            (Method::PUT, Self::Subscription(Api::Logs))
+        } else if path == "/2022-07-01/telemetry" {
+            (Method::PUT, Self::Subscription(Api::Telemetry))
         } else if let Some(rest) = path.strip_prefix("/2018-06-01/runtime/") {
             match rest {
                 "invocation/next" => (Method::GET, Self::Next),
@@ -154,12 +161,14 @@ async fn answer(
         route @ (Route::ExtensionRegister
         | Route::ExtensionNext
         | Route::ExtensionInitError
-        | Route::ExtensionExitError) => {
+        | Route::ExtensionExitError
+        | Route::Subscription(_)) => {
             let received = receive(body).await?;
             let call = match route {
                 Route::ExtensionRegister => extension::register(&parts.headers, received),
                 Route::ExtensionNext => extension::next(&parts.headers),
                 Route::ExtensionInitError => extension::init_error(&parts.headers),
+                Route::Subscription(api) => extension::subscribe(api, &parts.headers, received),
                 _ => extension::exit_error(&parts.headers),
             };
             let call = match call {
@@ -279,5 +288,10 @@ mod tests {
         );
         assert_eq!(get("/2018-06-01/runtime/invocation/a/b/c"), Route::Unknown);
         assert_eq!(get("/"), Route::Unknown);
+        assert_eq!(get("/2020-08-15/logs"), Route::WrongMethod);
+        assert_eq!(
+            Route::of(&Method::PUT, "/2022-07-01/telemetry"),
+            Route::Subscription(Api::Telemetry)
+        );
     }
 }

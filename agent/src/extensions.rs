@@ -12,6 +12,7 @@ use std::time::Duration;
 use thaw_agent_protocol::{AgentMessage, Invoke, LogStream, RuntimeExitCause};
 
 use crate::life::{Answer, Effect};
+use crate::telemetry::{Api, Subscription};
 
 /// Most extensions of a sandbox, as on Lambda.
 pub const EXTENSIONS_MAX: usize = 10;
@@ -52,6 +53,13 @@ pub enum ExtensionCall {
         /// `Lambda-Extension-Function-Error-Type`.
         error_type: String,
     },
+    /// `PUT …/telemetry` or `…/logs`.
+    Subscribe {
+        /// `Lambda-Extension-Identifier`.
+        identifier: String,
+        /// To what.
+        subscription: Subscription,
+    },
 }
 
 /// What the Extensions API answers.
@@ -66,6 +74,8 @@ pub enum ExtensionAnswer {
     Event(Event),
     /// 202.
     Accepted,
+    /// 200.
+    Subscribed,
     /// 403.
     Refused(Refusal),
 }
@@ -267,6 +277,15 @@ impl Extensions {
                 identifier,
                 error_type,
             } => self.failed(&identifier, error_type, State::ExitError),
+            ExtensionCall::Subscribe {
+                identifier,
+                subscription,
+            } => self
+                .subscriber(&identifier, subscription.api, is_initialising)
+                .map(|name| {
+                    let subscribed = Effect::Subscribe(name, subscription);
+                    (vec![subscribed, reply(ExtensionAnswer::Subscribed)], None)
+                }),
         };
         result.unwrap_or_else(|refused| (vec![reply(ExtensionAnswer::Refused(refused))], None))
     }
@@ -355,6 +374,31 @@ impl Extensions {
                 Effect::ParkExtension(at)
             }
         }])
+    }
+
+    /// The name of an extension that may subscribe to telemetry.
+    fn subscriber(
+        &self,
+        identifier: &str,
+        api: Api,
+        is_initialising: bool,
+    ) -> Result<String, Refusal> {
+        let at = self.find(identifier, format!("Unknown extension {identifier}"))?;
+        let (error_type, message) = match api {
+            Api::Logs => (
+                "Logs.SubscriptionClosed",
+                "Logs API subscription is closed already",
+            ),
+            Api::Telemetry => (
+                "Telemetry.SubscriptionClosed",
+                "Telemetry API subscription is closed already",
+            ),
+        };
+        if is_initialising {
+            Ok(self.all[at].name.clone())
+        } else {
+            Err(Refusal::new(error_type, message))
+        }
     }
 
     fn failed(
@@ -510,6 +554,12 @@ impl Extensions {
         effects
     }
 
+    /// Name, state and events of each.
+    pub(crate) fn described(&self) -> Vec<(String, &'static str, Vec<&'static str>)> {
+        let one = |one: &Extension| (one.name.clone(), one.state.name(), one.wanted());
+        self.all.iter().map(one).collect()
+    }
+
     /// The lines about the extensions that Lambda writes into the log at the end of an initialisation; nothing without any.
     pub(crate) fn report(&self) -> Option<Effect> {
         if !self.take_part() {
@@ -571,13 +621,16 @@ impl Extension {
         )
     }
 
-    fn line(&self) -> String {
-        let wanted = [(self.on_invoke, "INVOKE"), (self.on_shutdown, "SHUTDOWN")];
-        let wanted: Vec<&str> = wanted
+    /// The events that it is told of.
+    fn wanted(&self) -> Vec<&'static str> {
+        [(self.on_invoke, "INVOKE"), (self.on_shutdown, "SHUTDOWN")]
             .iter()
             .filter_map(|(wanted, event)| wanted.then_some(*event))
-            .collect();
-        let (name, state, events) = (&self.name, self.state.name(), wanted.join(","));
+            .collect()
+    }
+
+    fn line(&self) -> String {
+        let (name, state, events) = (&self.name, self.state.name(), self.wanted().join(","));
         let error = self.error_type.as_ref();
         let error = error.map(|error| format!("\tError Type: {error}"));
         let error = error.unwrap_or_default();

@@ -11,12 +11,15 @@ use serde_json::{Value, json};
 use thaw_agent_protocol::{Configure, Invoke};
 
 use super::body::Received;
-use super::{render, text};
+use super::{render, telemetry, text};
 use crate::extensions::{Event, ExtensionAnswer, ExtensionCall, Reason, Refusal, SHUTDOWN_LIMIT};
+use crate::telemetry::Api;
 
 const IDENTIFIER: &str = "lambda-extension-identifier";
 const EVENT_IDENTIFIER: &str = "lambda-extension-event-identifier";
 const ERROR_TYPE: &str = "lambda-extension-function-error-type";
+/// The body of a subscription is outside its schema: 400, where all else is 403.
+const INVALID: &str = "ValidationError";
 const ACCEPT: &str = "lambda-extension-accept-feature";
 
 type Reply = Response<Full<Bytes>>;
@@ -113,6 +116,24 @@ pub(crate) fn exit_error(headers: &HeaderMap) -> Result<ExtensionCall, Refusal> 
     })
 }
 
+/// `PUT …/telemetry` or `…/logs`; or why it is refused before it is looked at.
+pub(crate) fn subscribe(
+    api: Api,
+    headers: &HeaderMap,
+    received: Received,
+) -> Result<ExtensionCall, Refusal> {
+    let identifier = identifier(headers)?;
+    let Received::Whole { payload } = received else {
+        return Err(Refusal::new(INVALID, "the body is too large"));
+    };
+    let subscription =
+        telemetry::subscription(api, &payload).map_err(|reason| Refusal::new(INVALID, reason))?;
+    Ok(ExtensionCall::Subscribe {
+        identifier,
+        subscription,
+    })
+}
+
 fn failure(headers: &HeaderMap) -> Result<(String, String), Refusal> {
     let identifier = identifier(headers)?;
     match text(headers, ERROR_TYPE).filter(|error_type| !error_type.is_empty()) {
@@ -164,6 +185,7 @@ pub(crate) fn answer(
             response
         }
         ExtensionAnswer::Accepted => render::accepted(),
+        ExtensionAnswer::Subscribed => render::text(StatusCode::OK, "\"OK\""),
         ExtensionAnswer::Refused(refusal) => refused(&refusal),
     }
 }
@@ -197,7 +219,11 @@ fn shutdown(reason: Reason) -> Value {
 
 /// The answer to a call that was refused.
 pub(crate) fn refused(refusal: &Refusal) -> Reply {
-    render::error(StatusCode::FORBIDDEN, refusal.error_type, &refusal.message)
+    let status = match refusal.error_type {
+        INVALID => StatusCode::BAD_REQUEST,
+        _ => StatusCode::FORBIDDEN,
+    };
+    render::error(status, refusal.error_type, &refusal.message)
 }
 
 fn put(response: &mut Reply, name: &'static str, value: &str) {

@@ -346,7 +346,7 @@ proptest! {
                         }
                     }
                     Effect::Start(_) | Effect::Kill | Effect::PowerOff => {}
-                    Effect::StartRuntime | Effect::ParkExtension(_) | Effect::WakeExtension(..) | Effect::Within(_) => {
+                    Effect::StartRuntime | Effect::ParkExtension(_) | Effect::WakeExtension(..) | Effect::Subscribe(..) | Effect::Within(_) => {
                         prop_assert!(false, "without extensions: {effect:?}");
                     }
                 }

@@ -10,6 +10,7 @@ use thiserror::Error;
 #[cfg(doc)]
 use super::Life;
 use crate::extensions::{Event, ExtensionAnswer, ExtensionCall, Limit};
+use crate::telemetry::Subscription;
 
 /// One invocation as the Runtime API hands it out; cheap to clone.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -104,6 +105,8 @@ pub enum Effect {
     ParkExtension(usize),
     /// Tell this extension, whose call is parked, of an event.
     WakeExtension(usize, Event),
+    /// The extension of this name hears telemetry from now on.
+    Subscribe(String, Subscription),
     /// From now on this limit holds for the end of the sandbox, see [`Life::end_limit_passed`].
     Within(Limit),
     /// Become the clone that the host describes, in this generation; tell the host.
