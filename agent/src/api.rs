@@ -7,6 +7,7 @@ pub(crate) mod body;
 pub(crate) mod extension;
 pub(crate) mod render;
 pub(crate) mod stream;
+mod telemetry;
 
 use std::sync::Arc;
 
@@ -21,7 +22,9 @@ use thaw_agent_protocol::{InitError, InvocationError, RESPONSE_BYTES_MAX, Reply}
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
-use crate::life::{Answer, Call};
+use crate::document;
+use crate::life::{Answer, Call, Unfit};
+use crate::telemetry::Api;
 use body::{Received, receive};
 use extension::Registration;
 
@@ -36,6 +39,9 @@ pub(crate) const CALLS_MAX: usize = 16;
 
 const ERROR_TYPE: &str = "lambda-runtime-function-error-type";
 
+/// The type of an error document that carries a cause for X-Ray, too.
+const ERROR_WITH_CAUSE: &str = "application/vnd.aws.lambda.error.cause+json";
+
 /// A call with the way to answer it. Dropping it answers 500.
 pub(crate) struct PendingCall {
     pub(crate) call: Call,
@@ -45,6 +51,7 @@ pub(crate) struct PendingCall {
 /// What a path and method mean.
 #[derive(Debug, PartialEq, Eq)]
 enum Route<'a> {
+    Ping,
     Next,
     RestoreNext,
     Response(&'a str),
@@ -55,13 +62,20 @@ enum Route<'a> {
     ExtensionNext,
     ExtensionInitError,
     ExtensionExitError,
+    Subscription(Api),
     WrongMethod,
     Unknown,
 }
 
 impl<'a> Route<'a> {
     fn of(method: &Method, path: &'a str) -> Self {
-        let (wanted, route) = if let Some(rest) = path.strip_prefix("/2018-06-01/runtime/") {
+        let (wanted, route) = if path == "/2018-06-01/ping" {
+            (Method::GET, Self::Ping)
+        } else if path == "/2020-08-15/logs" {
+            (Method::PUT, Self::Subscription(Api::Logs))
+        } else if path == "/2022-07-01/telemetry" {
+            (Method::PUT, Self::Subscription(Api::Telemetry))
+        } else if let Some(rest) = path.strip_prefix("/2018-06-01/runtime/") {
             match rest {
                 "invocation/next" => (Method::GET, Self::Next),
                 "restore/next" => (Method::GET, Self::RestoreNext),
@@ -131,6 +145,7 @@ async fn answer(
 ) -> Result<Response<Full<Bytes>>, hyper::Error> {
     let (parts, body) = request.into_parts();
     let call = match Route::of(&parts.method, parts.uri.path()) {
+        Route::Ping => return Ok(render::text(StatusCode::OK, "pong")),
         Route::Next => Call::Next,
         Route::RestoreNext => Call::RestoreNext,
         Route::Response(id) if stream::is_streamed(&parts.headers) => {
@@ -146,12 +161,14 @@ async fn answer(
         route @ (Route::ExtensionRegister
         | Route::ExtensionNext
         | Route::ExtensionInitError
-        | Route::ExtensionExitError) => {
+        | Route::ExtensionExitError
+        | Route::Subscription(_)) => {
             let received = receive(body).await?;
             let call = match route {
                 Route::ExtensionRegister => extension::register(&parts.headers, received),
                 Route::ExtensionNext => extension::next(&parts.headers),
                 Route::ExtensionInitError => extension::init_error(&parts.headers),
+                Route::Subscription(api) => extension::subscribe(api, &parts.headers, received),
                 _ => extension::exit_error(&parts.headers),
             };
             let call = match call {
@@ -166,7 +183,7 @@ async fn answer(
             });
         }
         Route::WrongMethod => return Ok(render::plain(StatusCode::METHOD_NOT_ALLOWED)),
-        Route::Unknown => return Ok(render::plain(StatusCode::NOT_FOUND)),
+        Route::Unknown => return Ok(render::text(StatusCode::NOT_FOUND, "404 page not found\n")),
     };
     Ok(rendered(ask(&calls, call).await))
 }
@@ -181,7 +198,7 @@ async fn ask(calls: &mpsc::Sender<PendingCall>, call: Call) -> Option<Answer> {
 fn rendered(answer: Option<Answer>) -> Response<Full<Bytes>> {
     match answer {
         Some(answer) => render::answer(answer),
-        None => render::plain(StatusCode::INTERNAL_SERVER_ERROR),
+        None => render::internal_error(),
     }
 }
 
@@ -193,13 +210,17 @@ fn text(headers: &HeaderMap, name: impl hyper::header::AsHeaderName) -> Option<S
 
 fn response_call(id: &str, headers: &HeaderMap, received: Received) -> Call {
     let request_id = id.to_owned();
+    // What is streamed never comes here: any mode that is named is none of Lambda's.
+    if text(headers, stream::RESPONSE_MODE).is_some_and(|mode| !mode.is_empty()) {
+        return Call::Unfit(request_id, Unfit::ResponseMode);
+    }
     match received {
         Received::Whole { payload } => Call::Response(Reply {
             request_id,
             content_type: text(headers, CONTENT_TYPE),
             payload,
         }),
-        Received::TooLarge => Call::TooLarge { request_id },
+        Received::TooLarge => Call::Unfit(request_id, Unfit::TooLarge),
     }
 }
 
@@ -209,9 +230,12 @@ fn error_call(id: &str, headers: &HeaderMap, received: Received) -> Call {
         Received::Whole { payload } => Call::Error(InvocationError {
             request_id,
             error_type: text(headers, ERROR_TYPE),
-            payload,
+            payload: match text(headers, CONTENT_TYPE).as_deref() {
+                Some(ERROR_WITH_CAUSE) => document::without_cause(&payload),
+                _ => payload,
+            },
         }),
-        Received::TooLarge => Call::TooLarge { request_id },
+        Received::TooLarge => Call::Unfit(request_id, Unfit::TooLarge),
     }
 }
 
@@ -219,7 +243,7 @@ fn init_error(headers: &HeaderMap, received: Received) -> InitError {
     let error_type = text(headers, ERROR_TYPE).unwrap_or_else(|| "Runtime.Unknown".into());
     let payload = match received {
         Received::Whole { payload } => payload,
-        Received::TooLarge => crate::document::error(
+        Received::TooLarge => document::error(
             &error_type,
             &format!("the error document is over {RESPONSE_BYTES_MAX} bytes"),
         ),
@@ -238,6 +262,7 @@ mod tests {
     fn every_path_of_the_runtime_api_has_its_route() {
         let get = |path| Route::of(&Method::GET, path);
         let post = |path| Route::of(&Method::POST, path);
+        assert_eq!(get("/2018-06-01/ping"), Route::Ping);
         assert_eq!(get("/2018-06-01/runtime/invocation/next"), Route::Next);
         assert_eq!(get("/2018-06-01/runtime/restore/next"), Route::RestoreNext);
         assert_eq!(
@@ -263,5 +288,10 @@ mod tests {
         );
         assert_eq!(get("/2018-06-01/runtime/invocation/a/b/c"), Route::Unknown);
         assert_eq!(get("/"), Route::Unknown);
+        assert_eq!(get("/2020-08-15/logs"), Route::WrongMethod);
+        assert_eq!(
+            Route::of(&Method::PUT, "/2022-07-01/telemetry"),
+            Route::Subscription(Api::Telemetry)
+        );
     }
 }

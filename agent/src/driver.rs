@@ -20,12 +20,13 @@ use crate::api::extension::Registration;
 use crate::api::{self, PendingCall};
 use crate::boot::BootError;
 use crate::channel::{self, ChannelError, Incoming, Writer};
-use crate::extensions::{EXTENSIONS_MAX, ExtensionAnswer, Limit, SHUTDOWN_LIMIT};
+use crate::extensions::{EXTENSIONS_MAX, Event as Told, ExtensionAnswer, Limit, SHUTDOWN_LIMIT};
 use crate::identity::files::GENERATION_FILE;
 use crate::identity::{AdoptError, Machine};
 use crate::life::{Answer, Call, Effect, Life, LifeError};
-use crate::output::{Output, WritingEnds};
+use crate::output::{Output, WritingEnds, Written};
 use crate::process::{self, Host, Process};
+use crate::telemetry::Telemetry;
 
 /// Time that the runtime gets between SIGTERM and SIGKILL.
 const TERMINATE_GRACE: Duration = Duration::from_secs(2);
@@ -40,6 +41,9 @@ const OUTPUT_DELAY: Duration = Duration::from_millis(5);
 /// and the word that the clone is unique then travel with its answer, in one write to the channel, and the agent does not
 /// wake before it is asked to. The pipes hold what the runtime writes meanwhile.
 const FIRST_OUTPUT_DELAY: Duration = Duration::from_millis(50);
+
+/// How long the word of the end waits for the telemetry that came before it; a part of what extensions have for their end.
+const DELIVERY_LIMIT: Duration = Duration::from_millis(500);
 
 /// Bytes that may be queued for the channel before they are written.
 const QUEUED_BYTES_MAX: usize = 128 * 1024;
@@ -107,6 +111,7 @@ pub struct Driver<W, M> {
     /// Of the sandbox's end.
     end_limit: Option<Instant>,
     output_due: Option<Instant>,
+    telemetry: Telemetry,
 }
 
 enum Event {
@@ -166,6 +171,7 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
             init_limit: None,
             end_limit: None,
             output_due: None,
+            telemetry: Telemetry::new(),
         })
     }
 
@@ -281,6 +287,9 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
         call: Call,
         reply: oneshot::Sender<Answer>,
     ) -> Result<Next, DriverError> {
+        if matches!(call, Call::Extension(_)) {
+            self.forget_lost_calls();
+        }
         let effects = self.life.call(call);
         self.carry_out(effects, Some(reply)).await
     }
@@ -299,14 +308,19 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
                 Effect::Park => self.parked = reply.take(),
                 Effect::Answer(answer) => {
                     self.delivering(&answer);
-                    send_answer(&mut reply, answer);
+                    self.answer(reply.take(), answer);
                 }
                 Effect::Wake(answer) => {
                     self.delivering(&answer);
-                    send_answer(&mut self.parked, answer);
+                    let parked = self.parked.take();
+                    self.answer(parked, answer);
                 }
                 Effect::Send(message) => {
                     self.queue_output_so_far().await?;
+                    if message == AgentMessage::Ready {
+                        self.telemetry.initialised(self.life.extensions());
+                    }
+                    self.telemetry.sending(&message);
                     self.writer.send(message).await?;
                 }
                 Effect::Start(configure) => effects.extend(self.start(configure)?),
@@ -323,9 +337,21 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
                 }
                 Effect::WakeExtension(at, event) => {
                     let answer = Answer::Extension(ExtensionAnswer::Event(event));
-                    send_answer(&mut self.parked_extensions.remove(&at), answer);
+                    let parked = self.parked_extensions.remove(&at);
+                    self.answer(parked, answer);
                 }
-                Effect::Within(limit) => self.end_limit = moment(limit),
+                Effect::Subscribe(name, subscription) => {
+                    self.queue_output_so_far().await?;
+                    self.telemetry.subscribe(&name, subscription);
+                }
+                Effect::Within(limit) => {
+                    if limit == Limit::Shutdown {
+                        let runtime = self.runtime.as_ref();
+                        let used = || runtime.map_or(0, Process::memory_peak_mib);
+                        self.telemetry.ending(used);
+                    }
+                    self.end_limit = moment(limit);
+                }
                 Effect::Adopt(generation, thaw) => self.adopt(generation, &thaw)?,
                 Effect::Kill => {
                     if let Some(runtime) = &self.runtime {
@@ -342,8 +368,31 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
     }
 
     fn delivering(&mut self, answer: &Answer) {
-        if matches!(answer, Answer::Invocation(_)) {
+        if let Answer::Invocation(invocation) = answer {
+            self.telemetry.invoked(invocation);
             self.output_due = Instant::now().checked_add(FIRST_OUTPUT_DELAY);
+        }
+    }
+
+    /// Answers a call. Who hears of the end has heard all that came before.
+    fn answer(&self, caller: Option<oneshot::Sender<Answer>>, answer: Answer) {
+        // A caller that is gone needs no answer.
+        let Some(caller) = caller else {
+            return;
+        };
+        let is_end = matches!(
+            &answer,
+            Answer::Extension(ExtensionAnswer::Event(Told::Shutdown(_)))
+        );
+        let before = is_end.then(|| self.telemetry.delivered()).flatten();
+        match before {
+            Some(delivered) => {
+                tokio::spawn(async move {
+                    let _ = timeout(DELIVERY_LIMIT, delivered).await; // late telemetry is no reason to keep the end secret
+                    let _ = caller.send(answer);
+                });
+            }
+            None => drop(caller.send(answer)),
         }
     }
 
@@ -372,6 +421,7 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
         if self.life.generation() != Generation::default() {
             self.machine.take_code()?;
         }
+        self.telemetry.starting(&configure);
         let address = self.serve(&configure)?;
         let mut environment = configure.environment;
         environment.insert("AWS_LAMBDA_RUNTIME_API".into(), address);
@@ -384,7 +434,7 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
         self.output = Some(readers);
         let limit = Duration::from_millis(configure.init_limit_ms);
         self.init_limit = Instant::now().checked_add(limit);
-        let effects = self.launch_extensions(&environment, &output);
+        let effects = self.launch_extensions(&environment)?;
         self.unstarted = Some(Unstarted {
             bootstrap: configure.bootstrap,
             environment,
@@ -397,12 +447,18 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
     fn launch_extensions(
         &mut self,
         environment: &BTreeMap<String, String>,
-        output: &WritingEnds,
-    ) -> Vec<Effect> {
+    ) -> Result<Vec<Effect>, DriverError> {
         let mut names = process::find_extensions(&self.host.extensions);
-        if names.is_empty() {
-            return self.life.extensions_launched(names);
-        }
+        let Some(output) = self.output.as_mut().filter(|_| !names.is_empty()) else {
+            return Ok(self.life.extensions_launched(names));
+        };
+        let output =
+            output
+                .add_extensions(self.host.user)
+                .map_err(|source| DriverError::System {
+                    what: "pipes for the output of extensions",
+                    source,
+                })?;
         let environment = process::extension_environment(environment);
         for at in 0..names.len() {
             let path = self.host.extensions.join(&names[at]);
@@ -418,11 +474,11 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
                 Ok(process) => self.extensions.push(process),
                 Err(reason) => {
                     names.truncate(at + 1);
-                    return self.life.extension_launch_failed(names, reason);
+                    return Ok(self.life.extension_launch_failed(names, reason));
                 }
             }
         }
-        self.life.extensions_launched(names)
+        Ok(self.life.extensions_launched(names))
     }
 
     /// The error is the function's own fault.
@@ -494,7 +550,13 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
             return Ok(());
         };
         let mut backlog = output.backlog();
-        while let Some((stream, bytes)) = output.take(&mut backlog) {
+        while let Some(Written {
+            kind,
+            stream,
+            bytes,
+        }) = output.take(&mut backlog)
+        {
+            self.telemetry.written(kind, stream, &bytes);
             self.writer.queue(AgentMessage::Log { stream, bytes })?;
             if self.writer.queued_bytes() > QUEUED_BYTES_MAX {
                 self.writer.flush().await?;
@@ -528,13 +590,6 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
         }
         self.queue_output_so_far().await?;
         self.writer.flush().await
-    }
-}
-
-fn send_answer(caller: &mut Option<oneshot::Sender<Answer>>, answer: Answer) {
-    if let Some(caller) = caller.take() {
-        // A caller that is gone needs no answer.
-        let _ = caller.send(answer);
     }
 }
 

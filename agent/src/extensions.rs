@@ -7,11 +7,16 @@
 //! An extension *takes part* if it is external or wants events. With none that does, nothing here has any effect.
 //! [`crate::life::Life`] owns the value and says when an invocation begins and is answered.
 
+mod words;
+
 use std::time::Duration;
 
 use thaw_agent_protocol::{AgentMessage, Invoke, LogStream, RuntimeExitCause};
 
 use crate::life::{Answer, Effect};
+use crate::telemetry::Api;
+
+pub use words::{Event, ExtensionAnswer, ExtensionCall, Failure, Limit, Reason, Refusal};
 
 /// Most extensions of a sandbox, as on Lambda.
 pub const EXTENSIONS_MAX: usize = 10;
@@ -20,114 +25,6 @@ pub const EXTENSIONS_MAX: usize = 10;
 pub const SHUTDOWN_LIMIT: Duration = Duration::from_secs(2);
 
 const NOT_ALLOWED: &str = "State transition is not allowed";
-
-/// A call of an extension.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum ExtensionCall {
-    /// `POST …/extension/register`.
-    Register {
-        /// `Lambda-Extension-Name`.
-        name: String,
-        /// The identifier that it gets, unless it has one already.
-        identifier: String,
-        /// What it asks to be told of.
-        events: Vec<String>,
-    },
-    /// `GET …/extension/event/next`.
-    Next {
-        /// `Lambda-Extension-Identifier`.
-        identifier: String,
-    },
-    /// `POST …/extension/init/error`.
-    InitError {
-        /// `Lambda-Extension-Identifier`.
-        identifier: String,
-        /// `Lambda-Extension-Function-Error-Type`.
-        error_type: String,
-    },
-    /// `POST …/extension/exit/error`.
-    ExitError {
-        /// `Lambda-Extension-Identifier`.
-        identifier: String,
-        /// `Lambda-Extension-Function-Error-Type`.
-        error_type: String,
-    },
-}
-
-/// What the Extensions API answers.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum ExtensionAnswer {
-    /// 200 with what the function is.
-    Registered {
-        /// `Lambda-Extension-Identifier`.
-        identifier: String,
-    },
-    /// 200 with an event.
-    Event(Event),
-    /// 202.
-    Accepted,
-    /// 403.
-    Refused(Refusal),
-}
-
-/// Why a call is refused.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Refusal {
-    /// Lambda's name for it.
-    pub error_type: &'static str,
-    /// For people.
-    pub message: String,
-}
-
-impl Refusal {
-    /// A refusal in these words.
-    pub(crate) fn new(error_type: &'static str, message: impl Into<String>) -> Self {
-        Self {
-            error_type,
-            message: message.into(),
-        }
-    }
-}
-
-/// What an extension is told.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Event {
-    /// `INVOKE`; the invocation without its payload.
-    Invoke(Invoke),
-    /// `SHUTDOWN`.
-    Shutdown(Reason),
-}
-
-/// `shutdownReason`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reason {
-    /// The invocation, and with it the clone, is over.
-    Spindown,
-    /// The invocation took too long.
-    Timeout,
-    /// The runtime or an extension failed.
-    Failure,
-}
-
-/// How long the end of a sandbox may take.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Limit {
-    /// Until the invocation's deadline, milliseconds since the Unix epoch.
-    Deadline(u64),
-    /// Lambda's time for extensions that were told of the end.
-    Shutdown,
-    /// It is over.
-    None,
-}
-
-/// An extension failed, and with it the sandbox.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Failure {
-    /// `Extension.Crash`, `Extension.InitError`, `Extension.ExitError` or `Extension.LaunchError`.
-    pub error_type: &'static str,
-    /// For people.
-    pub text: String,
-}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
@@ -267,6 +164,15 @@ impl Extensions {
                 identifier,
                 error_type,
             } => self.failed(&identifier, error_type, State::ExitError),
+            ExtensionCall::Subscribe {
+                identifier,
+                subscription,
+            } => self
+                .subscriber(&identifier, subscription.api, is_initialising)
+                .map(|name| {
+                    let subscribed = Effect::Subscribe(name, subscription);
+                    (vec![subscribed, reply(ExtensionAnswer::Subscribed)], None)
+                }),
         };
         result.unwrap_or_else(|refused| (vec![reply(ExtensionAnswer::Refused(refused))], None))
     }
@@ -278,28 +184,25 @@ impl Extensions {
         events: &[String],
         is_initialising: bool,
     ) -> Result<(), Refusal> {
-        if name.is_empty() {
-            return Err(Refusal::new(
-                "Extension.InvalidExtensionName",
-                "Empty extension name",
-            ));
-        }
         let external = self
             .all
             .iter()
             .position(|one| one.is_external && one.name == name);
         let wants = |wanted: &str| events.iter().any(|event| event == wanted);
         for event in events {
-            // The end of the runtime's process is not told to what is part of it.
-            let is_known = event == "INVOKE" || (event == "SHUTDOWN" && external.is_some());
-            if !is_known {
-                let message = format!("{event}: ErrorInvalidEventType");
-                return Err(Refusal::new("Extension.InvalidEventType", message));
-            }
+            let why = match event.as_str() {
+                "INVOKE" => continue,
+                "SHUTDOWN" if external.is_some() => continue,
+                // The end of the runtime's process is not told to what is part of it.
+                "SHUTDOWN" => "ShutdownEventNotSupportedForInternalExtension",
+                _ => "ErrorInvalidEventType",
+            };
+            let message = format!("{event}: {why}");
+            return Err(Refusal::new("Extension.InvalidEventType", message));
         }
         let at = match external {
             Some(at) if self.all[at].state != State::Started => {
-                return Err(self.all[at].not_allowed("Registered"));
+                return Err(self.all[at].not_allowed("Registered", &name));
             }
             Some(at) => at,
             None if !is_initialising => {
@@ -328,27 +231,25 @@ impl Extensions {
         Ok(())
     }
 
-    fn find(&self, identifier: &str) -> Result<usize, Refusal> {
+    /// The extension with this identifier; or Lambda's refusal, in the words of the call.
+    fn find(&self, identifier: &str, unknown: impl Into<String>) -> Result<usize, Refusal> {
         let found = self
             .all
             .iter()
             .position(|one| !identifier.is_empty() && one.identifier == identifier);
-        found.ok_or_else(|| {
-            let message = format!("Unknown extension {identifier}");
-            Refusal::new("Extension.UnknownExtensionIdentifier", message)
-        })
+        found.ok_or_else(|| Refusal::new("Extension.UnknownExtensionIdentifier", unknown))
     }
 
     fn next(&mut self, identifier: &str) -> Result<Vec<Effect>, Refusal> {
-        let at = self.find(identifier)?;
+        let at = self.find(identifier, format!("Unknown extension {identifier}"))?;
         let one = &mut self.all[at];
         match one.state {
-            State::Registered | State::Ready | State::Running => {}
+            State::Registered | State::Running => {}
             State::Told | State::Done => {
                 one.state = State::Done;
                 return Ok(vec![Effect::ParkExtension(at)]);
             }
-            _ => return Err(one.not_allowed("Ready")),
+            _ => return Err(one.not_allowed("Ready", identifier)),
         }
         Ok(vec![match one.waiting.take() {
             Some(event) => {
@@ -362,20 +263,53 @@ impl Extensions {
         }])
     }
 
+    /// The name of an extension that may subscribe to telemetry.
+    fn subscriber(
+        &self,
+        identifier: &str,
+        api: Api,
+        is_initialising: bool,
+    ) -> Result<String, Refusal> {
+        let at = self.find(identifier, format!("Unknown extension {identifier}"))?;
+        let (error_type, message) = match api {
+            Api::Logs => (
+                "Logs.SubscriptionClosed",
+                "Logs API subscription is closed already",
+            ),
+            Api::Telemetry => (
+                "Telemetry.SubscriptionClosed",
+                "Telemetry API subscription is closed already",
+            ),
+        };
+        if is_initialising {
+            Ok(self.all[at].name.clone())
+        } else {
+            Err(Refusal::new(error_type, message))
+        }
+    }
+
     fn failed(
         &mut self,
         identifier: &str,
         error_type: String,
         state: State,
     ) -> Result<(Vec<Effect>, Option<Failure>), Refusal> {
-        let at = self.find(identifier)?;
+        let at = self.find(identifier, "Unknown Lambda-Extension-Identifier")?;
         let one = &mut self.all[at];
-        let (allowed, name) = match state {
-            State::InitError => (one.state == State::Registered, "Extension.InitError"),
-            _ => (one.is_alive(), "Extension.ExitError"),
+        // Said again it is accepted and changes nothing.
+        if one.state == state {
+            return Ok((vec![reply(ExtensionAnswer::Accepted)], None));
+        }
+        let (allowed, name, to) = match state {
+            State::InitError => (
+                one.state == State::Registered,
+                "Extension.InitError",
+                "InitError",
+            ),
+            _ => (one.is_alive(), "Extension.ExitError", "Exited"),
         };
         if !allowed {
-            return Err(one.not_allowed(state.name()));
+            return Err(one.not_allowed(to, identifier));
         }
         one.state = state;
         one.error_type = Some(error_type.clone());
@@ -507,6 +441,12 @@ impl Extensions {
         effects
     }
 
+    /// Name, state and events of each.
+    pub(crate) fn described(&self) -> Vec<(String, &'static str, Vec<&'static str>)> {
+        let one = |one: &Extension| (one.name.clone(), one.state.name(), one.wanted());
+        self.all.iter().map(one).collect()
+    }
+
     /// The lines about the extensions that Lambda writes into the log at the end of an initialisation; nothing without any.
     pub(crate) fn report(&self) -> Option<Effect> {
         if !self.take_part() {
@@ -557,23 +497,27 @@ impl Extension {
         )
     }
 
-    fn not_allowed(&self, to: &str) -> Refusal {
-        let (from, name) = (self.state.name(), &self.name);
+    /// `who` is what the call named it by.
+    fn not_allowed(&self, to: &str, who: &str) -> Refusal {
+        let from = self.state.name();
         Refusal::new(
             "Extension.InvalidExtensionState",
             format!(
-                "State transition from {from} to {to} failed for extension {name}. Error: {NOT_ALLOWED}"
+                "State transition from {from} to {to} failed for extension {who}. Error: {NOT_ALLOWED}"
             ),
         )
     }
 
-    fn line(&self) -> String {
-        let wanted = [(self.on_invoke, "INVOKE"), (self.on_shutdown, "SHUTDOWN")];
-        let wanted: Vec<&str> = wanted
+    /// The events that it is told of.
+    fn wanted(&self) -> Vec<&'static str> {
+        [(self.on_invoke, "INVOKE"), (self.on_shutdown, "SHUTDOWN")]
             .iter()
             .filter_map(|(wanted, event)| wanted.then_some(*event))
-            .collect();
-        let (name, state, events) = (&self.name, self.state.name(), wanted.join(","));
+            .collect()
+    }
+
+    fn line(&self) -> String {
+        let (name, state, events) = (&self.name, self.state.name(), self.wanted().join(","));
         let error = self.error_type.as_ref();
         let error = error.map(|error| format!("\tError Type: {error}"));
         let error = error.unwrap_or_default();

@@ -25,3 +25,4 @@ pub mod process;
     reason = "the one module that makes system calls without a safe wrapper"
 )]
 pub mod sys;
+pub mod telemetry;

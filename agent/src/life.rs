@@ -26,7 +26,7 @@ use thaw_agent_protocol::{
 use crate::document;
 use crate::extensions::{Extensions, Failure};
 
-pub use words::{Answer, Call, Effect, Invocation, LifeError};
+pub use words::{Answer, Call, Effect, Invocation, LifeError, Unfit};
 
 /// Request id under which a runtime that is still initialising may post an answer to nobody: a rehearsal of an invocation,
 /// so that the code and the connection of the real one are in the snapshot.
@@ -63,6 +63,8 @@ pub struct Life {
     parked: Option<Parked>,
     answered: Option<String>,
     restore_error: Option<InitError>,
+    /// The runtime was told that it is restored, and has not asked for an invocation since.
+    is_restoring: bool,
     extensions: Extensions,
     /// An extension failed while nothing ran that could be answered with it.
     extension_failure: Option<Failure>,
@@ -89,6 +91,7 @@ impl Life {
             parked: None,
             answered: None,
             restore_error: None,
+            is_restoring: false,
             extensions: Extensions::new(),
             extension_failure: None,
             runtime_started: false,
@@ -198,20 +201,9 @@ impl Life {
                 let message = AgentMessage::InvocationError(error);
                 self.finish(&id, "InvocationErrorResponse", message)
             }
-            Call::TooLarge { request_id } => {
-                let message = AgentMessage::InvocationError(InvocationError {
-                    request_id: request_id.clone(),
-                    error_type: Some(document::RESPONSE_TOO_LARGE.into()),
-                    payload: document::response_too_large(),
-                });
-                let mut effects = self.finish(&request_id, "InvocationResponse", message);
-                for effect in &mut effects {
-                    if *effect == Effect::Answer(Answer::Accepted) {
-                        *effect = Effect::Answer(Answer::TooLarge);
-                    }
-                }
-                effects
-            }
+            Call::Unfit(request_id, unfit) => self.unfit(&request_id, unfit),
+            // Clients of before `restore/error` report failed hooks so, and Lambda still takes it.
+            Call::InitError(error) if self.is_restoring => self.restore_failed(error),
             Call::InitError(error) if self.is_initialising() => {
                 self.phase = Phase::Ended;
                 vec![
@@ -300,6 +292,7 @@ impl Life {
         let mut effects = vec![Effect::Adopt(generation, thaw)];
         if self.parked == Some(Parked::RestoreNext) {
             self.parked = None;
+            self.is_restoring = true;
             effects.push(Effect::Wake(Answer::Restored));
         }
         Ok(effects)
@@ -350,6 +343,7 @@ impl Life {
     }
 
     fn next(&mut self) -> Vec<Effect> {
+        self.is_restoring = false;
         match &self.phase {
             Phase::Initialising { .. } | Phase::Idle { announced: false } => {
                 self.park_and_announce(Parked::Next)
@@ -376,7 +370,10 @@ impl Life {
                 vec![Effect::Park]
             }
             // The answer was lost with its connection; the clone is unique all the same.
-            Phase::Idle { .. } | Phase::Assigned(_) => vec![Effect::Answer(Answer::Restored)],
+            Phase::Idle { .. } | Phase::Assigned(_) => {
+                self.is_restoring = true;
+                vec![Effect::Answer(Answer::Restored)]
+            }
             _ => self.not_allowed("RestoreReady"),
         }
     }
@@ -398,12 +395,37 @@ impl Life {
                 self.phase = Phase::Idle { announced: false };
                 vec![Effect::Send(message), Effect::Answer(Answer::Accepted)]
             }
+            // The right id, of an invocation that the runtime has not asked for.
+            Phase::Assigned(invocation) if invocation.head.request_id == id => self.not_allowed(to),
             Phase::Running(_) | Phase::Assigned(_) => {
                 vec![Effect::Answer(Answer::InvalidRequestId)]
             }
             _ if self.answered.as_deref() == Some(id) => self.not_allowed(to),
             _ => vec![Effect::Answer(Answer::InvalidRequestId)],
         }
+    }
+
+    /// What was posted fails the invocation.
+    fn unfit(&mut self, request_id: &str, unfit: Unfit) -> Vec<Effect> {
+        let (error_type, payload) = match unfit {
+            Unfit::TooLarge => (document::RESPONSE_TOO_LARGE, document::response_too_large()),
+            Unfit::ResponseMode => (
+                document::INVALID_MODE,
+                document::error(document::INVALID_MODE, document::INVALID_MODE_MESSAGE),
+            ),
+        };
+        let message = AgentMessage::InvocationError(InvocationError {
+            request_id: request_id.to_owned(),
+            error_type: Some(error_type.into()),
+            payload,
+        });
+        let mut effects = self.finish(request_id, "InvocationResponse", message);
+        for effect in &mut effects {
+            if *effect == Effect::Answer(Answer::Accepted) {
+                *effect = Effect::Answer(Answer::Unfit(unfit));
+            }
+        }
+        effects
     }
 
     fn is_rehearsal(&self, id: &str) -> bool {
@@ -435,7 +457,9 @@ impl Life {
     fn restore_failed(&mut self, error: InitError) -> Vec<Effect> {
         let thawed = self.is_clone();
         match &self.phase {
-            Phase::Idle { .. } if thawed && self.parked.is_none() => {
+            Phase::Idle { .. }
+                if thawed && self.parked.is_none() && self.restore_error.is_none() =>
+            {
                 self.restore_error = Some(error);
                 vec![Effect::Answer(Answer::Accepted)]
             }
@@ -465,16 +489,19 @@ impl Life {
         }
     }
 
+    /// The runtime's state by the names that Lambda gives them in its answers.
     fn phase_name(&self) -> &'static str {
         match self.phase {
-            Phase::Booted => "Booted",
-            Phase::Initialising { .. } => "Started",
-            Phase::Idle { announced: true } => "Ready",
-            Phase::Idle { announced: false } => "ResponseSent",
-            Phase::Assigned(_) => "Assigned",
+            Phase::Booted | Phase::Initialising { .. } => "Started",
+            _ if self.restore_error.is_some() => "RuntimeRestoreErrorState",
+            Phase::Idle { .. } | Phase::Assigned(_) if self.is_restoring => "Restoring",
+            Phase::Idle { .. } if self.parked == Some(Parked::RestoreNext) => "RestoreReady",
+            Phase::Idle { announced: false } => "RuntimeResponseSentState",
+            Phase::Idle { .. } | Phase::Assigned(_) => "Ready",
             Phase::Running(_) => "Running",
-            Phase::Streaming(_) => "Streaming",
-            Phase::Ended => "Ended",
+            Phase::Streaming(_) => "InvocationResponse",
+            Phase::Ended if self.is_clone() => "RuntimeRestoreErrorState",
+            Phase::Ended => "InitError",
         }
     }
 }

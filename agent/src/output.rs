@@ -1,4 +1,4 @@
-//! The runtime's standard output and error: pipes that the agent reads no faster than the host takes the bytes.
+//! Standard output and error of the runtime and, apart from it, of extensions: pipes that the agent reads no faster than the host takes the bytes.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -9,6 +9,7 @@ use thaw_agent_protocol::LogStream;
 use tokio::net::unix::pipe::Receiver;
 
 use crate::sys::User;
+use crate::telemetry::Kind;
 
 /// Most bytes in one `Log` message.
 pub const LOG_BYTES_MAX: usize = 64 * 1024;
@@ -16,16 +17,27 @@ pub const LOG_BYTES_MAX: usize = 64 * 1024;
 /// What the runtime can write before it waits for the agent to read (pipe(7); a power of two).
 const PIPE_BYTES: usize = 256 * 1024;
 
-/// The reading ends of both pipes.
+/// Pipes of a sandbox: two of the runtime's, and two of extensions.
+const PIPES_MAX: usize = 4;
+
+/// The reading ends of all pipes.
 #[derive(Debug)]
 pub(crate) struct Output {
-    stdout: Pipe,
-    stderr: Pipe,
-    first: Option<(LogStream, Vec<u8>)>,
+    pipes: Vec<Pipe>,
+    /// Which pipe, and what was read.
+    first: Option<(usize, Vec<u8>)>,
     buffer: Vec<u8>,
 }
 
-/// The writing ends, for the runtime.
+/// What was written, and by whom.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Written {
+    pub(crate) kind: Kind,
+    pub(crate) stream: LogStream,
+    pub(crate) bytes: Vec<u8>,
+}
+
+/// The writing ends, for a process.
 #[derive(Debug)]
 pub(crate) struct WritingEnds {
     pub(crate) stdout: OwnedFd,
@@ -44,58 +56,63 @@ impl WritingEnds {
 
 #[derive(Debug)]
 struct Pipe {
+    kind: Kind,
     stream: LogStream,
     receiver: Receiver,
     open: bool,
 }
 
 impl Output {
-    /// Makes both pipes. They belong to `user`, so that the runtime can open `/dev/stdout` again.
+    /// The runtime's pipes. They belong to `user`, so that the runtime can open `/dev/stdout` again.
     pub(crate) fn new(user: Option<User>) -> io::Result<(Self, WritingEnds)> {
-        let (stdout, stdout_end) = Pipe::new(LogStream::Stdout, user)?;
-        let (stderr, stderr_end) = Pipe::new(LogStream::Stderr, user)?;
-        let output = Self {
-            stdout,
-            stderr,
+        let mut output = Self {
+            pipes: Vec::new(),
             first: None,
             buffer: vec![0; LOG_BYTES_MAX],
         };
-        let ends = WritingEnds {
-            stdout: stdout_end,
-            stderr: stderr_end,
-        };
+        let ends = output.add(Kind::Function, user)?;
         Ok((output, ends))
     }
 
-    /// Waits until either stream has bytes, and reads the first of them; without end when both are closed. Cancelling
+    /// The pipes of extensions.
+    pub(crate) fn add_extensions(&mut self, user: Option<User>) -> io::Result<WritingEnds> {
+        self.add(Kind::Extension, user)
+    }
+
+    fn add(&mut self, kind: Kind, user: Option<User>) -> io::Result<WritingEnds> {
+        let (stdout, stdout_end) = Pipe::new(kind, LogStream::Stdout, user)?;
+        let (stderr, stderr_end) = Pipe::new(kind, LogStream::Stderr, user)?;
+        self.pipes.extend([stdout, stderr]);
+        Ok(WritingEnds {
+            stdout: stdout_end,
+            stderr: stderr_end,
+        })
+    }
+
+    /// Waits until any pipe has bytes, and reads the first of them; without end when all are closed. Cancelling
     /// loses nothing. What was read is handed out by [`Self::take`], which must be called before this is again.
     pub(crate) async fn readable(&mut self) {
         while self.first.is_none() {
-            let pipe = tokio::select! {
-                () = self.stdout.ready() => &mut self.stdout,
-                () = self.stderr.ready() => &mut self.stderr,
-            };
-            self.first = pipe
+            let at = ready(&self.pipes).await;
+            self.first = self.pipes[at]
                 .read(&mut self.buffer)
-                .map(|bytes| (pipe.stream, bytes));
+                .map(|bytes| (at, bytes));
         }
     }
 
     /// How many bytes were written and not read yet: what must go to the host before an answer does.
     pub(crate) fn backlog(&self) -> Backlog {
-        Backlog {
-            stdout: self.stdout.waiting(),
-            stderr: self.stderr.waiting(),
+        let mut backlog = Backlog::default();
+        for (left, pipe) in backlog.0.iter_mut().zip(&self.pipes) {
+            *left = pipe.waiting();
         }
+        backlog
     }
 
     /// The next piece of a backlog, at most [`LOG_BYTES_MAX`]; `None` when it is used up.
-    pub(crate) fn take(&mut self, backlog: &mut Backlog) -> Option<(LogStream, Vec<u8>)> {
-        for (pipe, left) in [
-            (&mut self.stdout, &mut backlog.stdout),
-            (&mut self.stderr, &mut backlog.stderr),
-        ] {
-            let first = self.first.take_if(|(stream, _)| *stream == pipe.stream);
+    pub(crate) fn take(&mut self, backlog: &mut Backlog) -> Option<Written> {
+        for (at, (pipe, left)) in self.pipes.iter().zip(&mut backlog.0).enumerate() {
+            let first = self.first.take_if(|(of, _)| *of == at);
             let mut bytes = first.map(|(_, bytes)| bytes).unwrap_or_default();
             let length = (*left).min(LOG_BYTES_MAX - bytes.len());
             if length > 0 {
@@ -109,7 +126,11 @@ impl Output {
                 }
             }
             if !bytes.is_empty() {
-                return Some((pipe.stream, bytes));
+                return Some(Written {
+                    kind: pipe.kind,
+                    stream: pipe.stream,
+                    bytes,
+                });
             }
         }
         None
@@ -117,14 +138,25 @@ impl Output {
 }
 
 /// Bytes that lay in the pipes at one moment; at most what a pipe holds, however fast the runtime writes on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Backlog {
-    stdout: usize,
-    stderr: usize,
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Backlog([usize; PIPES_MAX]);
+
+/// Waits until one of the pipes has bytes, or is closed; says which.
+async fn ready(pipes: &[Pipe]) -> usize {
+    let one = async |at: usize| match pipes.get(at) {
+        Some(pipe) => pipe.ready().await,
+        None => std::future::pending().await,
+    };
+    tokio::select! {
+        () = one(0) => 0,
+        () = one(1) => 1,
+        () = one(2) => 2,
+        () = one(3) => 3,
+    }
 }
 
 impl Pipe {
-    fn new(stream: LogStream, user: Option<User>) -> io::Result<(Self, OwnedFd)> {
+    fn new(kind: Kind, stream: LogStream, user: Option<User>) -> io::Result<(Self, OwnedFd)> {
         let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
         // A larger pipe is a favour: the runtime only blocks earlier without it.
         let _ = rustix::pipe::fcntl_setpipe_size(&write, PIPE_BYTES);
@@ -133,6 +165,7 @@ impl Pipe {
             rustix::fs::fchown(&write, Some(uid), Some(gid))?;
         }
         let pipe = Self {
+            kind,
             stream,
             receiver: Receiver::from_owned_fd(read)?,
             open: true,

@@ -129,6 +129,18 @@ impl Process {
         let _ = rustix::process::kill_process_group(self.pid, signal);
     }
 
+    /// The most memory that the process had at once, MiB begun (`VmHWM`, proc(5)); 0 if it has ended.
+    pub(crate) fn memory_peak_mib(&self) -> u64 {
+        let path = format!("/proc/{}/status", self.pid.as_raw_nonzero());
+        let status = fs::read_to_string(path).unwrap_or_default();
+        let kib = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmHWM:"))
+            .and_then(|rest| rest.trim().strip_suffix(" kB"));
+        let kib: u64 = kib.and_then(|kib| kib.parse().ok()).unwrap_or(0);
+        kib.div_ceil(1024)
+    }
+
     /// The kernel's out-of-memory killer struck since it started.
     pub(crate) fn ran_out_of_memory(&self) -> bool {
         oom_kills() > self.oom_kills_at_start

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
 
-use rustix::process::{Gid, Uid};
+use rustix::process::{Gid, Resource, Rlimit, Uid};
 
 /// Constants of libc in the types of the structures that take them.
 const AF_VSOCK: libc::sa_family_t = 40;
@@ -160,6 +160,7 @@ pub fn confined(program: Program, user: Option<User>) -> Command {
         rustix::process::setsid()?;
         if let Some(user) = user {
             prefer_as_oom_victim()?;
+            limit_resources()?;
             drop_privileges(user)?;
         }
         // Not left to the standard library: its execvp hands files that are no program to a shell.
@@ -169,6 +170,26 @@ pub fn confined(program: Program, user: Option<User>) -> Command {
     // allocates nor takes a lock.
     unsafe { command.pre_exec(enter) };
     command
+}
+
+/// Limits of a function's processes, as recorded from Lambda. That of processes is left to the kernel, which derives it from
+/// the guest's memory there, too.
+fn limit_resources() -> rustix::io::Result<()> {
+    const CORE_BYTES: u64 = 10 * 1024 * 1024 * 1024;
+    const OPEN_FILES: u64 = 1024;
+    const LOCKED_BYTES: u64 = 64 * 1024;
+    for (resource, limit) in [
+        (Resource::Core, CORE_BYTES),
+        (Resource::Nofile, OPEN_FILES),
+        (Resource::Memlock, LOCKED_BYTES),
+    ] {
+        let limit = Rlimit {
+            current: Some(limit),
+            maximum: Some(limit),
+        };
+        rustix::process::setrlimit(resource, limit)?;
+    }
+    Ok(())
 }
 
 fn drop_privileges(user: User) -> io::Result<()> {

@@ -43,6 +43,10 @@ const MIB_PER_VCPU: u32 = 1769;
 /// Most virtual CPUs of a guest.
 const VCPUS_MAX: u32 = 4;
 
+/// Where X-Ray's daemon would be: datagrams to it go nowhere, as no daemon runs in a guest.
+const XRAY_HOST: &str = "127.0.0.1";
+const XRAY_PORT: &str = "2000";
+
 /// Virtual CPUs for a function of this size: one for each 1769 MiB begun, at most 4.
 #[must_use]
 pub fn vcpu_count(memory_mib: u32) -> u8 {
@@ -79,10 +83,13 @@ pub fn variables(
     region: &str,
     settings: &Settings,
 ) -> BTreeMap<String, String> {
-    let path = if is_provided(&settings.runtime) {
-        "/usr/local/bin:/usr/bin:/bin:/opt/bin"
-    } else {
-        "/var/lang/bin:/usr/local/bin:/usr/bin:/bin:/opt/bin"
+    const PATH: &str = "/var/lang/bin:/usr/local/bin:/usr/bin/:/bin:/opt/bin";
+    const LIBRARIES: &str = "/var/lang/lib:/lib64:/usr/lib64:/var/runtime:/var/runtime/lib:/var/task:/var/task/lib:/opt/lib";
+    // The older runtimes for programs of one's own name no /var/lang; all others do.
+    let has_lang = !matches!(settings.runtime.as_str(), "provided" | "provided.al2");
+    let without_lang = |list: &'static str| match list.split_once(':') {
+        Some((_, rest)) if !has_lang => rest,
+        _ => list,
     };
     let stream = format!(
         "{}/[{version}]{}",
@@ -114,6 +121,8 @@ pub fn variables(
         ("AWS_SECRET_ACCESS_KEY", "thaw"),
         ("AWS_SESSION_TOKEN", "thaw"),
         ("TZ", ":UTC"),
+        ("_AWS_XRAY_DAEMON_ADDRESS", XRAY_HOST),
+        ("_AWS_XRAY_DAEMON_PORT", XRAY_PORT),
     ];
     for (key, value) in fixed {
         variables.insert(key.to_owned(), value.to_owned());
@@ -125,13 +134,14 @@ pub fn variables(
         );
     }
     // These a client may set itself.
+    let xray = format!("{XRAY_HOST}:{XRAY_PORT}");
     let defaults = [
         ("LANG", "en_US.UTF-8"),
-        ("PATH", path),
-        (
-            "LD_LIBRARY_PATH",
-            "/var/lang/lib:/lib64:/usr/lib64:/var/runtime:/var/runtime/lib:/var/task:/var/task/lib:/opt/lib",
-        ),
+        ("PATH", without_lang(PATH)),
+        ("LD_LIBRARY_PATH", without_lang(LIBRARIES)),
+        // X-Ray's SDKs raise errors where no segment is open, unless they are told to write a line instead.
+        ("AWS_XRAY_CONTEXT_MISSING", "LOG_ERROR"),
+        ("AWS_XRAY_DAEMON_ADDRESS", &xray),
     ];
     for (key, value) in defaults {
         variables
@@ -173,6 +183,12 @@ mod tests {
         assert_eq!(variables["AWS_LAMBDA_FUNCTION_VERSION"], "2");
         assert_eq!(variables["AWS_LAMBDA_INITIALIZATION_TYPE"], "snap-start");
         assert!(!variables.contains_key("AWS_EXECUTION_ENV"));
+        assert!(variables["PATH"].starts_with("/var/lang/bin:"));
+        settings.runtime = "provided.al2".to_owned();
+        let variables = super::variables("f", VersionId::Latest, "eu-west-1", &settings);
+        assert_eq!(variables["PATH"], "/usr/local/bin:/usr/bin/:/bin:/opt/bin");
+        assert!(variables["LD_LIBRARY_PATH"].starts_with("/lib64:"));
+        assert_eq!(variables["AWS_XRAY_DAEMON_ADDRESS"], "127.0.0.1:2000");
         assert_eq!(bootstrap("provided.al2023").len(), 3);
     }
 }

@@ -6,16 +6,20 @@ use bytes::Bytes;
 use http_body_util::Full;
 use hyper::header::{HeaderMap, HeaderName, HeaderValue};
 use hyper::{Response, StatusCode};
+use serde::Deserialize;
 use serde_json::{Value, json};
 use thaw_agent_protocol::{Configure, Invoke};
 
 use super::body::Received;
-use super::{render, text};
+use super::{render, telemetry, text};
 use crate::extensions::{Event, ExtensionAnswer, ExtensionCall, Reason, Refusal, SHUTDOWN_LIMIT};
+use crate::telemetry::Api;
 
 const IDENTIFIER: &str = "lambda-extension-identifier";
 const EVENT_IDENTIFIER: &str = "lambda-extension-event-identifier";
 const ERROR_TYPE: &str = "lambda-extension-function-error-type";
+/// The body of a subscription is outside its schema: 400, where all else is 403.
+const INVALID: &str = "ValidationError";
 const ACCEPT: &str = "lambda-extension-accept-feature";
 
 type Reply = Response<Full<Bytes>>;
@@ -48,33 +52,44 @@ impl Registration {
         if wants_account && let Some(account_id) = &self.account_id {
             document["accountId"] = json!(account_id);
         }
-        let mut response = render::document(StatusCode::OK, document.to_string().into());
+        let mut response = render::json(StatusCode::OK, document.to_string().into());
         put(&mut response, IDENTIFIER, identifier);
         response
     }
 }
 
+/// The body of a registration; a member that is null is none.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Wish {
+    events: Option<Vec<String>>,
+    configuration_keys: Option<Vec<String>>,
+}
+
 /// `POST …/extension/register`; or why it is refused before it is looked at.
 pub(crate) fn register(headers: &HeaderMap, received: Received) -> Result<ExtensionCall, Refusal> {
     let malformed = |message: &str| Refusal::new("InvalidRequestFormat", message);
-    let events = match received {
-        Received::TooLarge => return Err(malformed("the body is too large")),
-        // Clients that want no events were always let in without a body.
-        Received::Whole { payload } if payload.is_empty() => Vec::new(),
-        Received::Whole { payload } => {
-            let body: Value =
-                serde_json::from_slice(&payload).map_err(|error| malformed(&error.to_string()))?;
-            match body.get("events") {
-                None => Vec::new(),
-                Some(events) => serde_json::from_value(events.clone())
-                    .map_err(|error| malformed(&error.to_string()))?,
-            }
-        }
+    let name = text(headers, "lambda-extension-name").unwrap_or_default();
+    if name.is_empty() {
+        return Err(Refusal::new(
+            "Extension.InvalidExtensionName",
+            "Empty extension name",
+        ));
+    }
+    let Received::Whole { payload } = received else {
+        return Err(malformed("the body is too large"));
     };
+    let wish: Wish =
+        serde_json::from_slice(&payload).map_err(|error| malformed(&error.to_string()))?;
+    if wish.configuration_keys.is_some_and(|keys| !keys.is_empty()) {
+        return Err(malformed(
+            "configurationKeys are deprecated; use environment variables instead",
+        ));
+    }
     Ok(ExtensionCall::Register {
-        name: text(headers, "lambda-extension-name").unwrap_or_default(),
+        name,
         identifier: fresh_identifier(),
-        events,
+        events: wish.events.unwrap_or_default(),
     })
 }
 
@@ -98,6 +113,24 @@ pub(crate) fn exit_error(headers: &HeaderMap) -> Result<ExtensionCall, Refusal> 
     Ok(ExtensionCall::ExitError {
         identifier,
         error_type,
+    })
+}
+
+/// `PUT …/telemetry` or `…/logs`; or why it is refused before it is looked at.
+pub(crate) fn subscribe(
+    api: Api,
+    headers: &HeaderMap,
+    received: Received,
+) -> Result<ExtensionCall, Refusal> {
+    let identifier = identifier(headers)?;
+    let Received::Whole { payload } = received else {
+        return Err(Refusal::new(INVALID, "the body is too large"));
+    };
+    let subscription =
+        telemetry::subscription(api, &payload).map_err(|reason| Refusal::new(INVALID, reason))?;
+    Ok(ExtensionCall::Subscribe {
+        identifier,
+        subscription,
     })
 }
 
@@ -147,26 +180,27 @@ pub(crate) fn answer(
                 Event::Invoke(head) => invoke(&head),
                 Event::Shutdown(reason) => shutdown(reason),
             };
-            let mut response = render::document(StatusCode::OK, document.to_string().into());
+            let mut response = render::json(StatusCode::OK, document.to_string().into());
             put(&mut response, EVENT_IDENTIFIER, &fresh_identifier());
             response
         }
         ExtensionAnswer::Accepted => render::accepted(),
+        ExtensionAnswer::Subscribed => render::text(StatusCode::OK, "\"OK\""),
         ExtensionAnswer::Refused(refusal) => refused(&refusal),
     }
 }
 
 fn invoke(head: &Invoke) -> Value {
-    json!({
+    let mut event = json!({
         "eventType": "INVOKE",
         "deadlineMs": head.deadline_unix_ms,
         "requestId": head.request_id,
         "invokedFunctionArn": head.function_arn,
-        "tracing": {
-            "type": "X-Amzn-Trace-Id",
-            "value": head.trace_id.as_deref().unwrap_or_default(),
-        },
-    })
+    });
+    if let Some(trace_id) = head.trace_id.as_deref().filter(|id| !id.is_empty()) {
+        event["tracing"] = json!({"type": "X-Amzn-Trace-Id", "value": trace_id});
+    }
+    event
 }
 
 fn shutdown(reason: Reason) -> Value {
@@ -185,7 +219,11 @@ fn shutdown(reason: Reason) -> Value {
 
 /// The answer to a call that was refused.
 pub(crate) fn refused(refusal: &Refusal) -> Reply {
-    render::error(StatusCode::FORBIDDEN, refusal.error_type, &refusal.message)
+    let status = match refusal.error_type {
+        INVALID => StatusCode::BAD_REQUEST,
+        _ => StatusCode::FORBIDDEN,
+    };
+    render::error(status, refusal.error_type, &refusal.message)
 }
 
 fn put(response: &mut Reply, name: &'static str, value: &str) {

@@ -7,11 +7,13 @@ use hyper::{Response, StatusCode};
 use serde_json::json;
 use thaw_agent_protocol::RESPONSE_BYTES_MAX;
 
-use crate::life::{Answer, Invocation};
+use crate::document;
+use crate::life::{Answer, Invocation, Unfit};
 
 type Reply = Response<Full<Bytes>>;
 
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
+const TEXT: HeaderValue = HeaderValue::from_static("text/plain; charset=utf-8");
 
 /// The answer on the wire.
 pub(crate) fn answer(answer: Answer) -> Reply {
@@ -32,8 +34,13 @@ pub(crate) fn answer(answer: Answer) -> Reply {
             ),
         ),
         // Rendered with the request's headers, in `api::extension`.
-        Answer::Extension(_) => plain(StatusCode::INTERNAL_SERVER_ERROR),
-        Answer::TooLarge => error(
+        Answer::Extension(_) => internal_error(),
+        Answer::Unfit(Unfit::ResponseMode) => error(
+            StatusCode::BAD_REQUEST,
+            "InvalidFunctionResponseMode",
+            document::INVALID_MODE_MESSAGE,
+        ),
+        Answer::Unfit(Unfit::TooLarge) => error(
             StatusCode::PAYLOAD_TOO_LARGE,
             "RequestEntityTooLarge",
             &format!("Exceeded maximum allowed payload size ({RESPONSE_BYTES_MAX} bytes)."),
@@ -43,10 +50,27 @@ pub(crate) fn answer(answer: Answer) -> Reply {
 
 /// 202 with `{"status":"OK"}`.
 pub(crate) fn accepted() -> Reply {
-    document(
+    json(
         StatusCode::ACCEPTED,
-        Bytes::from_static(br#"{"status":"OK"}"#),
+        Bytes::from_static(b"{\"status\":\"OK\"}\n"),
     )
+}
+
+/// 500, for what is no fault of the client's.
+pub(crate) fn internal_error() -> Reply {
+    error(
+        StatusCode::INTERNAL_SERVER_ERROR,
+        "InternalServerError",
+        "Internal Server Error",
+    )
+}
+
+/// A status with a few words.
+pub(crate) fn text(status: StatusCode, words: &'static str) -> Reply {
+    let mut response = Response::new(Full::new(Bytes::from_static(words.as_bytes())));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, TEXT);
+    response
 }
 
 /// A status without a body.
@@ -57,7 +81,7 @@ pub(crate) fn plain(status: StatusCode) -> Reply {
 }
 
 /// A JSON document.
-pub(super) fn document(status: StatusCode, body: Bytes) -> Reply {
+pub(super) fn json(status: StatusCode, body: Bytes) -> Reply {
     let mut response = Response::new(Full::new(body));
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, JSON);
@@ -67,7 +91,7 @@ pub(super) fn document(status: StatusCode, body: Bytes) -> Reply {
 /// An error as Lambda writes it.
 pub(super) fn error(status: StatusCode, error_type: &str, message: &str) -> Reply {
     let body = json!({"errorMessage": message, "errorType": error_type});
-    document(status, Bytes::from(body.to_string()))
+    json(status, Bytes::from(format!("{body}\n")))
 }
 
 fn invocation(invocation: &Invocation) -> Reply {
@@ -78,7 +102,7 @@ fn invocation(invocation: &Invocation) -> Reply {
     } else {
         invocation.payload.clone()
     };
-    let mut response = document(StatusCode::OK, payload);
+    let mut response = json(StatusCode::OK, payload);
     let headers = response.headers_mut();
     let mut put = |name, value: &str| {
         if let Some(value) = header_value(value) {

@@ -11,13 +11,13 @@ use tokio::sync::mpsc;
 
 use super::{PendingCall, ask, body, text};
 use crate::document;
-use crate::life::{Answer, Call};
+use crate::life::{Answer, Call, Unfit};
 
-const RESPONSE_MODE: &str = "lambda-runtime-function-response-mode";
+pub(crate) const RESPONSE_MODE: &str = "lambda-runtime-function-response-mode";
 
 /// Whether a response is to be forwarded piece by piece.
 pub(crate) fn is_streamed(headers: &HeaderMap) -> bool {
-    text(headers, RESPONSE_MODE).is_some_and(|mode| mode.eq_ignore_ascii_case("streaming"))
+    text(headers, RESPONSE_MODE).as_deref() == Some("streaming")
 }
 
 /// Forwards a response; `None` when the driver is gone. It runs to its end even when its connection is lost midway, so that
@@ -70,7 +70,7 @@ pub(crate) async fn forward(
                 if total > STREAM_BYTES_MAX {
                     let answer = ask(&calls, end(Some(too_large()))).await;
                     body::receive(body).await?;
-                    return Ok(answer.map(|_| Answer::TooLarge));
+                    return Ok(answer.map(|_| Answer::Unfit(Unfit::TooLarge)));
                 }
                 answer = pieces(&calls, &request_id, tail.push(data)).await;
             }

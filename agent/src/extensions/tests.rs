@@ -146,10 +146,6 @@ fn registrations_are_refused_as_lambda_refuses_them() {
     let (mut life, _) = launched(&["e"]);
     let refused = |life: &mut Life, call| refusal(&life.call(call)).to_owned();
     let state = "Extension.InvalidExtensionState";
-    assert_eq!(
-        refused(&mut life, register("", &[])),
-        "Extension.InvalidExtensionName"
-    );
     let event = "Extension.InvalidEventType";
     assert_eq!(refused(&mut life, register("e", &["START"])), event);
     assert_eq!(
@@ -175,11 +171,36 @@ fn registrations_are_refused_as_lambda_refuses_them() {
         life.call(next(name));
     }
     assert_eq!(refused(&mut life, init_error("e")), state);
+    // It waits already; were its connection lost, the driver would have said so.
+    assert_eq!(refused(&mut life, next("e")), state);
     life.call(Call::Next);
     assert_eq!(
         refused(&mut life, register("late", &[])),
         "Extension.RegistrationClosed"
     );
+}
+
+#[test]
+fn an_error_that_is_reported_again_is_accepted_and_changes_nothing() {
+    for (report, other) in [
+        (
+            init_error as fn(&str) -> Call,
+            exit_error as fn(&str) -> Call,
+        ),
+        (exit_error, init_error),
+    ] {
+        let (mut life, _) = launched(&["e"]);
+        life.call(register("e", &[]));
+        assert!(life.call(report("e")).len() > 1);
+        assert_eq!(
+            life.call(report("e")),
+            [Effect::Answer(Answer::Extension(ExtensionAnswer::Accepted))]
+        );
+        assert_eq!(
+            refusal(&life.call(other("e"))),
+            "Extension.InvalidExtensionState"
+        );
+    }
 }
 
 #[test]

@@ -14,6 +14,11 @@ impl Life {
         self.extensions.take_part()
     }
 
+    /// Name, state and events of each extension.
+    pub(crate) fn extensions(&self) -> Vec<(String, &'static str, Vec<&'static str>)> {
+        self.extensions.described()
+    }
+
     /// The programs of these names were started as extensions, in this order: [`Effect::Start`] is carried out.
     pub fn extensions_launched(&mut self, names: Vec<String>) -> Vec<Effect> {
         self.extensions.launched(names);

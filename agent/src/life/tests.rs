@@ -243,7 +243,8 @@ fn input() -> impl Strategy<Value = Input> {
         4 => id().prop_map(|request_id| Input::Call(Call::ResponseBegin(StreamBegin { request_id, content_type: None }))),
         4 => id().prop_map(|request_id| Input::Call(Call::ResponseChunk { request_id, bytes: Bytes::from_static(b"x") })),
         4 => id().prop_map(|request_id| Input::Call(Call::ResponseEnd(StreamEnd { request_id, failure: None }))),
-        2 => id().prop_map(|request_id| Input::Call(Call::TooLarge { request_id })),
+        2 => id().prop_map(|request_id| Input::Call(Call::Unfit(request_id, Unfit::TooLarge))),
+        1 => id().prop_map(|request_id| Input::Call(Call::Unfit(request_id, Unfit::ResponseMode))),
         2 => id().prop_map(|request_id| Input::Call(Call::Error(InvocationError { request_id, ..Default::default() }))),
         1 => Just(Input::Call(Call::InitError(error.clone()))),
         1 => Just(Input::Call(Call::RestoreError(error))),
@@ -345,7 +346,7 @@ proptest! {
                         }
                     }
                     Effect::Start(_) | Effect::Kill | Effect::PowerOff => {}
-                    Effect::StartRuntime | Effect::ParkExtension(_) | Effect::WakeExtension(..) | Effect::Within(_) => {
+                    Effect::StartRuntime | Effect::ParkExtension(_) | Effect::WakeExtension(..) | Effect::Subscribe(..) | Effect::Within(_) => {
                         prop_assert!(false, "without extensions: {effect:?}");
                     }
                 }

@@ -10,6 +10,7 @@ use thiserror::Error;
 #[cfg(doc)]
 use super::Life;
 use crate::extensions::{Event, ExtensionAnswer, ExtensionCall, Limit};
+use crate::telemetry::Subscription;
 
 /// One invocation as the Runtime API hands it out; cheap to clone.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,11 +41,8 @@ pub enum Call {
     },
     /// The end of its body.
     ResponseEnd(StreamEnd),
-    /// `POST …/invocation/{id}/response` or `…/error`, over the size limit.
-    TooLarge {
-        /// The id in the path.
-        request_id: String,
-    },
+    /// `POST …/invocation/{id}/response` or `…/error` that cannot be handed on; the id in the path, and why not.
+    Unfit(String, Unfit),
     /// `POST …/invocation/{id}/error`, or a response whose trailers say that it failed midway.
     Error(InvocationError),
     /// `POST …/runtime/init/error`.
@@ -53,6 +51,15 @@ pub enum Call {
     RestoreError(InitError),
     /// A call of the Extensions API.
     Extension(ExtensionCall),
+}
+
+/// Why what a runtime posted for an invocation is not handed on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unfit {
+    /// It is over [`thaw_agent_protocol::RESPONSE_BYTES_MAX`].
+    TooLarge,
+    /// It names a response mode that Lambda does not know.
+    ResponseMode,
 }
 
 /// What the Runtime API answers to a [`Call`].
@@ -73,8 +80,8 @@ pub enum Answer {
         /// What the call would have led to.
         to: &'static str,
     },
-    /// 413.
-    TooLarge,
+    /// 413 or 400: what was posted is not handed on; the invocation failed of it.
+    Unfit(Unfit),
     /// What the Extensions API answers.
     Extension(ExtensionAnswer),
 }
@@ -98,6 +105,8 @@ pub enum Effect {
     ParkExtension(usize),
     /// Tell this extension, whose call is parked, of an event.
     WakeExtension(usize, Event),
+    /// The extension of this name hears telemetry from now on.
+    Subscribe(String, Subscription),
     /// From now on this limit holds for the end of the sandbox, see [`Life::end_limit_passed`].
     Within(Limit),
     /// Become the clone that the host describes, in this generation; tell the host.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use thaw_agent::driver::DriverError;
 use thaw_agent_protocol::{AgentMessage, Generation};
 
-use crate::support::{Sandbox, UNFIT};
+use crate::support::{Sandbox, UNFIT, invoke, thaw_named};
 
 fn frozen() -> (Sandbox, crate::support::Client) {
     let mut sandbox = Sandbox::idle();
@@ -60,8 +60,7 @@ fn an_invocation_of_another_clone_ends_the_sandbox() {
 #[test]
 fn a_clone_that_cannot_be_made_unique_ends_the_sandbox() {
     let (mut sandbox, mut client) = frozen();
-    sandbox.thaw_named(2, UNFIT.into());
-    sandbox.invoke(2, "r1", b"{}");
+    sandbox.send_at_once(2, [thaw_named(UNFIT.into()), invoke("r1", b"{}")]);
     let cause = std::io::Error::from(std::io::ErrorKind::StorageFull);
     assert_fatal(
         sandbox,

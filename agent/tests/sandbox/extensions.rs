@@ -231,6 +231,9 @@ fn malformed_calls_are_refused_in_lambdas_words() {
     let id = "Lambda-Extension-Identifier: 01234567-89ab-cdef-0123-456789abcdef\r\n";
     let (name, empty): (&str, &[u8]) = ("Lambda-Extension-Name: inside\r\n", b"");
     let error = "Extension.InvalidEventType";
+    let not_internal = "SHUTDOWN: ShutdownEventNotSupportedForInternalExtension";
+    let format = "InvalidRequestFormat";
+    let keys: &[u8] = br#"{"events":["INVOKE"],"configurationKeys":["A"]}"#;
     let cases = [
         (
             "POST",
@@ -238,13 +241,25 @@ fn malformed_calls_are_refused_in_lambdas_words() {
             "",
             empty,
             "Extension.InvalidExtensionName",
+            "Empty extension name",
+        ),
+        ("POST", "register", name, b"{".as_slice(), format, ""),
+        ("POST", "register", name, empty, format, ""),
+        (
+            "POST",
+            "register",
+            name,
+            br#"{"events":"INVOKE"}"#,
+            format,
+            "",
         ),
         (
             "POST",
             "register",
             name,
-            b"{".as_slice(),
-            "InvalidRequestFormat",
+            keys,
+            format,
+            "configurationKeys are deprecated; use environment variables instead",
         ),
         (
             "POST",
@@ -252,6 +267,15 @@ fn malformed_calls_are_refused_in_lambdas_words() {
             name,
             br#"{"events":["SHUTDOWN"]}"#,
             error,
+            not_internal,
+        ),
+        (
+            "POST",
+            "register",
+            name,
+            br#"{"events":["invoke"]}"#,
+            error,
+            "invoke: ErrorInvalidEventType",
         ),
         (
             "GET",
@@ -259,6 +283,7 @@ fn malformed_calls_are_refused_in_lambdas_words() {
             "",
             empty,
             "Extension.MissingExtensionIdentifier",
+            "Missing Lambda-Extension-Identifier header",
         ),
         (
             "GET",
@@ -266,6 +291,7 @@ fn malformed_calls_are_refused_in_lambdas_words() {
             "Lambda-Extension-Identifier: x\r\n",
             empty,
             "Extension.InvalidExtensionIdentifier",
+            "Invalid Lambda-Extension-Identifier",
         ),
         (
             "GET",
@@ -273,21 +299,102 @@ fn malformed_calls_are_refused_in_lambdas_words() {
             id,
             empty,
             "Extension.UnknownExtensionIdentifier",
+            "Unknown extension 01234567-89ab-cdef-0123-456789abcdef",
         ),
-        ("POST", "init/error", id, empty, "Extension.MissingHeader"),
+        (
+            "POST",
+            "init/error",
+            id,
+            empty,
+            "Extension.MissingHeader",
+            "Lambda-Extension-Function-Error-Type not found",
+        ),
+        (
+            "POST",
+            "exit/error",
+            &format!("{id}Lambda-Extension-Function-Error-Type: Extension.X\r\n"),
+            empty,
+            "Extension.UnknownExtensionIdentifier",
+            "Unknown Lambda-Extension-Identifier",
+        ),
     ];
-    for (method, path, headers, body, error_type) in cases {
+    for (method, path, headers, body, error_type, message) in cases {
         let reply = call(method, path, headers, body);
         assert_eq!(
             (reply.status, reply.json()["errorType"].as_str()),
             (403, Some(error_type))
         );
+        // What is wrong with JSON is said in the parser's words.
+        if !message.is_empty() {
+            assert_eq!(reply.json()["errorMessage"], message);
+        }
+        assert_eq!(reply.headers["content-type"], "application/json");
     }
     let headers = format!("{name}Lambda-Extension-Accept-Feature: accountId\r\n");
-    let reply = call("POST", "register", &headers, br#"{"events":[]}"#);
+    let reply = call("POST", "register", &headers, b"{}");
     assert_eq!(reply.status, 200);
     assert_eq!(reply.headers["lambda-extension-identifier"].len(), 36);
     assert_eq!(reply.json()["accountId"], "123456789012");
+    let id = &reply.headers["lambda-extension-identifier"];
+    let again = call("POST", "register", name, b"{}");
+    assert_eq!(again.status, 403);
+    assert_eq!(
+        again.json()["errorMessage"],
+        "Extension with this name already registered"
+    );
+    let own = format!("Lambda-Extension-Identifier: {id}\r\n");
+    let error = format!("{own}Lambda-Extension-Function-Error-Type: Extension.X\r\n");
+    for _ in 0..2 {
+        let reply = call("POST", "init/error", &error, b"");
+        assert_eq!(
+            (reply.status, &*reply.body),
+            (202, &b"{\"status\":\"OK\"}\n"[..])
+        );
+    }
+    let reply = call("GET", "event/next", &own, b"");
+    assert_eq!(
+        reply.json()["errorMessage"],
+        format!(
+            "State transition from InitError to Ready failed for extension {id}. Error: State transition is not allowed"
+        )
+    );
+    assert_eq!(sandbox.log_text(), "");
+}
+
+#[test]
+fn an_extension_that_lost_its_connection_may_ask_again_and_one_that_waits_may_not() {
+    let mut sandbox = Sandbox::idle();
+    let mut client = sandbox.client();
+    client.start(
+        "POST",
+        "/2020-01-01/extension/register",
+        "Lambda-Extension-Name: helper\r\n",
+        br#"{"events":["INVOKE"]}"#,
+    );
+    let identifier = client.finish().headers["lambda-extension-identifier"].clone();
+    let headers = format!("Lambda-Extension-Identifier: {identifier}\r\n");
+    let ask = |client: &mut Client| {
+        client.start("GET", "/2020-01-01/extension/event/next", &headers, b"");
+    };
+    ask(&mut client);
+    let mut second = sandbox.client();
+    ask(&mut second);
+    assert_eq!(
+        second.finish().json()["errorMessage"],
+        format!(
+            "State transition from Ready to Ready failed for extension {identifier}. Error: State transition is not allowed"
+        )
+    );
+    drop(client);
+    // Answered only after the server has seen the first connection close.
+    assert_eq!(second.get("/2018-06-01/ping").body, b"pong");
+    ask(&mut second);
+    let mut runtime = sandbox.client();
+    runtime.start_next();
+    assert_eq!(sandbox.message(), AgentMessage::Ready);
+    sandbox.thaw(1);
+    sandbox.invoke(1, "r1", b"{}");
+    assert_eq!(second.finish().json()["requestId"], "r1");
 }
 
 #[test]

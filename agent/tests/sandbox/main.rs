@@ -8,3 +8,4 @@ mod runtime_api;
 mod runtimes;
 mod streams;
 mod support;
+mod telemetry;

@@ -69,10 +69,15 @@ fn a_response_is_accepted_once_and_forwarded_with_its_content_type() {
     assert_eq!(answer.content_type.as_deref(), Some("text/plain"));
     let reply = client.finish();
     assert_eq!(reply.status, 202);
-    assert_eq!(reply.json(), json!({"status": "OK"}));
+    assert_eq!(reply.body, b"{\"status\":\"OK\"}\n");
+    assert_eq!(reply.headers["content-type"], "application/json");
     let second = client.post(&response_path("r1"), b"again");
     assert_eq!(second.status, 403);
-    assert_eq!(second.json()["errorType"], "InvalidStateTransition");
+    let message = "State transition from RuntimeResponseSentState to InvocationResponse failed for runtime. Error: State transition is not allowed";
+    assert_eq!(
+        second.json(),
+        json!({"errorType": "InvalidStateTransition", "errorMessage": message})
+    );
 }
 
 #[test]
@@ -107,6 +112,49 @@ fn an_invocation_error_carries_type_and_document() {
     assert_eq!(error.request_id, "r1");
     assert_eq!(error.error_type.as_deref(), Some("ValueError"));
     assert_eq!(error.payload, document);
+}
+
+#[test]
+fn a_cause_for_x_ray_is_not_handed_to_the_client() {
+    let (mut sandbox, mut client) = invoked();
+    client.start(
+        "POST",
+        "/2018-06-01/runtime/invocation/r1/error",
+        "Content-Type: application/vnd.aws.lambda.error.cause+json\r\n",
+        br#"{"errorMessage":"boom","errorType":"E","errorCause":{"working_directory":"/"}}"#,
+    );
+    assert_eq!(client.finish().status, 202);
+    let AgentMessage::InvocationError(error) = sandbox.message() else {
+        panic!("no error");
+    };
+    assert_eq!(error.payload, br#"{"errorMessage":"boom","errorType":"E"}"#);
+}
+
+#[test]
+fn a_response_mode_that_lambda_does_not_know_fails_the_invocation() {
+    let (mut sandbox, mut client) = invoked();
+    let mode = "Lambda-Runtime-Function-Response-Mode: Streaming\r\n";
+    client.start("POST", &response_path("r2"), mode, b"1");
+    assert_eq!(client.finish().json()["errorType"], "InvalidRequestID");
+    client.start("POST", &response_path("r1"), mode, b"1");
+    let AgentMessage::InvocationError(error) = sandbox.message() else {
+        panic!("no error");
+    };
+    let error_type = "Runtime.InvalidResponseModeHeader";
+    assert_eq!(error.error_type.as_deref(), Some(error_type));
+    let reply = client.finish();
+    assert_eq!(reply.status, 400);
+    assert_eq!(
+        reply.json(),
+        json!({"errorType": "InvalidFunctionResponseMode", "errorMessage": "Invalid function response mode"})
+    );
+    client.start_next();
+    assert_eq!(sandbox.message(), AgentMessage::Ready);
+    sandbox.invoke(1, "r2", b"{}");
+    assert_eq!(client.finish().status, 200);
+    let mode = "Lambda-Runtime-Function-Response-Mode: \r\n";
+    client.start("POST", &response_path("r2"), mode, b"1");
+    assert_eq!(client.finish().status, 202);
 }
 
 #[test]
@@ -170,6 +218,8 @@ fn an_init_error_is_accepted_once() {
     assert_eq!(error.payload, br#"{"errorMessage":"no"}"#);
     assert_eq!(client.finish().status, 202);
     assert_eq!(client.post(path, b"{}").status, 403);
+    let message = "State transition from InitError to Ready failed for runtime. Error: State transition is not allowed";
+    assert_eq!(client.get(NEXT).json()["errorMessage"], message);
 }
 
 #[test]
@@ -230,29 +280,28 @@ fn a_snap_start_runtime_is_frozen_in_restore_next() {
 
 #[test]
 fn a_failing_restore_hook_fails_the_invocation() {
-    let mut sandbox = Sandbox::idle();
-    let mut client = sandbox.client();
-    client.start("GET", "/2018-06-01/runtime/restore/next", "", b"");
-    assert_eq!(sandbox.message(), AgentMessage::Ready);
-    sandbox.thaw(5);
-    sandbox.hear_thawed();
-    assert_eq!(client.finish().status, 200);
-    client.start(
-        "POST",
-        "/2018-06-01/runtime/restore/error",
-        "Lambda-Runtime-Function-Error-Type: Runtime.AfterRestoreError\r\n",
-        b"{}",
-    );
-    assert_eq!(client.finish().status, 202);
-    sandbox.invoke(5, "r1", b"{}");
-    let AgentMessage::RestoreError(error) = sandbox.message() else {
-        panic!("no error");
-    };
-    assert_eq!(error.request_id, "r1");
-    assert_eq!(
-        error.error_type.as_deref(),
-        Some("Runtime.AfterRestoreError")
-    );
+    // Older clients use the second path.
+    for path in ["restore/error", "init/error"] {
+        let mut sandbox = Sandbox::idle();
+        let mut client = sandbox.client();
+        client.start("GET", "/2018-06-01/runtime/restore/next", "", b"");
+        assert_eq!(sandbox.message(), AgentMessage::Ready);
+        sandbox.thaw(5);
+        sandbox.hear_thawed();
+        assert_eq!(client.finish().status, 200);
+        let path = format!("/2018-06-01/runtime/{path}");
+        let kind = "Lambda-Runtime-Function-Error-Type: Runtime.AfterRestoreError\r\n";
+        client.start("POST", &path, kind, b"{}");
+        assert_eq!(client.finish().status, 202);
+        assert_eq!(client.post(&path, b"{}").status, 403);
+        sandbox.invoke(5, "r1", b"{}");
+        let AgentMessage::RestoreError(error) = sandbox.message() else {
+            panic!("no error");
+        };
+        assert_eq!(error.request_id, "r1");
+        let error_type = error.error_type.as_deref();
+        assert_eq!(error_type, Some("Runtime.AfterRestoreError"));
+    }
 }
 
 #[test]
@@ -300,10 +349,13 @@ fn an_invocation_waits_for_a_runtime_that_lost_its_connection() {
     drop(client);
     let mut client = sandbox.client();
     // Answered only after the server has seen the first connection close.
-    assert_eq!(client.get("/unknown").status, 404);
+    assert_eq!(client.get("/2018-06-01/ping").body, b"pong");
     sandbox.thaw(1);
     sandbox.invoke(1, "r1", b"{}");
     sandbox.hear_thawed();
+    for (id, status) in [("r1", 403), ("r2", 400)] {
+        assert_eq!(client.post(&response_path(id), b"1").status, status);
+    }
     assert_eq!(client.get(NEXT).status, 200);
     // And again, as the first answer could have been lost.
     assert_eq!(client.get(NEXT).status, 200);
@@ -317,7 +369,11 @@ fn garbage_costs_its_own_connection_only() {
     sandbox
         .client()
         .raw(b"POST /2018-06-01/runtime/invocation/r1/response HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\nx");
-    assert_eq!(client.post("/nowhere", b"").status, 404);
+    let nowhere = client.post("/nowhere", b"");
+    assert_eq!(
+        (nowhere.status, &*nowhere.body),
+        (404, &b"404 page not found\n"[..])
+    );
     assert_eq!(client.post(NEXT, b"").status, 405);
     assert_eq!(client.post(&response_path("r1"), b"1").status, 202);
     assert!(matches!(sandbox.message(), AgentMessage::Response(_)));

@@ -187,36 +187,24 @@ impl Sandbox {
     }
 
     pub fn send(&mut self, generation: u64, message: HostMessage) {
+        self.send_at_once(generation, [message]);
+    }
+
+    /// In one write, as the host does: an agent that ends at the first message cannot be gone before the second.
+    pub fn send_at_once<const N: usize>(&mut self, generation: u64, messages: [HostMessage; N]) {
         let mut bytes = Vec::new();
-        message.encode(Generation(generation), &mut bytes).unwrap();
+        for message in messages {
+            message.encode(Generation(generation), &mut bytes).unwrap();
+        }
         self.channel.write_all(&bytes).unwrap();
     }
 
     pub fn thaw(&mut self, generation: u64) {
-        self.thaw_named(generation, format!("clone-{generation}"));
-    }
-
-    pub fn thaw_named(&mut self, generation: u64, hostname: String) {
-        self.send(
-            generation,
-            HostMessage::Thaw(Thaw {
-                unix_time_ns: 1_800_000_000_000_000_000,
-                hostname,
-                entropy: vec![7; 64],
-            }),
-        );
+        self.send(generation, thaw_named(format!("clone-{generation}")));
     }
 
     pub fn invoke(&mut self, generation: u64, request_id: &str, payload: &[u8]) {
-        let invoke = Invoke {
-            request_id: request_id.into(),
-            deadline_unix_ms: 4_000_000_000_000,
-            function_arn: "arn:aws:lambda:us-east-1:000000000000:function:f".into(),
-            trace_id: Some("Root=1-0".into()),
-            payload: payload.to_vec(),
-            ..Invoke::default()
-        };
-        self.send(generation, HostMessage::Invoke(invoke));
+        self.send(generation, invoke(request_id, payload));
     }
 
     /// The next frame of any kind.
@@ -332,6 +320,25 @@ impl Drop for Sandbox {
             let _ = driver.join();
         }
     }
+}
+
+pub fn thaw_named(hostname: String) -> HostMessage {
+    HostMessage::Thaw(Thaw {
+        unix_time_ns: 1_800_000_000_000_000_000,
+        hostname,
+        entropy: vec![7; 64],
+    })
+}
+
+pub fn invoke(request_id: &str, payload: &[u8]) -> HostMessage {
+    HostMessage::Invoke(Invoke {
+        request_id: request_id.into(),
+        deadline_unix_ms: 4_000_000_000_000,
+        function_arn: "arn:aws:lambda:us-east-1:000000000000:function:f".into(),
+        trace_id: Some("Root=1-0".into()),
+        payload: payload.to_vec(),
+        ..Invoke::default()
+    })
 }
 
 /// One keep-alive connection to the Runtime API.

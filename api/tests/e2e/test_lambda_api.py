@@ -51,22 +51,37 @@ def test_an_invocation_answers_with_payload_version_and_log_tail(hello, invoke):
 
 
 PROBE = """
-import os, time, pathlib
+import getpass, os, pathlib, resource, socket, sys, time
 seen = []
+def lambdas():
+    limits = (resource.RLIMIT_NOFILE, resource.RLIMIT_MEMLOCK, resource.RLIMIT_CORE, resource.RLIMIT_STACK)
+    owned = {path: os.stat(path) for path in ("/var/task", "/opt", "/tmp", "/lambda-entrypoint.sh")}
+    return {"path": sys.path, "utf8": sys.flags.utf8_mode, "limits": [resource.getrlimit(one) for one in limits],
+            "owned": {path: [of.st_uid, of.st_gid, oct(of.st_mode)] for path, of in owned.items()},
+            "read-only": bool(os.statvfs("/var/task").f_flag & os.ST_RDONLY and os.statvfs("/opt").f_flag & os.ST_RDONLY),
+            "user": getpass.getuser(), "sandbox": socket.gethostbyname("sandbox.localdomain")}
 def handler(event, context):
     mark = pathlib.Path("/tmp/mark")
     found = [mark.exists(), list(seen)]
     mark.write_text("here")
     seen.append(context.aws_request_id)
-    return {"found": found, "host": os.uname().nodename, "random": os.urandom(16).hex(),
+    return lambdas() | {"found": found, "host": os.uname().nodename, "random": os.urandom(16).hex(),
             "env": dict(os.environ), "uid": os.getuid(), "cwd": os.getcwd(), "time": time.time(),
             "remaining": context.get_remaining_time_in_millis(), "memory": context.memory_limit_in_mb, "arn": context.invoked_function_arn}
 """
 
 
+# As in Lambda's developer guide: options go between the interpreter and its one argument.
+WRAPPER = """#!/bin/bash
+set -- "${@:1:$#-1}" -X utf8 "${@: -1}"
+WRAPPED="$*" exec "$@"
+"""
+
+
 @pytest.fixture(scope="module")
 def probe(deploy):
-    return deploy("probe", zip_of(app=PROBE), MemorySize=192, Environment={"Variables": {"MINE": "yes"}})
+    variables = {"MINE": "yes", "AWS_LAMBDA_EXEC_WRAPPER": "/var/task/bootstrap"}
+    return deploy("probe", zip_of(app=PROBE, bootstrap=WRAPPER), MemorySize=192, Environment={"Variables": variables})
 
 
 def test_every_invocation_gets_a_pristine_machine(probe, invoke):
@@ -80,6 +95,14 @@ def test_the_environment_is_lambdas(probe, invoke):
     env = body["env"]
     assert env["MINE"] == "yes" and env["_HANDLER"] == "app.handler" and env["AWS_LAMBDA_FUNCTION_NAME"] == probe
     assert env["AWS_EXECUTION_ENV"] == "AWS_Lambda_python3.11" and env["TZ"] == ":UTC"
+    assert env["PYTHONPATH"] == "/var/runtime" and env["PWD"] == "/var/task" and env["SHLVL"] == "0"
+    assert env["AWS_XRAY_CONTEXT_MISSING"] == "LOG_ERROR" and body["utf8"] == 1
+    assert env["WRAPPED"] == "/usr/bin/python3.11 -X utf8 /var/runtime/thaw_runtime.py"
+    assert body["path"][:4] == ["/var/task", "/opt/python/lib/python3.11/site-packages", "/opt/python", "/var/runtime"]
+    assert body["limits"] == [[1024] * 2, [65536] * 2, [10737418240] * 2, [8388608, -1]] and body["user"] == "sbx_user1051"
+    owned = {"/var/task": "0o40755", "/opt": "0o40755", "/tmp": "0o41777", "/lambda-entrypoint.sh": "0o100755"}
+    assert body["owned"] == {path: [0, 0, mode] for path, mode in owned.items()} and body["read-only"]
+    assert body["sandbox"] == "127.0.0.1"
     assert body["uid"] != 0 and body["cwd"] == "/var/task" and str(body["memory"]) == "192"
     assert abs(body["time"] - time.time()) < 60, "the guest's wall clock is wrong after the restore"
     assert 0 < body["remaining"] <= 30_000

@@ -143,11 +143,18 @@ networks: files
 protocols: files
 services: files
 ";
+/// The second name is the one under which extensions listen for telemetry.
 const HOSTS: &str = "127.0.0.1 localhost
+127.0.0.1 sandbox.localdomain sandbox
 ::1 localhost ip6-localhost ip6-loopback
 ";
 
-const FILES: [(&str, u32, &str); 8] = [
+/// What starts the runtime in Lambda's own images; programs look whether it is there.
+const ENTRYPOINT: &str = "#!/bin/sh
+exec /var/runtime/bootstrap \"$@\"
+";
+
+const FILES: [(&str, u32, &str); 9] = [
     ("etc/group", 0o644, GROUP),
     ("etc/hostname", 0o644, "localhost\n"),
     ("etc/hosts", 0o644, HOSTS),
@@ -157,6 +164,7 @@ const FILES: [(&str, u32, &str); 8] = [
     ("etc/passwd", 0o644, PASSWD),
     ("etc/resolv.conf", 0o644, ""),
     ("etc/timezone", 0o644, "Etc/UTC\n"),
+    ("lambda-entrypoint.sh", 0o755, ENTRYPOINT),
 ];
 
 /// What maintainer scripts would link.
@@ -184,12 +192,12 @@ const PYTHON_REMOVE: [&str; 7] = [
     "usr/share/python3",
 ];
 
-/// Paths in the order of Lambda: layers, then the runtime; the function's folder is the current
-/// folder, which `-m` puts first.
+/// The runtime adds the function's folder and the layers'. A wrapper (Lambda's developer guide, "Modifying the runtime
+/// environment") gets the interpreter and one argument, between which it may put options.
 const PYTHON_BOOTSTRAP: &str = "#!/bin/sh
-PYTHONPATH=\"${PYTHONPATH:+$PYTHONPATH:}/opt/python/lib/python3.11/site-packages:/opt/python:/var/runtime\"
-export PYTHONPATH
-exec /usr/bin/python3.11 -m thaw_runtime \"$_HANDLER\"
+PYTHONPATH=\"${PYTHONPATH:+$PYTHONPATH:}/var/runtime\"
+export PYTHONPATH PWD SHLVL=0
+exec ${AWS_LAMBDA_EXEC_WRAPPER:+\"$AWS_LAMBDA_EXEC_WRAPPER\"} /usr/bin/python3.11 /var/runtime/thaw_runtime.py
 ";
 
 /// Starts the Lambda client with hooks that make a clone unique.
@@ -205,9 +213,9 @@ const NODE_REMOVE: [&str; 4] = [
 /// Paths and sizes of the heap as Lambda sets them; `--require` comes before all of the function's code.
 const NODE_BOOTSTRAP: &str = "#!/bin/sh
 NODE_PATH=\"${NODE_PATH:+$NODE_PATH:}/opt/nodejs/node18/node_modules:/opt/nodejs/node_modules:/var/runtime/node_modules:/var/runtime:/var/task\"
-export NODE_PATH
+export NODE_PATH PWD SHLVL=0
 memory=${AWS_LAMBDA_FUNCTION_MEMORY_SIZE:-128}
-exec /var/lang/bin/node --max-http-header-size=81920 \\
+exec ${AWS_LAMBDA_EXEC_WRAPPER:+\"$AWS_LAMBDA_EXEC_WRAPPER\"} /var/lang/bin/node --max-http-header-size=81920 \\
     --max-semi-space-size=$((memory * 5 / 100)) --max-old-space-size=$((memory * 9 / 10)) \\
     --require /var/runtime/thaw_runtime.cjs /var/runtime/thaw_index.mjs
 ";

@@ -10,6 +10,13 @@ import os
 import sys
 import time
 
+# In the order of Lambda: the function's folder, then layers, then what the interpreter was started with.
+sys.path[:0] = [
+    os.environ["LAMBDA_TASK_ROOT"],
+    "/opt/python/lib/python%d.%d/site-packages" % sys.version_info[:2],
+    "/opt/python",
+]
+
 from awslambdaric import bootstrap
 from awslambdaric.lambda_config import LambdaConfigProvider
 from awslambdaric.lambda_runtime_client import LambdaRuntimeClient
@@ -71,7 +78,8 @@ class Client(LambdaRuntimeClient):
 def main():
     # Whatever the function is told it is, it is frozen: the client's test for that holds, unless the function changes the variable.
     bootstrap.INIT_TYPE_SNAP_START = os.environ.get(bootstrap.AWS_LAMBDA_INITIALIZATION_TYPE)
-    config = LambdaConfigProvider(sys.argv)
+    # A wrapper may have put a handler of its own into the variable.
+    config = LambdaConfigProvider([sys.argv[0], os.environ["_HANDLER"]])
     client = Client(config.api_address, config.use_thread_polling)
     register_after_restore(client.after_restore)  # first, so that the function's own hooks find it done
     bootstrap.run(config.handler, client)
