@@ -50,7 +50,9 @@ pub struct Object {
 #[derive(Debug, Error)]
 pub enum S3Error {
     /// The endpoint is none.
-    #[error("{0} is no address of an S3-compatible store: write it as http://HOST:PORT")]
+    #[error(
+        "{0} is no address of an S3-compatible store: write it as http://HOST:PORT or https://HOST:PORT"
+    )]
     Endpoint(String),
     /// There is no HTTP client to be had.
     #[error("cannot read from an S3-compatible store")]
@@ -91,14 +93,14 @@ pub enum S3Error {
 }
 
 impl S3 {
-    /// The store at `endpoint`, an `http://` URL.
+    /// The store at `endpoint`, an `http://` or `https://` URL.
     ///
     /// # Errors
     /// It is no such URL, or no client can be made.
     pub fn new(endpoint: &str, signer: Signer, trust: &Trust) -> Result<Self, S3Error> {
         let wrong = || S3Error::Endpoint(endpoint.to_owned());
         let url = Url::parse(endpoint).map_err(|_| wrong())?;
-        let is_web = url.scheme() == "http" && url.has_host();
+        let is_web = matches!(url.scheme(), "http" | "https") && url.has_host();
         if !is_web || url.query().is_some() || !matches!(url.path(), "" | "/") {
             return Err(wrong());
         }
@@ -308,13 +310,7 @@ mod tests {
     #[test]
     fn endpoints_are_whole_hosts_and_the_labs_loopback_is_not_the_machines() {
         let lab = Trust::default().seen_from_lab([10, 0, 2, 2].into());
-        for endpoint in [
-            "ftp://h",
-            "h:9000",
-            "http://h/path",
-            "http://h?x",
-            "https://h",
-        ] {
+        for endpoint in ["ftp://h", "h:9000", "http://h/path", "https://h?x"] {
             assert!(S3::new(endpoint, signer(), &lab).is_err(), "{endpoint}");
         }
         let seen = |endpoint: &str| {
@@ -322,7 +318,7 @@ mod tests {
             store.endpoint.to_string()
         };
         assert_eq!(seen("http://localhost:9000"), "http://10.0.2.2:9000/");
-        assert_eq!(seen("http://store:9000"), "http://store:9000/");
+        assert_eq!(seen("https://store:9000"), "https://store:9000/");
     }
 
     #[test]

@@ -66,7 +66,7 @@ pub struct UpArgs {
     /// Virtual CPUs that run at once; four for each of the machine's unless given.
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
     cpus: Option<u32>,
-    /// S3-compatible store that functions' code may come from, for instance http://127.0.0.1:9000; the key is that of
+    /// S3-compatible store that functions' code may come from, for instance https://store:9000; the key is that of
     /// `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`, the region `AWS_REGION`.
     #[arg(long, value_name = "URL", env = "THAW_S3_ENDPOINT")]
     s3_endpoint: Option<String>,

@@ -1,21 +1,24 @@
-//! The gateway as a client that speaks TLS: records for destinations. The servers shake hands for real.
+//! The gateway as a client that speaks TLS: records for destinations, and code out of a store. The servers shake hands for real.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use axum::Router;
-use axum::routing::post;
+use axum::http::HeaderMap;
+use axum::routing::{get, post};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 use serde_json::{Value, json};
 use tempfile::{TempDir, tempdir};
+use thaw_api::auth::signer::Signer;
+use thaw_api::s3::S3;
 use thaw_api::tls::{Tls, TlsListener, Trust};
 use tokio::io::copy_bidirectional;
 use tokio::net::{TcpListener, TcpStream};
 
-use super::server::Server;
-use super::{FUNCTIONS, good};
+use super::server::{Server, zip};
+use super::{FUNCTIONS, good, refused};
 
 /// An authority of the test's own.
 struct Authority {
@@ -125,4 +128,51 @@ async fn a_record_waits_for_a_certificate_that_is_trusted() {
     server.until(|_| !records.lock().unwrap().is_empty()).await;
     assert_eq!(records.lock().unwrap()[0]["requestPayload"], 7);
     server.stop().await;
+}
+
+#[tokio::test]
+async fn code_comes_out_of_a_store_whose_certificate_is_trusted_and_out_of_no_other() {
+    let [ours, other, namesake] = ["ours", "other", "ours"].map(Authority::new);
+    let code = zip(&[("app.py", b"x = 1\n")]);
+    let router = || {
+        let (code, port) = (code.clone(), Arc::new(OnceLock::new()));
+        let host = Arc::clone(&port);
+        let give = move |headers: HeaderMap| async move {
+            // What is signed is what the store sees: the host is the URL's.
+            assert_eq!(headers["host"], *host.get().unwrap());
+            code
+        };
+        (port, Router::new().route("/code/app.zip", get(give)))
+    };
+    let mut body = good("f");
+    body["Code"] = json!({"S3Bucket": "code", "S3Key": "app.zip"});
+    for (authority, year_until, host, why) in [
+        (&ours, 2090, "localhost", None),
+        (&other, 2090, "localhost", Some("with --ca or THAW_CA")),
+        (&namesake, 2090, "localhost", Some("with --ca or THAW_CA")),
+        (&ours, 2020, "localhost", Some("certificate expired")),
+        (&ours, 2090, "127.0.0.1", Some("not valid for name")),
+    ] {
+        let (expected, router) = router();
+        let store = authority.serve(year_until, router).await;
+        expected.set(format!("localhost:{}", store.port)).unwrap();
+        let signer = Signer {
+            access_key_id: "AKIDEXAMPLE".to_owned(),
+            secret: "secret".to_owned(),
+            region: "us-east-1".to_owned(),
+        };
+        let endpoint = format!("https://{host}:{}", store.port);
+        let store = S3::new(&endpoint, signer, &ours.trusted()).unwrap();
+        let server = Server::shaped(|config| config.s3 = Some(store)).await;
+        let answer = server.post(FUNCTIONS, &body).await;
+        match why {
+            None => assert_eq!(answer.status, 201, "{}", answer.text()),
+            Some(why) => {
+                let message = refused(&answer, 500, "ServiceException");
+                assert!(message.contains(why), "{message}");
+                assert!(message.contains(&endpoint), "{message}");
+            }
+        }
+        server.stop().await;
+    }
 }
