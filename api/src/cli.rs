@@ -24,7 +24,6 @@ mod plan;
 mod progress;
 mod project;
 mod snapshot;
-mod tunnel;
 mod up;
 mod url;
 mod venue;
@@ -70,7 +69,8 @@ struct Global {
         value_name = "URL"
     )]
     endpoint: String,
-    /// Certificates to trust when the gateway speaks TLS, in PEM; this machine's unless given.
+    /// Certificates to trust besides this machine's, in PEM: the gateway's own or its authority's; for `thaw up`, those of an S3
+    /// endpoint and of https destinations.
     #[arg(long, global = true, env = "THAW_CA", value_name = "FILE")]
     ca: Option<PathBuf>,
     /// Print JSON instead of text.

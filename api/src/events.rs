@@ -235,7 +235,7 @@ async fn attempt(app: Arc<App>, function: Arc<LiveFunction>, id: String) {
         Attempt::TooOld
     } else {
         match &event.url {
-            Some(url) => destination::deliver(url, &event).await,
+            Some(url) => destination::deliver(&app.courier, url, &event).await,
             None => invoke(&app, &function, &event).await,
         }
     };

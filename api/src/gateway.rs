@@ -22,7 +22,7 @@ use crate::s3::S3;
 use crate::server;
 use crate::state::{App, Health};
 use crate::store::{Store, StoreError};
-use crate::tls::{Tls, TlsListener};
+use crate::tls::{Tls, TlsError, TlsListener, Trust};
 
 /// How a gateway is set up.
 #[derive(Debug)]
@@ -53,6 +53,8 @@ pub struct GatewayConfig {
     pub tls: Option<Arc<Tls>>,
     /// Where code can come from beside requests.
     pub s3: Option<S3>,
+    /// Whom records that are sent to `https://` URLs are entrusted to.
+    pub trust: Trust,
     /// Limits.
     pub limits: Limits,
 }
@@ -62,7 +64,7 @@ impl GatewayConfig {
     pub const DATABASE: &str = "thaw.db";
 
     /// A configuration with the defaults: 2 sandboxes ready, kept for a minute after demand, [`Budget::of_this_machine`],
-    /// `us-east-1`, account `000000000000`.
+    /// `us-east-1`, account `000000000000`; nobody is trusted.
     #[must_use]
     pub fn new(home: PathBuf, listener: TcpListener, vmm: PathBuf, agent: PathBuf) -> Self {
         Self {
@@ -79,6 +81,7 @@ impl GatewayConfig {
             auth: AuthMode::Off,
             tls: None,
             s3: None,
+            trust: Trust::default(),
             limits: Limits::default(),
         }
     }
@@ -170,6 +173,9 @@ pub enum StartError {
     /// The keys.
     #[error("cannot have the keys")]
     Auth(#[from] OpenAuthError),
+    /// The client for destinations of events.
+    #[error("cannot deliver to URLs")]
+    Courier(#[from] TlsError),
     /// The runtime.
     #[error("cannot start the runtime")]
     Runtime(#[from] thaw_runtime::StartError),

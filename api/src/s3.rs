@@ -1,11 +1,11 @@
 //! Code from an S3-compatible store: signed GETs of one object, its bucket in the path (Amazon S3 API reference, "GetObject" and
 //! "Authenticating Requests: Using the Authorization Header").
 
-use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use axum::http::header;
 use bytes::{Bytes, BytesMut};
+use reqwest::redirect::Policy;
 use reqwest::{Client, StatusCode, Url};
 use ring::hmac;
 use thiserror::Error;
@@ -16,8 +16,9 @@ use crate::auth::sigv4::{
     ALGORITHM, CONTENT_SHA256, Stamp, TERMINATOR, hex, hex_digest, signing_key, string_to_sign,
 };
 use crate::clock;
+use crate::tls::{self, TlsError, Trust};
 
-/// Longest that a connection and a whole answer may take.
+/// Longest that a connection, its handshake included, and a whole answer may take.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 const ANSWER_LIMIT: Duration = Duration::from_secs(120);
 /// Most of an error's text that is read, bytes.
@@ -49,8 +50,13 @@ pub struct Object {
 #[derive(Debug, Error)]
 pub enum S3Error {
     /// The endpoint is none.
-    #[error("{0} is no address of an S3-compatible store: write it as http://HOST:PORT")]
+    #[error(
+        "{0} is no address of an S3-compatible store: write it as http://HOST:PORT or https://HOST:PORT"
+    )]
     Endpoint(String),
+    /// There is no HTTP client to be had.
+    #[error("cannot read from an S3-compatible store")]
+    Client(#[from] TlsError),
     /// The bucket or the key can be none. The text says which.
     #[error("{0}")]
     Name(String),
@@ -76,43 +82,38 @@ pub enum S3Error {
         #[source]
         source: reqwest::Error,
     },
+    /// The store's certificate is refused, or it speaks no TLS.
+    #[error("no TLS with the S3 endpoint {endpoint}: {why}")]
+    Tls {
+        /// The store.
+        endpoint: String,
+        /// Why not, and what helps.
+        why: String,
+    },
 }
 
 impl S3 {
-    /// The store at `endpoint`, an `http://` URL.
+    /// The store at `endpoint`, an `http://` or `https://` URL.
     ///
     /// # Errors
     /// It is no such URL, or no client can be made.
-    pub fn new(endpoint: &str, signer: Signer) -> Result<Self, S3Error> {
+    pub fn new(endpoint: &str, signer: Signer, trust: &Trust) -> Result<Self, S3Error> {
         let wrong = || S3Error::Endpoint(endpoint.to_owned());
         let url = Url::parse(endpoint).map_err(|_| wrong())?;
-        let is_plain = url.scheme() == "http" && url.has_host() && url.query().is_none();
-        if !is_plain || !matches!(url.path(), "" | "/") {
+        let is_web = matches!(url.scheme(), "http" | "https") && url.has_host();
+        if !is_web || url.query().is_some() || !matches!(url.path(), "" | "/") {
             return Err(wrong());
         }
-        let client = Client::builder()
-            .connect_timeout(CONNECT_LIMIT)
-            .timeout(ANSWER_LIMIT)
+        let client = trust.client(|http| {
+            let http = http.connect_timeout(CONNECT_LIMIT).timeout(ANSWER_LIMIT);
             // A store that sends elsewhere would be sent the signature, too.
-            .redirect(reqwest::redirect::Policy::none())
-            .build()
-            .map_err(|_| wrong())?;
+            http.redirect(Policy::none())
+        })?;
         Ok(Self {
-            endpoint: url,
+            endpoint: trust.reach(url),
             signer,
             client,
         })
-    }
-
-    /// The same as it is reached from the lab, where the machine's loopback has another address.
-    #[must_use]
-    pub fn seen_from(mut self, machine: Ipv4Addr) -> Self {
-        let host = self.endpoint.host_str().unwrap_or_default();
-        if matches!(host, "localhost" | "127.0.0.1" | "[::1]") {
-            // Fails only for URLs that cannot have a host.
-            let _ = self.endpoint.set_ip_host(machine.into());
-        }
-        self
     }
 
     /// The object, if it has at most `bytes_max` bytes.
@@ -182,9 +183,13 @@ impl S3 {
     }
 
     fn unreachable(&self, source: reqwest::Error) -> S3Error {
-        S3Error::Unreachable {
-            endpoint: self.endpoint.to_string(),
-            source: source.without_url(),
+        let endpoint = self.endpoint.to_string();
+        match tls::failure(&source) {
+            Some(why) => S3Error::Tls { endpoint, why },
+            None => S3Error::Unreachable {
+                endpoint,
+                source: source.without_url(),
+            },
         }
     }
 }
@@ -303,25 +308,17 @@ mod tests {
     }
 
     #[test]
-    fn endpoints_are_plain_and_the_labs_loopback_is_not_the_machines() {
-        for endpoint in [
-            "ftp://h",
-            "https://h",
-            "h:9000",
-            "http://h/path",
-            "http://h?x",
-        ] {
-            assert!(S3::new(endpoint, signer()).is_err(), "{endpoint}");
+    fn endpoints_are_whole_hosts_and_the_labs_loopback_is_not_the_machines() {
+        let lab = Trust::default().seen_from_lab([10, 0, 2, 2].into());
+        for endpoint in ["ftp://h", "h:9000", "http://h/path", "https://h?x"] {
+            assert!(S3::new(endpoint, signer(), &lab).is_err(), "{endpoint}");
         }
         let seen = |endpoint: &str| {
-            let store = S3::new(endpoint, signer()).unwrap();
-            store
-                .seen_from(Ipv4Addr::new(10, 0, 2, 2))
-                .endpoint
-                .to_string()
+            let store = S3::new(endpoint, signer(), &lab).unwrap();
+            store.endpoint.to_string()
         };
         assert_eq!(seen("http://localhost:9000"), "http://10.0.2.2:9000/");
-        assert_eq!(seen("http://store:9000"), "http://store:9000/");
+        assert_eq!(seen("https://store:9000"), "https://store:9000/");
     }
 
     #[test]

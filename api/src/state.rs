@@ -18,6 +18,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::deploy;
 use crate::engine::{Engine, Sandboxes};
+use crate::events::destination::Courier;
 use crate::events::{Event, Line};
 use crate::gateway::{GatewayConfig, Limits, StartError};
 use crate::invocation::complaints::Complaints;
@@ -48,6 +49,8 @@ pub struct App {
     pub is_encrypted: bool,
     /// Where code can come from beside requests.
     pub s3: Option<S3>,
+    /// What posts records to URLs.
+    pub courier: Courier,
     /// Region in ARNs.
     pub region: String,
     /// Account in ARNs.
@@ -213,6 +216,7 @@ impl App {
             address,
             is_encrypted: config.tls.is_some(),
             s3: config.s3,
+            courier: Courier::new(config.trust)?,
             region: config.region,
             account_id: config.account_id,
             ready_count: config.ready_count,

@@ -1,4 +1,4 @@
-//! TLS: a certificate that was given, and a listener that shakes hands before a connection counts.
+//! TLS: a certificate that was given, and a listener that shakes hands before a connection counts; and whom HTTP clients trust.
 //!
 //! HTTP/1.1 alone is offered, as everywhere here. Handshakes run beside each other, each within a time, and a bounded number
 //! at once: who connects and says nothing holds up nobody.
@@ -31,7 +31,7 @@ const PROTOCOLS: [&[u8]; 1] = [b"http/1.1"];
 
 mod trust;
 
-pub use trust::client_config;
+pub use trust::{Trust, failure};
 
 /// Why TLS cannot be had.
 #[derive(Debug, Error)]
@@ -76,6 +76,14 @@ pub enum TlsError {
     /// This build has no version of TLS.
     #[error("cannot speak TLS")]
     Client(#[source] rustls::Error),
+    /// The environment names something else than authorities.
+    #[error(
+        "cannot read the authorities that this machine trusts: look at SSL_CERT_FILE and SSL_CERT_DIR"
+    )]
+    Machine(#[source] rustls_native_certs::Error),
+    /// There is no HTTP client to be had.
+    #[error("cannot make an HTTP client")]
+    Http(#[source] reqwest::Error),
 }
 
 /// A certificate chain and its key, which can be read again while they are used.
@@ -262,7 +270,7 @@ mod tests {
         address: SocketAddr,
         authorities: &Path,
     ) -> io::Result<tokio_rustls::client::TlsStream<TcpStream>> {
-        let config = client_config(authorities).unwrap();
+        let config = Trust::load(Some(authorities)).unwrap().config().unwrap();
         let stream = TcpStream::connect(address).await?;
         let name = ServerName::try_from("localhost").unwrap();
         TlsConnector::from(Arc::new(config))

@@ -6,6 +6,8 @@
 mod auth;
 #[path = "http/events.rs"]
 mod events;
+#[path = "http/https.rs"]
+mod https;
 #[path = "http/layers.rs"]
 mod layers;
 #[path = "http/machine.rs"]

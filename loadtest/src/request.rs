@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use bytes::Bytes;
+use tokio_rustls::rustls::crypto::ring;
 
 use crate::start::StartKind;
 
@@ -82,7 +83,14 @@ impl Sender {
     /// # Errors
     /// There is no HTTP client to be had.
     pub fn new(target: Target) -> anyhow::Result<Self> {
+        // This workspace's HTTP client can speak TLS, and asks for cryptography though load goes over plain HTTP.
+        let _ = ring::default_provider().install_default();
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "it was given its cryptography above"
+        )]
         let http = reqwest::Client::builder()
+            .tls_certs_only([])
             .timeout(target.timeout)
             .build()
             .context("cannot make an HTTP client")?;

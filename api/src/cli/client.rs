@@ -1,7 +1,6 @@
 //! A client of one gateway: the Lambda API where it says what is needed, Thaw's own routes for the rest.
 
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, ensure};
@@ -15,6 +14,7 @@ use serde_json::{Value, json};
 use thaw_api::auth::signer::Signer;
 use thaw_api::clock;
 use thaw_api::record::Settings;
+use thaw_api::tls::{self, Trust};
 use thaw_api_types::keys::{ChangeKeyRequest, CreateKeyRequest, CreatedKey, KeyList};
 use thaw_api_types::lambda::GetFunctionResponse;
 use thaw_api_types::thaw::{ListResponse, ProgressEvent};
@@ -22,7 +22,6 @@ use url::{Position, Url};
 
 use super::credentials::ID_VARIABLE;
 use super::near::nearest;
-use super::tunnel::Tunnel;
 
 /// Longest wait for a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -98,23 +97,28 @@ pub struct Answer {
 /// One gateway.
 #[derive(Clone)]
 pub struct Client {
-    /// As it was given, for people.
     endpoint: String,
-    /// What requests are sent to.
-    base: String,
     http: reqwest::Client,
-    tunnel: Option<Arc<Tunnel>>,
     signer: Option<Signer>,
 }
 
 impl Client {
-    /// A client of the gateway at `endpoint`; nothing is sent yet.
+    /// A client of the gateway at `endpoint`, an `http://` URL; nothing is sent yet.
     pub fn new(endpoint: &str) -> anyhow::Result<Self> {
-        Self::trusting(endpoint, None)
+        Self::over(endpoint, &Trust::default())
     }
 
-    /// The same, with the certificates that it trusts, if the endpoint begins with `https://`.
+    /// The same of an `https://` URL, too, which trusts this machine's authorities and those in this file.
     pub fn trusting(endpoint: &str, authorities: Option<&Path>) -> anyhow::Result<Self> {
+        if !endpoint.starts_with("https://") {
+            return Self::new(endpoint);
+        }
+        let trust = Trust::load(authorities)
+            .context("cannot tell whom to trust: name a file of certificates with --ca")?;
+        Self::over(endpoint, &trust)
+    }
+
+    fn over(endpoint: &str, trust: &Trust) -> anyhow::Result<Self> {
         let endpoint = endpoint.trim_end_matches('/').to_owned();
         let plain = Url::parse(&endpoint);
         let is_web = |url: &Url| matches!(url.scheme(), "http" | "https") && url.has_host();
@@ -122,22 +126,10 @@ impl Client {
             plain.as_ref().is_ok_and(is_web),
             "{endpoint} is no gateway's address: write --endpoint or THAW_ENDPOINT as http://HOST:PORT"
         );
-        let mut builder = reqwest::Client::builder().connect_timeout(CONNECT_TIMEOUT);
-        let (mut base, mut tunnel) = (endpoint.clone(), None);
-        if endpoint.starts_with("https://") {
-            let url = Url::parse(&endpoint).with_context(|| format!("{endpoint} is no URL"))?;
-            let host = url.host_str().context("the endpoint has no host")?;
-            let port = url.port_or_known_default().unwrap_or(443);
-            let opened = Tunnel::open(host, port, authorities)?;
-            builder = builder.unix_socket(opened.socket());
-            (base, tunnel) = (format!("http://{host}:{port}"), Some(Arc::new(opened)));
-        }
-        let http = builder.build().context("cannot make an HTTP client")?;
+        let http = trust.client(|http| http.connect_timeout(CONNECT_TIMEOUT))?;
         Ok(Self {
             endpoint,
-            base,
             http,
-            tunnel,
             signer: None,
         })
     }
@@ -155,11 +147,8 @@ impl Client {
 
     /// Whether anything listens there.
     pub async fn answers(&self) -> anyhow::Result<bool> {
-        if self.tunnel.is_some() {
-            return Ok(true); // only the first request tells
-        }
         match self.request(Method::GET, "/healthz").send().await {
-            Err(error) if error.is_connect() => Ok(false),
+            Err(error) if error.is_connect() && tls::failure(&error).is_none() => Ok(false),
             answer => answer
                 .map(|_| true)
                 .with_context(|| format!("the gateway at {} did not answer", self.endpoint)),
@@ -392,7 +381,8 @@ impl Client {
     }
 
     fn request(&self, method: Method, path: &str) -> RequestBuilder {
-        self.http.request(method, format!("{}{path}", self.base))
+        self.http
+            .request(method, format!("{}{path}", self.endpoint))
     }
 
     async fn send(&self, request: RequestBuilder) -> anyhow::Result<Response> {
@@ -401,16 +391,13 @@ impl Client {
             sign(signer, &mut request).context("this request cannot be signed")?;
         }
         self.http.execute(request).await.map_err(|error| {
-            if let Some(failure) = self.tunnel.as_ref().and_then(|tunnel| tunnel.failure()) {
-                let hint = match failure.contains("certificate") {
-                    true => "; --ca names a file of certificates to trust",
-                    false => "",
-                };
-                anyhow!("cannot speak TLS with {}: {failure}{hint}", self.endpoint)
+            if let Some(why) = tls::failure(&error) {
+                anyhow!("no TLS with {}: {why}", self.endpoint)
             } else if error.is_connect() {
                 anyhow!("no gateway answers at {}: start one with `thaw up`, or name another with --endpoint", self.endpoint)
             } else {
-                let secure = if self.tunnel.is_none() { "; if it speaks TLS, write https://" } else { "" };
+                let is_plain = self.endpoint.starts_with("http://");
+                let secure = if is_plain { "; if it speaks TLS, write https://" } else { "" };
                 anyhow!(error).context(format!("the gateway at {} did not answer{secure}", self.endpoint))
             }
         })

@@ -14,7 +14,7 @@ use clap::Args;
 use thaw_api::auth::keys::{self, ROOT_FILE};
 use thaw_api::gateway::{Exposure, Gateway, GatewayConfig};
 use thaw_api::s3::S3;
-use thaw_api::tls::Tls;
+use thaw_api::tls::{Tls, Trust};
 use thaw_api::{AuthMode, Budget};
 use thaw_images::{ImageStore, Progress, RuntimeName};
 use tokio::net::TcpListener;
@@ -66,7 +66,7 @@ pub struct UpArgs {
     /// Virtual CPUs that run at once; four for each of the machine's unless given.
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
     cpus: Option<u32>,
-    /// S3-compatible store that functions' code may come from, for instance http://127.0.0.1:9000; the key is that of
+    /// S3-compatible store that functions' code may come from, for instance https://store:9000; the key is that of
     /// `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`, the region `AWS_REGION`.
     #[arg(long, value_name = "URL", env = "THAW_S3_ENDPOINT")]
     s3_endpoint: Option<String>,
@@ -100,18 +100,23 @@ impl UpArgs {
         }
     }
 
-    fn s3(&self) -> anyhow::Result<Option<S3>> {
+    fn s3(&self, trust: &Trust) -> anyhow::Result<Option<S3>> {
         let Some(endpoint) = &self.s3_endpoint else {
             return Ok(None);
         };
         let signer = credentials::from_environment().context(
             "--s3-endpoint needs a key to sign with: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
         )?;
-        let store = S3::new(endpoint, signer)?;
-        Ok(Some(match self.in_lab {
-            true => store.seen_from(LAB_MACHINE),
-            false => store,
-        }))
+        Ok(Some(S3::new(endpoint, signer, trust)?))
+    }
+
+    /// Whom the gateway trusts.
+    fn trust(&self, authorities: Option<&Path>) -> anyhow::Result<Trust> {
+        let trust = Trust::load(authorities).context("cannot tell whom to trust")?;
+        Ok(match self.in_lab {
+            true => trust.seen_from_lab(LAB_MACHINE),
+            false => trust,
+        })
     }
 }
 
@@ -120,11 +125,12 @@ const LAB_MACHINE: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
 
 pub fn run(global: &Global, args: &UpArgs) -> anyhow::Result<ExitCode> {
     let (home, installation) = (global.home()?, Installation::locate()?);
+    let trust = args.trust(global.ca.as_deref())?;
     if args.in_lab {
-        return serve(&home, &installation, args);
+        return serve(&home, &installation, args, trust);
     }
     args.tls()?; // before anything that takes long
-    args.s3()?;
+    args.s3(&trust)?;
     std::fs::create_dir_all(&home).with_context(|| {
         format!(
             "cannot make {}, which holds all state: choose another folder with --home or THAW_HOME",
@@ -147,13 +153,13 @@ pub fn run(global: &Global, args: &UpArgs) -> anyhow::Result<ExitCode> {
     match venue {
         Venue::Native => {
             drop(steps);
-            serve(&home, &installation, args)
+            serve(&home, &installation, args, trust)
         }
         Venue::Lab(_) => {
             let _lock = lock(&home)?; // locks do not reach across the lab's border, so both sides hold one
             ensure_port_free(args.listen, PORT_PATIENCE)?;
             serve_orders(&home);
-            let command = in_lab_command(&installation, args)?;
+            let command = in_lab_command(&installation, args, global.ca.as_ref())?;
             InLab {
                 home: &home,
                 command,
@@ -168,7 +174,11 @@ pub fn run(global: &Global, args: &UpArgs) -> anyhow::Result<ExitCode> {
     }
 }
 
-fn in_lab_command(installation: &Installation, args: &UpArgs) -> anyhow::Result<Vec<OsString>> {
+fn in_lab_command(
+    installation: &Installation,
+    args: &UpArgs,
+    authorities: Option<&PathBuf>,
+) -> anyhow::Result<Vec<OsString>> {
     let mut command: Vec<OsString> = vec![installation.thaw.clone().into(), "up".into()];
     command.extend([
         "--in-lab".into(),
@@ -180,7 +190,11 @@ fn in_lab_command(installation: &Installation, args: &UpArgs) -> anyhow::Result<
     if args.auth() == AuthMode::Required {
         command.push("--auth".into());
     }
-    for (option, path) in [("--tls-cert", &args.tls_cert), ("--tls-key", &args.tls_key)] {
+    for (option, path) in [
+        ("--tls-cert", args.tls_cert.as_ref()),
+        ("--tls-key", args.tls_key.as_ref()),
+        ("--ca", authorities),
+    ] {
         if let Some(path) = path {
             let path = std::path::absolute(path)
                 .with_context(|| format!("{} is no usable path", path.display()))?;
@@ -307,14 +321,19 @@ impl Progress for Steps {
     }
 }
 
-fn serve(home: &Path, installation: &Installation, args: &UpArgs) -> anyhow::Result<ExitCode> {
+fn serve(
+    home: &Path,
+    installation: &Installation,
+    args: &UpArgs,
+    trust: Trust,
+) -> anyhow::Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .context("cannot start the I/O runtime")?;
     runtime.block_on(async {
         let tls = args.tls()?;
-        let config = configure(home, installation, args, tls.clone()).await?;
+        let config = configure(home, installation, args, tls.clone(), trust).await?;
         let gateway = Gateway::start(config)
             .await
             .context("the gateway cannot start")?;
@@ -352,6 +371,7 @@ async fn configure(
     installation: &Installation,
     args: &UpArgs,
     tls: Option<Arc<Tls>>,
+    trust: Trust,
 ) -> anyhow::Result<GatewayConfig> {
     // In the lab, the port is forwarded from this machine's loopback to the lab's only network interface.
     let (address, exposure) = if args.in_lab {
@@ -374,7 +394,8 @@ async fn configure(
     config.exposure = exposure;
     config.auth = args.auth();
     config.tls = tls;
-    config.s3 = args.s3()?;
+    config.s3 = args.s3(&trust)?;
+    config.trust = trust;
     config.ready_count = args.ready;
     config.keep_alive = Duration::from_secs(args.keep_alive);
     config.budget = Budget {

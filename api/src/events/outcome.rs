@@ -87,7 +87,11 @@ pub fn decide(
                 tracing::error!(event = %event.id, %reason, "record is not delivered, and is given up");
                 return Next::End(None);
             }
-            tracing::debug!(event = %event.id, %reason, ?wait, "event is tried again");
+            if event.url.is_some() && event.deferrals == 0 {
+                tracing::warn!(event = %event.id, %reason, "record is not delivered, and is tried again");
+            } else {
+                tracing::debug!(event = %event.id, %reason, ?wait, "event is tried again");
+            }
             Next::Again(Event {
                 deferrals: event.deferrals.saturating_add(1),
                 due_unix_ms: later(now, wait),

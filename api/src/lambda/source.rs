@@ -44,7 +44,7 @@ pub(super) async fn zip(app: &App, code: FunctionCode) -> Result<Bytes, ApiError
         .get(&object, bytes_max)
         .await
         .map_err(|error| match error {
-            S3Error::Unreachable { .. } => ApiError::service(chain(&error)),
+            S3Error::Unreachable { .. } | S3Error::Tls { .. } => ApiError::service(chain(&error)),
             other => ApiError::invalid_parameter(other.to_string()),
         })
 }

@@ -233,8 +233,9 @@ async fn event_invoke_configs_are_put_merged_listed_and_deleted() {
     for nowhere in [
         &format!("{ARN}:nope"),
         "arn:aws:sqs:us-east-1:000000000000:q",
-        "https://h.example/",
+        "ftp://h.example/",
         "http://",
+        "https://",
         "f",
     ] {
         let config = json!({"DestinationConfig": {"OnFailure": {"Destination": nowhere}}});

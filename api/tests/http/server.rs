@@ -11,6 +11,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::Value;
 use tempfile::TempDir;
 use thaw_api::events::outcome::Retries;
+use thaw_api::tls::Trust;
 use thaw_api::{AuthMode, Gateway, GatewayConfig, StartError};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
@@ -67,6 +68,14 @@ pub async fn try_start_as(
     address: &str,
     auth: AuthMode,
 ) -> Result<(Gateway, Arc<Machine>), StartError> {
+    try_start_shaped(home, address, |config| config.auth = auth).await
+}
+
+async fn try_start_shaped(
+    home: &Path,
+    address: &str,
+    shape: impl FnOnce(&mut GatewayConfig),
+) -> Result<(Gateway, Arc<Machine>), StartError> {
     let listener = TcpListener::bind(address).await.unwrap();
     let mut config = GatewayConfig::new(
         home.to_owned(),
@@ -75,7 +84,7 @@ pub async fn try_start_as(
         "thaw-agent".into(),
     );
     config.limits.event_retries = Retries([Duration::from_millis(1); 2]);
-    config.auth = auth;
+    shape(&mut config);
     let machine = Arc::new(Machine::new());
     let engine: Arc<Machine> = Arc::clone(&machine);
     Ok((Gateway::start_on(config, engine).await?, machine))
@@ -93,14 +102,25 @@ impl Server {
     }
 
     pub async fn start_as(home: TempDir, auth: AuthMode) -> Self {
-        let started = try_start_as(home.path(), "127.0.0.1:0", auth).await;
+        Self::start_shaped(home, |config| config.auth = auth).await
+    }
+
+    /// One whose configuration differs from the others'.
+    pub async fn shaped(shape: impl FnOnce(&mut GatewayConfig)) -> Self {
+        let server = Self::start_shaped(tempfile::tempdir().unwrap(), shape).await;
+        server.until_healthy().await;
+        server
+    }
+
+    async fn start_shaped(home: TempDir, shape: impl FnOnce(&mut GatewayConfig)) -> Self {
+        let started = try_start_shaped(home.path(), "127.0.0.1:0", shape).await;
         let (gateway, machine) = started.unwrap();
         let address = gateway.address();
         let (stop, stopped) = oneshot::channel::<()>();
         let served = tokio::spawn(gateway.run_until(async {
             let _ = stopped.await;
         }));
-        let client = reqwest::Client::builder().timeout(LIMIT).build().unwrap();
+        let client = Trust::default().client(|http| http.timeout(LIMIT)).unwrap();
         Self {
             address,
             machine,

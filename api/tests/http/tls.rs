@@ -4,25 +4,11 @@ use std::fs;
 use std::sync::Arc;
 
 use tempfile::tempdir;
-use thaw_api::tls::{Tls, client_config};
+use thaw_api::tls::{Tls, Trust};
 use thaw_api::{Gateway, GatewayConfig};
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
-use tokio::net::{TcpListener, TcpStream};
-use tokio_rustls::TlsConnector;
-use tokio_rustls::rustls::pki_types::ServerName;
+use tokio::net::TcpListener;
 
 use crate::machine::Machine;
-
-const REQUEST: &[u8] =
-    b"GET /thaw/v1/functions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
-
-async fn asked(mut stream: impl AsyncRead + AsyncWrite + Unpin) -> String {
-    let mut answer = Vec::new();
-    if stream.write_all(REQUEST).await.is_ok() {
-        let _ = stream.read_to_end(&mut answer).await;
-    }
-    String::from_utf8_lossy(&answer).into_owned()
-}
 
 #[tokio::test]
 async fn requests_are_answered_over_tls_and_no_other_way() {
@@ -45,13 +31,14 @@ async fn requests_are_answered_over_tls_and_no_other_way() {
     }));
     ready.await;
 
-    let connector = TlsConnector::from(Arc::new(client_config(&cert).unwrap()));
-    let name = ServerName::try_from("localhost").unwrap();
-    let stream = TcpStream::connect(address).await.unwrap();
-    let answer = asked(connector.connect(name, stream).await.unwrap()).await;
-    assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
-    let plain = asked(TcpStream::connect(address).await.unwrap()).await;
-    assert!(!plain.contains("HTTP/"), "{plain}");
+    let client = Trust::load(Some(&cert)).unwrap().client(|http| http);
+    let client = client.unwrap();
+    let asked = |scheme: &str| {
+        let url = format!("{scheme}://localhost:{}/thaw/v1/functions", address.port());
+        client.get(url).send()
+    };
+    assert_eq!(asked("https").await.unwrap().status(), 200);
+    assert!(asked("http").await.is_err());
     drop(stop);
     served.await.unwrap().unwrap();
 }
