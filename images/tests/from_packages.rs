@@ -75,7 +75,7 @@ fn equal_packages_give_equal_bytes_and_two_builders_build_once() {
     let build = |store: &ImageStore| {
         let mut count = Count::default();
         (
-            store.runtime(RuntimeName::Provided, &mut count).unwrap(),
+            store.runtime(RuntimeName::PROVIDED, &mut count).unwrap(),
             count.0,
         )
     };
