@@ -27,8 +27,8 @@ use npm::NpmPackage;
 pub use npm::{NpmError, NpmRecord};
 use recipe::Recipe;
 use table::Language;
-use wheels::{ANY_PYTHON, Wheel};
 pub use wheels::WheelError;
+use wheels::{ANY_PYTHON, Wheel};
 
 const MANIFEST: &str = "manifest.json";
 const ROOTFS: &str = "rootfs.erofs";

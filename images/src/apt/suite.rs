@@ -12,7 +12,7 @@ use super::{Apt, PackageError, line_with};
 use crate::fault::FileError;
 use crate::progress::Progress;
 use crate::staging::make_dir;
-use crate::tool::APT_GET;
+use crate::tool::{APT_GET, ToolError};
 
 /// Where packages come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -109,23 +109,9 @@ impl Apt {
             self.configure(command);
             command.args(["update", "-qq", "--error-on=any"]);
         });
-        let Err(error) = updated else { return Ok(()) };
-        let said = |signs: &[&str]| line_with(error.stderr(), signs);
-        Err(
-            if let Some(detail) = said(&["NO_PUBKEY", "is not signed", "couldn't be verified"]) {
-                PackageError::Key { suite, detail }
-            } else if let Some(detail) = said(&["does not have a Release file"]) {
-                PackageError::NoSuite {
-                    suite,
-                    mirror: mirrors.archive.clone(),
-                    detail,
-                }
-            } else if let Some(detail) = said(&["Failed to fetch", "Could not resolve"]) {
-                PackageError::Download { detail }
-            } else {
-                PackageError::Tool(error)
-            },
-        )
+        updated
+            .map(|_output| ())
+            .map_err(|error| explain(suite, &mirrors.archive, error))
     }
 
     fn has_lists(&self) -> bool {
@@ -135,6 +121,26 @@ impl Apt {
                 list.is_ok_and(|list| list.file_name().to_string_lossy().contains("_Packages"))
             })
         })
+    }
+}
+
+/// Why the lists of `suite` cannot be had.
+fn explain(suite: &'static str, mirror: &str, error: ToolError) -> PackageError {
+    let said = |signs: &[&str]| line_with(error.stderr(), signs);
+    if let Some(detail) = said(&["NO_PUBKEY", "is not signed"]) {
+        return PackageError::Key { suite, detail };
+    }
+    if let Some(detail) = said(&["does not have a Release file"]) {
+        let mirror = mirror.to_owned();
+        return PackageError::NoSuite {
+            suite,
+            mirror,
+            detail,
+        };
+    }
+    match said(&["Failed to fetch"]) {
+        Some(detail) => PackageError::Download { detail },
+        None => PackageError::Tool(error),
     }
 }
 
@@ -159,31 +165,48 @@ mod tests {
     }
 
     #[test]
-    fn a_release_that_cannot_be_had_is_named_with_the_reason() {
+    fn a_release_that_the_mirror_lacks_is_named() {
         let folder = tempfile::tempdir().unwrap();
-        let root = folder.path().join("cache");
-        let update = |uri: &str| {
-            let state = root.join("absent");
-            make_dir(&state.join("lists/partial")).unwrap();
-            let mirrors = Mirrors {
-                archive: uri.to_owned(),
-                security: None,
-            };
-            fs::write(state.join("debian.sources"), mirrors.sources("absent")).unwrap();
-            let machine = Apt::new(&root).unwrap();
-            let suite = Suite::Debian("absent");
-            let apt = Apt::in_state(root.clone(), state, suite, machine._lock).unwrap();
-            assert!(!apt.has_lists());
-            apt.update("absent", &mirrors).unwrap_err()
+        let mirrors = Mirrors {
+            archive: format!("file://{}", folder.path().display()),
+            security: None,
         };
-        let empty = tempfile::tempdir().unwrap();
-        let error = update(&format!("file://{}", empty.path().display()));
+        let state = folder.path().join("absent");
+        make_dir(&state.join("lists/partial")).unwrap();
+        fs::write(state.join("debian.sources"), mirrors.sources("absent")).unwrap();
+        let machine = Apt::new(folder.path()).unwrap();
+        let suite = Suite::Debian("absent");
+        let apt = Apt::in_state(machine.root, state, suite, machine._lock).unwrap();
+        assert!(!apt.has_lists());
+        let error = apt.update("absent", &mirrors).unwrap_err();
         assert!(matches!(error, PackageError::NoSuite { .. }), "{error:?}");
+        assert!(error.to_string().contains("has no Debian absent"));
+    }
+
+    #[test]
+    fn a_missing_key_and_a_missing_network_are_told_apart() {
+        let explain = |stderr: &str| {
+            let error = ToolError::Failed {
+                tool: "apt-get",
+                status: std::os::unix::process::ExitStatusExt::from_raw(100 << 8),
+                stderr: stderr.to_owned(),
+            };
+            explain("trixie", "http://mirror/debian", error)
+        };
+        // As apt 2.6 says it.
+        let error = explain(
+            "W: GPG error: http://mirror/debian trixie InRelease: The following signatures couldn't be verified because the \
+             public key is not available: NO_PUBKEY 6ED0E7B82643E131\n\
+             E: The repository 'http://mirror/debian trixie InRelease' is not signed.",
+        );
         let text = error.to_string();
-        assert!(text.contains("has no Debian absent"), "{text}");
-        // Port 1 of this machine answers nobody.
-        let error = update("http://127.0.0.1:1/debian");
-        assert!(matches!(error, PackageError::Download { .. }), "{error:?}");
+        assert!(text.contains("debian-archive-keyring") && text.contains("NO_PUBKEY 6ED0"));
+        let error = explain(
+            "E: Failed to fetch http://mirror/debian/dists/trixie/InRelease  Could not resolve 'mirror'\n\
+             E: Some index files failed to download. They have been ignored, or old ones used instead.",
+        );
+        assert!(error.to_string().contains("is this machine online?"));
+        assert!(matches!(explain("E: another"), PackageError::Tool(_)));
     }
 
     #[test]

@@ -22,12 +22,7 @@ const LAMBDA_CPP: &str = "deps/aws-lambda-cpp-0.2.8.tar.gz";
 const LAMBDA_CPP_VERSION: [(&str, &str); 3] = [("MAJOR", "0"), ("MINOR", "2"), ("PATCH", "8")];
 
 /// What of the client's package is in the image beside `index.mjs`.
-const KEPT: [&str; 4] = [
-    "package.json",
-    "LICENSE",
-    "NOTICE",
-    "THIRD-PARTY-LICENSES",
-];
+const KEPT: [&str; 4] = ["package.json", "LICENSE", "NOTICE", "THIRD-PARTY-LICENSES"];
 
 const CLIENT_FOLDER: &str = "var/runtime/node_modules/aws-lambda-ric";
 const CLIENT_ADDON: &str = "rapid-client.node";
@@ -132,7 +127,7 @@ fn compile_client(
     GXX.run(|command| {
         // Relative paths: none of this machine's get into the image.
         command.current_dir(client);
-        command.args(["-std=c++17", "-DAWS_LAMBDA_LOG=0"]);
+        command.args(["-std=c++20", "-DAWS_LAMBDA_LOG=0"]);
         // As node-gyp and the package's binding.gyp say.
         command.args(["-DNAPI_CPP_EXCEPTIONS", "-DBUILDING_NODE_EXTENSION"]);
         command.args(shared(headers)).arg("-isystem").arg(api);

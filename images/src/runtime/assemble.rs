@@ -9,8 +9,8 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use super::ImageError;
-use super::recipe::{MERGED, Recipe};
 use super::ldcache;
+use super::recipe::{MERGED, Recipe};
 use crate::apt::{Apt, Package};
 use crate::fault::FileError;
 use crate::progress::Progress;

@@ -341,3 +341,61 @@ impl Recipe {
         digest::bytes(&serde_json::to_vec(self).expect("a recipe has no maps"))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bootstrap(name: &str) -> String {
+        let recipe = Recipe::of(name.parse().unwrap());
+        let is_bootstrap = |file: &&(&str, u32, String)| file.0 == "var/runtime/bootstrap";
+        recipe.files.iter().find(is_bootstrap).unwrap().2.clone()
+    }
+
+    #[test]
+    fn the_folders_of_layers_follow_the_version() {
+        for (name, folder) in [
+            ("python3.11", "/opt/python/lib/python3.11/site-packages"),
+            ("python3.13", "/opt/python/lib/python3.13/site-packages"),
+            ("nodejs18.x", "/opt/nodejs/node18/node_modules"),
+            ("nodejs24.x", "/opt/nodejs/node24/node_modules"),
+        ] {
+            assert!(bootstrap(name).contains(folder), "{name}");
+        }
+        assert!(
+            bootstrap("python3.13")
+                .ends_with("exec /usr/bin/python3.13 -m thaw_runtime \"$_HANDLER\"\n")
+        );
+    }
+
+    #[test]
+    fn node_features_that_lambda_switches_off_can_be_switched_on() {
+        let text = bootstrap("nodejs22.x").replace("exec /var/lang/bin/node", "echo");
+        let options = |node_options: &str| {
+            let output = std::process::Command::new("sh")
+                .args(["-c", &text])
+                .env("NODE_OPTIONS", node_options)
+                .output()
+                .unwrap();
+            String::from_utf8(output.stdout).unwrap()
+        };
+        let off = [
+            "--no-experimental-require-module",
+            "--no-experimental-detect-module",
+        ];
+        let told = options("");
+        assert!(off.iter().all(|option| told.contains(option)), "{told}");
+        let told = options("--inspect --experimental-require-module");
+        assert!(!told.contains(off[0]) && told.contains(off[1]), "{told}");
+        assert!(!bootstrap("nodejs24.x").contains("experimental"));
+    }
+
+    #[test]
+    fn every_recipe_is_another() {
+        let digests: Vec<_> = RuntimeName::all()
+            .map(|name| Recipe::of(name).digest())
+            .collect();
+        let distinct: std::collections::BTreeSet<_> = digests.iter().collect();
+        assert_eq!(distinct.len(), digests.len());
+    }
+}

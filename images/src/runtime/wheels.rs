@@ -131,7 +131,12 @@ impl Wheel {
     }
 
     /// Unpacks the wheel, which is in `cache`, into the folder `into`; `seen_at` is where links think that to be.
-    pub(super) fn unpack(&self, cache: &Path, into: &Path, seen_at: &str) -> Result<(), WheelError> {
+    pub(super) fn unpack(
+        &self,
+        cache: &Path,
+        into: &Path,
+        seen_at: &str,
+    ) -> Result<(), WheelError> {
         let path = cache.join(self.file);
         let data = fs::read(&path).map_err(FileError::on("reading", &path))?;
         unzip::plan(&data, LIMITS, seen_at)

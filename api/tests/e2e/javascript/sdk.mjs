@@ -72,7 +72,7 @@ const scenarios = {
         const missing = await invoke('nobody').catch((error) => error);
         assert(missing instanceof sdk.ResourceNotFoundException);
         assert.deepEqual([missing.name, missing.$metadata.httpStatusCode], ['ResourceNotFoundException', 404]);
-        const newer = { FunctionName: 'newer', Runtime: 'nodejs22.x', Handler: 'index.handler', Role: ROLE, Code: { ZipFile: readFileSync(ZIP) } };
+        const newer = { FunctionName: 'newer', Runtime: 'nodejs26.x', Handler: 'index.handler', Role: ROLE, Code: { ZipFile: readFileSync(ZIP) } };
         await assert.rejects(send('CreateFunction', newer), (error) => error instanceof sdk.InvalidParameterValueException && /nodejs18\.x/.test(error.message));
     },
 
