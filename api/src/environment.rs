@@ -28,15 +28,6 @@ pub const RESERVED: [&str; 19] = [
     "LAMBDA_TASK_ROOT",
 ];
 
-/// Runtimes that this gateway has images for.
-pub const RUNTIMES: [&str; 5] = [
-    "python3.11",
-    "nodejs18.x",
-    "provided",
-    "provided.al2",
-    "provided.al2023",
-];
-
 /// Memory for which AWS gives a function one whole CPU.
 const MIB_PER_VCPU: u32 = 1769;
 

@@ -4,6 +4,8 @@
 //! that the answer depends on the package lists alone and not on what this host has installed.
 //! Only the distribution's own packages count; other configured sources are pinned away.
 
+mod suite;
+
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::ErrorKind;
@@ -17,6 +19,7 @@ use crate::fault::FileError;
 use crate::progress::Progress;
 use crate::staging::{lock_file, make_dir, remove_tree};
 use crate::tool::{APT_GET, DPKG_DEB, TAR, ToolError};
+pub(crate) use suite::Suite;
 
 /// Leaves only packages whose release file says that Debian made them (apt_preferences(5)); of two
 /// records that match, the first counts.
@@ -48,7 +51,43 @@ pub enum PackageError {
         /// What apt said.
         detail: String,
     },
-    /// A package could not be fetched: no network, or an unreachable mirror.
+    /// The lists of another release are older than the archive, and could not be updated.
+    #[error(
+        "the package lists of Debian {suite} are out of date: is this machine online? ({detail})"
+    )]
+    SuiteLists {
+        /// The release's code name.
+        suite: &'static str,
+        /// What apt said.
+        detail: String,
+    },
+    /// The mirror has not got a release.
+    #[error("the mirror {mirror} has no Debian {suite} ({detail})")]
+    NoSuite {
+        /// The release's code name.
+        suite: &'static str,
+        /// The mirror, as this machine's sources name it.
+        mirror: String,
+        /// What apt said.
+        detail: String,
+    },
+    /// Debian's keys are not installed.
+    #[error("{path} is missing: install the package debian-archive-keyring")]
+    NoKeyring {
+        /// The file with the keys.
+        path: &'static str,
+    },
+    /// A release's lists are signed with a key that this machine has not got.
+    #[error(
+        "the package lists of Debian {suite} are signed with an unknown key: install today's version of debian-archive-keyring ({detail})"
+    )]
+    Key {
+        /// The release's code name.
+        suite: &'static str,
+        /// What apt said.
+        detail: String,
+    },
+    /// A package or a list could not be fetched: no network, or an unreachable mirror.
     #[error("the packages could not be downloaded: is this machine online? ({detail})")]
     Download {
         /// What apt said first.
@@ -86,23 +125,37 @@ pub enum PackageError {
 #[derive(Debug)]
 pub(crate) struct Apt {
     root: PathBuf,
+    /// Of the suite; another has a state of its own.
+    state: PathBuf,
+    suite: Suite,
     _lock: File,
 }
 
 impl Apt {
-    /// `root` is made if need be.
+    /// `root` is made if need be. The packages are those of this machine's lists.
     pub(crate) fn new(root: &Path) -> Result<Self, PackageError> {
         make_dir(root)?;
-        let _lock = lock_file(&root.join("lock"))?;
-        for folder in ["state", "index", "debs"] {
-            make_dir(&root.join(folder))?;
+        let lock = lock_file(&root.join("lock"))?;
+        Self::in_state(root.to_owned(), root.join("state"), Suite::Machine, lock)
+    }
+
+    fn in_state(
+        root: PathBuf,
+        state: PathBuf,
+        suite: Suite,
+        _lock: File,
+    ) -> Result<Self, PackageError> {
+        for folder in [&state.join("index"), &root.join("debs")] {
+            make_dir(folder)?;
         }
-        for (name, text) in [("state/status", ""), ("state/preferences", PREFERENCES)] {
-            let path = root.join(name);
+        for (name, text) in [("status", ""), ("preferences", PREFERENCES)] {
+            let path = state.join(name);
             fs::write(&path, text).map_err(FileError::on("writing", &path))?;
         }
         Ok(Self {
-            root: root.to_owned(),
+            root,
+            state,
+            suite,
             _lock,
         })
     }
@@ -113,14 +166,13 @@ impl Apt {
     }
 
     fn configure(&self, command: &mut Command) {
-        let state = self.root.join("state");
-        let path = |name: &str| state.join(name).display().to_string();
+        let path = |name: &str| self.state.join(name).display().to_string();
         for option in [
             format!("Dir::State::status={}", path("status")),
             format!("Dir::State::extended_states={}", path("extended_states")),
             format!("Dir::Etc::preferences={}", path("preferences")),
             format!("Dir::Etc::preferencesparts={}", path("preferences.d")),
-            format!("Dir::Cache={}", self.root.join("index").display()),
+            format!("Dir::Cache={}", path("index")),
             "Acquire::ForceHash=SHA256".to_owned(),
             "Acquire::Retries=3".to_owned(),
             "APT::Architecture=amd64".to_owned(),
@@ -131,6 +183,16 @@ impl Apt {
             "APT::Sandbox::User=".to_owned(),
         ] {
             command.arg("-o").arg(option);
+        }
+        if let Suite::Debian(_) = self.suite {
+            for option in [
+                format!("Dir::State::lists={}", path("lists")),
+                format!("Dir::Etc::sourcelist={}", path("debian.sources")),
+                "Dir::Etc::sourceparts=/dev/null".to_owned(),
+                "Acquire::Languages=none".to_owned(),
+            ] {
+                command.arg("-o").arg(option);
+            }
         }
     }
 
@@ -143,7 +205,7 @@ impl Apt {
                     .args(["install", "-qq", "-y", "--print-uris"])
                     .args(names);
             })
-            .map_err(explain)?;
+            .map_err(|error| self.explain(error))?;
         let mut packages = BTreeMap::new();
         for line in String::from_utf8_lossy(&answer).lines() {
             let package = parse_uri_line(line).ok_or_else(|| PackageError::Answer {
@@ -190,7 +252,7 @@ impl Apt {
                 stderr if stderr.contains("No space left on device") => {
                     FileError::on("writing", incoming)(ErrorKind::StorageFull.into()).into()
                 }
-                _ => explain(error),
+                _ => self.explain(error),
             })?;
         for package in packages {
             let from = incoming.join(&package.file);
@@ -243,6 +305,27 @@ impl Apt {
             .map_err(FileError::on("removing", scratch))
             .map_err(PackageError::File)
     }
+
+    /// Tells the failures that users meet, out-of-date lists and no network, from the others.
+    fn explain(&self, error: ToolError) -> PackageError {
+        const OUT_OF_DATE: [&str; 4] = [
+            "Unable to locate package",
+            "has no installation candidate",
+            "404  Not Found",
+            "was not found",
+        ];
+        const UNREACHABLE: [&str; 1] = ["Failed to fetch"];
+        if let Some(detail) = line_with(error.stderr(), &OUT_OF_DATE) {
+            return match self.suite {
+                Suite::Machine => PackageError::Lists { detail },
+                Suite::Debian(suite) => PackageError::SuiteLists { suite, detail },
+            };
+        }
+        match line_with(error.stderr(), &UNREACHABLE) {
+            Some(detail) => PackageError::Download { detail },
+            None => PackageError::Tool(error),
+        }
+    }
 }
 
 fn clear(folder: &Path) -> Result<(), FileError> {
@@ -254,27 +337,12 @@ fn clear(folder: &Path) -> Result<(), FileError> {
     }
 }
 
-/// Tells the failures that users meet, out-of-date lists and no network, from the others.
-fn explain(error: ToolError) -> PackageError {
-    const OUT_OF_DATE: [&str; 4] = [
-        "Unable to locate package",
-        "has no installation candidate",
-        "404  Not Found",
-        "was not found",
-    ];
-    const UNREACHABLE: [&str; 1] = ["Failed to fetch"];
-    let stderr = error.stderr();
-    let line = |signs: &[&str]| {
-        let mut lines = stderr.lines();
-        lines
-            .find(|line| signs.iter().any(|sign| line.contains(sign)))
-            .map(|l| l.trim().to_owned())
-    };
-    match (line(&OUT_OF_DATE), line(&UNREACHABLE)) {
-        (Some(detail), _) => PackageError::Lists { detail },
-        (None, Some(detail)) => PackageError::Download { detail },
-        (None, None) => PackageError::Tool(error),
-    }
+/// The first line of `text` with one of `signs` in it.
+fn line_with(text: &str, signs: &[&str]) -> Option<String> {
+    let mut lines = text.lines();
+    lines
+        .find(|line| signs.iter().any(|sign| line.contains(sign)))
+        .map(|line| line.trim().to_owned())
 }
 
 /// Reads a line of `apt-get --print-uris`: `'URI' NAME_VERSION_ARCH.deb SIZE SHA256:DIGEST`.

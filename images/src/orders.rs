@@ -72,7 +72,7 @@ impl Orders {
         mut make: impl FnMut(RuntimeName, &mut dyn Progress) -> Result<(), String>,
         progress: &mut dyn Progress,
     ) -> Result<(), FileError> {
-        for name in RuntimeName::ALL {
+        for name in RuntimeName::all() {
             let order = self.path(name, "order");
             if !order.exists() {
                 continue;
@@ -152,6 +152,10 @@ mod tests {
     use super::*;
     use crate::progress::Quiet;
 
+    fn node() -> RuntimeName {
+        "nodejs22.x".parse().unwrap()
+    }
+
     #[derive(Default)]
     struct Steps(Vec<String>);
 
@@ -169,7 +173,7 @@ mod tests {
         let is_served = AtomicBool::new(false);
         while !is_served.load(Ordering::Relaxed) {
             let make_one = |name, progress: &mut dyn Progress| {
-                assert_eq!(name, RuntimeName::Nodejs18);
+                assert_eq!(name, node());
                 is_served.store(true, Ordering::Relaxed);
                 make(progress)
             };
@@ -192,7 +196,7 @@ mod tests {
                 });
             });
             let look = || fs::read_to_string(&made).ok();
-            Orders::new(folder.clone()).place(RuntimeName::Nodejs18, look, &mut steps)
+            Orders::new(folder.clone()).place(node(), look, &mut steps)
         });
         assert_eq!(answer.unwrap().unwrap(), "image");
         assert_eq!(steps.0, ["download packages", "unpack packages"]);
@@ -206,7 +210,7 @@ mod tests {
             let answer = thread::scope(|scope| {
                 scope.spawn(|| maker(home.path(), |_| Err(reason.to_owned())));
                 let orders = Orders::new(home.path().to_owned());
-                orders.place(RuntimeName::Nodejs18, || None::<()>, &mut Quiet)
+                orders.place(node(), || None::<()>, &mut Quiet)
             });
             assert_eq!(answer.unwrap().unwrap_err(), reason);
         }

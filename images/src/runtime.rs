@@ -3,108 +3,35 @@
 mod addons;
 mod assemble;
 mod ldcache;
+mod name;
 mod npm;
 mod recipe;
+mod table;
 mod wheels;
 
-use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::apt::{Apt, Package, PackageError};
+use crate::apt::{Apt, Package, PackageError, Suite};
 use crate::digest;
 use crate::erofs::{self, ErofsError};
 use crate::fault::{Fault, FileError};
 use crate::progress::{Progress, step};
 use crate::staging::{Staging, StagingError, install, make_dir};
 use crate::tool::{GXX, ToolError};
-use crate::unzip::UnzipError;
 pub use ldcache::LdCacheError;
+pub use name::{RuntimeName, UnknownRuntime};
 use npm::NpmPackage;
 pub use npm::{NpmError, NpmRecord};
 use recipe::Recipe;
-use wheels::Wheel;
+use table::Language;
 pub use wheels::WheelError;
+use wheels::{ANY_PYTHON, Wheel};
 
 const MANIFEST: &str = "manifest.json";
 const ROOTFS: &str = "rootfs.erofs";
-
-/// The runtimes that Thaw has an image for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub enum RuntimeName {
-    /// Runs any executable named `bootstrap`.
-    Provided,
-    /// Python 3.11 with its Lambda runtime client.
-    Python311,
-    /// Node.js 18 with its Lambda runtime client.
-    Nodejs18,
-}
-
-/// A name that no image has.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("unknown runtime {name:?}: there are {}", RuntimeName::ALL.map(RuntimeName::as_str).join(", "))]
-pub struct UnknownRuntime {
-    /// The name.
-    pub name: String,
-}
-
-impl RuntimeName {
-    /// Every runtime.
-    pub const ALL: [Self; 3] = [Self::Provided, Self::Python311, Self::Nodejs18];
-
-    /// Those whose images are made before a gateway serves; another is made when a function first wants it.
-    pub const AHEAD: [Self; 2] = [Self::Provided, Self::Python311];
-
-    /// The name as the Lambda API spells it.
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Provided => "provided",
-            Self::Python311 => "python3.11",
-            Self::Nodejs18 => "nodejs18.x",
-        }
-    }
-}
-
-impl fmt::Display for RuntimeName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
-
-impl FromStr for RuntimeName {
-    type Err = UnknownRuntime;
-
-    fn from_str(name: &str) -> Result<Self, UnknownRuntime> {
-        match name {
-            // The versioned names differ in the distribution below, which `provided` hides.
-            "provided" | "provided.al2" | "provided.al2023" => Ok(Self::Provided),
-            "python3.11" => Ok(Self::Python311),
-            "nodejs18.x" => Ok(Self::Nodejs18),
-            _ => Err(UnknownRuntime {
-                name: name.to_owned(),
-            }),
-        }
-    }
-}
-
-impl TryFrom<String> for RuntimeName {
-    type Error = UnknownRuntime;
-
-    fn try_from(name: String) -> Result<Self, UnknownRuntime> {
-        name.parse()
-    }
-}
-
-impl From<RuntimeName> for String {
-    fn from(name: RuntimeName) -> Self {
-        name.as_str().to_owned()
-    }
-}
 
 /// A runtime's root file system on disk, complete.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -170,7 +97,7 @@ pub enum ImageError {
     #[error("getting the packages of an image")]
     Package(#[from] PackageError),
     /// Wheels could not be had.
-    #[error("getting the python wheels of an image")]
+    #[error("getting the wheels of an image")]
     Wheel(#[from] WheelError),
     /// npm packages could not be had.
     #[error("getting the npm packages of an image")]
@@ -184,15 +111,6 @@ pub enum ImageError {
         addon: String,
         /// What the image's loader says.
         line: String,
-    },
-    /// A wheel could not be unpacked.
-    #[error("unpacking the python wheel {file}")]
-    Unzip {
-        /// The wheel.
-        file: String,
-        /// Why.
-        #[source]
-        source: UnzipError,
     },
     /// The loader's cache could not be written.
     #[error("indexing the shared libraries of an image")]
@@ -254,11 +172,19 @@ pub(crate) fn open(folder: &Path, name: RuntimeName) -> Option<RuntimeImage> {
 pub(crate) fn build(
     folder: &Path,
     name: RuntimeName,
-    apt: &Apt,
+    apt: Apt,
     staging: &Staging,
     progress: &mut dyn Progress,
 ) -> Result<RuntimeImage, ImageError> {
     let recipe = Recipe::of(name);
+    let apt = &match recipe.suite {
+        Suite::Machine => apt,
+        Suite::Debian(suite) => step(
+            progress,
+            &format!("update the package lists of Debian {suite}"),
+            |progress| apt.of(recipe.suite, progress),
+        )?,
+    };
     let packages = step(progress, "resolve packages", |progress| {
         let packages = resolve(&recipe, apt)?;
         progress.detail(&format!("{} packages", packages.len()));
@@ -269,31 +195,30 @@ pub(crate) fn build(
         apt.download(&addons::headers(&recipe, apt)?, progress)?;
         let (npm, wheels) = (apt.root().join("npm"), apt.root().join("wheels"));
         npm::download(&npm, &wheels, &recipe.npm, staging, progress)?;
-        wheels::download(&apt.root().join("wheels"), &recipe.wheels, progress)?;
+        let python = recipe.python.unwrap_or(ANY_PYTHON);
+        wheels::download(&wheels, &recipe.wheels(), python, progress)?;
         Ok::<_, ImageError>(())
     })?;
     let tree = staging.path().join("root");
     step(progress, "unpack packages", |_| {
         assemble::unpack(&recipe, &packages, apt, staging, &tree)
     })?;
-    if !recipe.npm.is_empty() {
+    let mut compiler = None;
+    if let Language::Node(node) = &name.row().language {
         step(progress, "compile native parts", |_| {
-            addons::build(&recipe, apt, staging, &tree)
+            addons::build(&recipe, &node.client, apt, staging, &tree)
         })?;
+        compiler = Some(GXX.version("--version")?);
     }
     step(progress, "finish the root file system", |progress| {
         assemble::finish(&recipe, &tree, progress)
     })?;
-    let mut compiler = None;
-    if !recipe.npm.is_empty() {
-        compiler = Some(GXX.version("--version")?);
-    }
     let contents = Contents {
         runtime: name,
         recipe: recipe.digest(),
         packages,
         packer: erofs::packer()?,
-        wheels: recipe.wheels.iter().map(Wheel::record).collect(),
+        wheels: recipe.wheels().iter().map(Wheel::record).collect(),
         npm: recipe.npm.iter().map(NpmPackage::record).collect(),
         compiler,
     };
@@ -324,11 +249,12 @@ pub(crate) fn build(
 
 /// The packages of the recipe and what they depend on, less what only installing needs.
 fn resolve(recipe: &Recipe, apt: &Apt) -> Result<Vec<Package>, ImageError> {
-    let mut packages = apt.resolve(&recipe.packages)?;
+    let wanted: Vec<&str> = recipe.packages.iter().map(String::as_str).collect();
+    let mut packages = apt.resolve(&wanted)?;
     for wanted in &recipe.packages {
         if !packages.iter().any(|package| package.name == *wanted) {
             return Err(PackageError::Absent {
-                name: (*wanted).to_owned(),
+                name: wanted.clone(),
             }
             .into());
         }
@@ -342,35 +268,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_read_back_and_versioned_provided_names_are_known() {
-        for name in RuntimeName::ALL {
-            assert_eq!(name.to_string().parse(), Ok(name));
-        }
-        assert_eq!("provided.al2023".parse(), Ok(RuntimeName::Provided));
-        let json = serde_json::to_string(&RuntimeName::Python311).unwrap();
-        assert_eq!(json, "\"python3.11\"");
-        assert_eq!(
-            serde_json::from_str::<RuntimeName>(&json).unwrap(),
-            RuntimeName::Python311
-        );
-    }
-
-    #[test]
-    fn an_unknown_name_is_refused_with_those_that_exist() {
-        let error = "cobol".parse::<RuntimeName>().unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "unknown runtime \"cobol\": there are provided, python3.11, nodejs18.x"
-        );
-    }
-
-    #[test]
     fn an_image_of_another_recipe_does_not_count() {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join(ROOTFS), "12345").unwrap();
         let manifest = |recipe: String, size| RuntimeManifest {
             contents: Contents {
-                runtime: RuntimeName::Provided,
+                runtime: RuntimeName::PROVIDED,
                 recipe,
                 packages: Vec::new(),
                 packer: String::new(),
@@ -384,9 +287,9 @@ mod tests {
         let is_found = |manifest: &RuntimeManifest| {
             let text = serde_json::to_vec(manifest).unwrap();
             fs::write(folder.path().join(MANIFEST), text).unwrap();
-            open(folder.path(), RuntimeName::Provided).is_some()
+            open(folder.path(), RuntimeName::PROVIDED).is_some()
         };
-        let recipe = Recipe::of(RuntimeName::Provided).digest();
+        let recipe = Recipe::of(RuntimeName::PROVIDED).digest();
         assert!(is_found(&manifest(recipe.clone(), 5)));
         assert!(!is_found(&manifest(recipe, 6)));
         assert!(!is_found(&manifest("another".to_owned(), 5)));

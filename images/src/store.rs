@@ -125,7 +125,7 @@ impl ImageStore {
             return placed.map_err(|reason| ImageError::Ordered { name, reason });
         }
         let (apt, staging) = (self.apt()?, self.staging()?);
-        runtime::build(&folder, name, &apt, &staging, progress)
+        runtime::build(&folder, name, apt, &staging, progress)
     }
 
     /// Builds the images that others have ordered so far; whoever ordered one that fails is told the reason. Returns at once

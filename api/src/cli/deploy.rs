@@ -38,8 +38,8 @@ pub struct DeployArgs {
 /// is as thaw.toml says, or else the default.
 #[derive(Args, Clone, Debug, Default)]
 pub struct Settings {
-    /// Base runtime: python3.11, nodejs18.x, or provided for any executable named bootstrap; by default nodejs18.x where the
-    /// code has an index.mjs, index.js or index.cjs, and python3.11 elsewhere.
+    /// Base runtime: python3.13, nodejs22.x, … (a wrong one is answered with all there are), or provided for any executable
+    /// named bootstrap; by default nodejs22.x where the code has an index.mjs, index.js or index.cjs, and python3.11 elsewhere.
     #[arg(long)]
     pub runtime: Option<String>,
     /// Module and function; by default app.handler, or index.handler for Node.js.

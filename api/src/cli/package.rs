@@ -153,7 +153,7 @@ pub fn runtime_of(source: &Path) -> &'static str {
         None => source.join(name).is_file(),
     };
     match ["index.mjs", "index.js", "index.cjs"].iter().any(has) {
-        true => "nodejs18.x",
+        true => "nodejs22.x",
         false => "python3.11",
     }
 }
@@ -268,7 +268,7 @@ mod tests {
             runtime_of(folder.path())
         };
         for name in ["index.mjs", "index.js", "index.cjs"] {
-            assert_eq!(runtime(name), "nodejs18.x");
+            assert_eq!(runtime(name), "nodejs22.x");
         }
         for name in ["app.py", "lib/index.js", "bootstrap"] {
             assert_eq!(runtime(name), "python3.11");

@@ -9,9 +9,10 @@ use std::process::Stdio;
 use anyhow::{Context as _, bail, ensure};
 use clap::Args;
 use thaw_api::code;
-use thaw_api::environment::{RUNTIMES, is_provided};
+use thaw_api::environment::is_provided;
 use thaw_api::lambda::validate::ZIP_BYTES_MAX;
 use thaw_api::record::Code;
+use thaw_images::RuntimeName;
 use zip::ZipArchive;
 
 use super::client::Deployment;
@@ -214,13 +215,15 @@ impl Project {
 }
 
 fn check_runtime(runtime: &str) -> anyhow::Result<()> {
-    if RUNTIMES.contains(&runtime) {
+    let served: Vec<_> = RuntimeName::served().collect();
+    if served.contains(&runtime) {
         return Ok(());
     }
-    let hint = nearest(runtime, RUNTIMES).map(|meant| format!("; did you mean {meant}?"));
+    let hint =
+        nearest(runtime, served.iter().copied()).map(|meant| format!("; did you mean {meant}?"));
     bail!(
         "there is no runtime {runtime}, but there are {}{}",
-        RUNTIMES.join(", "),
+        served.join(", "),
         hint.unwrap_or_default()
     )
 }

@@ -29,8 +29,8 @@ const LICENSE_CHARS_MAX: usize = 512;
 const RUNTIMES_MAX: usize = 15;
 const ARCHITECTURES: [&str; 2] = ["x86_64", "arm64"];
 
-/// Names that a layer may say it is for: the service model's.
-const RUNTIMES: [&str; 52] = [
+/// Runtimes that Lambda knows, which a layer may say it is for: the service model's.
+pub(super) const RUNTIMES: [&str; 52] = [
     "nodejs",
     "nodejs4.3",
     "nodejs6.10",

@@ -6,10 +6,12 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use thaw_api_types::lambda::{CreateFunctionRequest, FunctionCode, FunctionSettings};
+use thaw_images::RuntimeName;
 
 use super::errors::{ApiError, violation};
+use super::layers::RUNTIMES;
 use crate::engine::EPHEMERAL_MIB_DEFAULT;
-use crate::environment::{RESERVED, RUNTIMES};
+use crate::environment::RESERVED;
 use crate::record::Settings;
 
 /// Largest zip, bytes.
@@ -268,14 +270,8 @@ fn is_variable(key: &str) -> bool {
 /// Lays the named members over `current`.
 fn merge(current: Settings, change: &FunctionSettings) -> Result<Settings, ApiError> {
     check_unsupported(change)?;
-    if let Some(runtime) = &change.runtime
-        && !RUNTIMES.contains(&runtime.as_str())
-    {
-        return Err(ApiError::invalid_parameter(format!(
-            "Value {} at 'runtime' failed to satisfy constraint: Member must satisfy enum value set: [{}] or be a valid ARN",
-            runtime.chars().take(128).collect::<String>(),
-            RUNTIMES.join(", ")
-        )));
+    if let Some(runtime) = &change.runtime {
+        check_runtime(runtime)?;
     }
     let environment = match &change.environment {
         Some(environment) => {
@@ -308,6 +304,26 @@ fn merge(current: Settings, change: &FunctionSettings) -> Result<Settings, ApiEr
                 snap_start.apply_on == PUBLISHED_VERSIONS
             }),
     })
+}
+
+/// A name that Lambda does not know is refused in Lambda's words; one that it knows and this gateway lacks, in plain ones.
+fn check_runtime(runtime: &str) -> Result<(), ApiError> {
+    let served: Vec<_> = RuntimeName::served().collect();
+    if served.contains(&runtime) {
+        return Ok(());
+    }
+    let served = served.join(", ");
+    Err(ApiError::invalid_parameter(
+        match RUNTIMES.contains(&runtime) {
+            true => format!(
+                "The runtime {runtime} is not supported by this gateway, which has {served}."
+            ),
+            false => format!(
+                "Value {} at 'runtime' failed to satisfy constraint: Member must satisfy enum value set: [{served}] or be a valid ARN",
+                runtime.chars().take(128).collect::<String>()
+            ),
+        },
+    ))
 }
 
 fn check_unsupported(change: &FunctionSettings) -> Result<(), ApiError> {
@@ -420,8 +436,22 @@ mod tests {
         assert!(
             runtime
                 .message
-                .contains("enum value set: [python3.11, nodejs18.x, provided")
+                .starts_with("Value cobol at 'runtime' failed to satisfy constraint")
+                && runtime
+                    .message
+                    .contains("enum value set: [python3.11, python3.13, nodejs18.x")
         );
+        let runtime = refused(|request| request.settings.runtime = Some("python3.12".to_owned()));
+        assert!(
+            runtime
+                .message
+                .starts_with("The runtime python3.12 is not supported by this gateway, which has python3.11, python3.13, "),
+            "{}",
+            runtime.message
+        );
+        for name in RuntimeName::served() {
+            assert!(RUNTIMES.contains(&name), "{name} is none of Lambda's");
+        }
         let arm = refused(|request| request.architectures = Some(vec!["arm64".to_owned()]));
         assert!(arm.message.contains("arm64"));
         let missing = refused(|request| request.settings.handler = None);

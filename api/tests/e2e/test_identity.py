@@ -277,6 +277,33 @@ def test_a_hook_that_fails_keeps_the_request_from_the_handler(deploy, invoke):
     assert "no new connection" in log and "the handler ran" not in log, log
 
 
+NEWER = """
+import os, random, ssl, sys, uuid
+
+
+def draws():
+    return [random.random(), str(uuid.uuid1()).rsplit("-", 1)[1], str(uuid.uuid4()), ssl.RAND_bytes(16).hex()]
+
+
+own = random.Random(1)  # nobody renews it
+own.random()
+before = draws()
+
+
+def handler(event, context):
+    return {"before": before, "draws": draws(), "own": own.random(), "python": sys.version_info[:2], "env": os.environ["AWS_EXECUTION_ENV"]}
+"""
+
+
+def test_clones_on_another_release_of_debian_with_a_newer_python_draw_different_random_values(deploy, invoke):
+    name = deploy("newer", zip_of(app=NEWER), runtime="python3.13", timeout=60)
+    clones = [invoke(name)[0] for _ in range(3)]
+    assert all(clone["python"] == [3, 13] and clone["env"] == "AWS_Lambda_python3.13" for clone in clones)
+    assert len({(json.dumps(clone["before"]), clone["own"]) for clone in clones}) == 1
+    for drawn in zip(clones[0]["before"], *(clone["draws"] for clone in clones), strict=True):
+        assert len(set(drawn)) == 4, drawn
+
+
 NODE_CLONES = 12
 
 # The other context is the control: its generator is V8's own, which nobody renews.

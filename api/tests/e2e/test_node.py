@@ -11,7 +11,7 @@ import zipfile
 import pytest
 from conftest import ROOT
 
-RUNTIME = "nodejs18.x"
+RUNTIME = "nodejs22.x"
 
 
 def node_zip(**files):
@@ -25,8 +25,8 @@ def node_zip(**files):
 
 @pytest.fixture(scope="module")
 def node(deploy):
-    def node(name, handler="index.handler", memory=256, **files):
-        return deploy(name, node_zip(**files), runtime=RUNTIME, handler=handler, timeout=60, MemorySize=memory)
+    def node(name, runtime=RUNTIME, handler="index.handler", memory=256, **files):
+        return deploy(name, node_zip(**files), runtime=runtime, handler=handler, timeout=60, MemorySize=memory)
 
     return node
 
@@ -38,7 +38,7 @@ def test_the_example_is_known_for_node_by_its_index_and_answers(gateway):
     for step in ["download packages", "compile native parts", "pack the image"]:
         assert is_made or f"runtime image: {step}" in deployed.stderr
     told = json.loads(gateway.cli("invoke", "node", "-d", '{"name": "you"}').stdout)
-    assert told["greeting"] == "Hello, you!" and told["node"].startswith("v18.")
+    assert told["greeting"] == "Hello, you!" and told["node"].startswith("v22.")
     again = json.loads(gateway.cli("invoke", "node").stdout)
     assert again["started"] == told["started"] and again["machine"] != told["machine"]
     status, _, body = gateway.get("/fn/node/?name=url")
@@ -49,8 +49,11 @@ def test_the_example_is_known_for_node_by_its_index_and_answers(gateway):
 COMMON = """
 exports.async = async (event, context) => ({ event, left: context.getRemainingTimeInMillis(), name: context.functionName,
     env: process.env, cwd: process.cwd(), exe: process.argv0, uid: process.getuid() });
+const { randomUUID } = require('node:crypto');
+const draw = () => [Math.random(), randomUUID()];
+const before = draw();
 exports.callback = (event, context, callback) =>
-    setTimeout(() => event.fail ? callback(new TypeError('by callback')) : callback(null, { later: event }), 20);
+    setTimeout(() => event.fail ? callback(new TypeError('by callback')) : callback(null, { later: event, node: process.version, before, drawn: draw() }), 20);
 exports.failing = async () => { class Refused extends Error { constructor(m) { super(m); this.name = 'Refused'; } } throw new Refused('not today'); };
 exports.exiting = async () => process.exit(3);
 exports.unhandled = async () => { Promise.reject(new Error('nobody catches it')); await new Promise((r) => setTimeout(r, 5000)); };
@@ -67,8 +70,8 @@ def test_an_async_handler_sees_lambdas_context_and_environment(common, invoke):
     told, _ = invoke(common, {"do": "async", "x": [1, "ü"]})
     assert told["event"] == {"do": "async", "x": [1, "ü"]} and 0 < told["left"] <= 60_000
     assert told["name"] == common and told["cwd"] == "/var/task" and told["uid"] != 0
-    assert told["env"]["AWS_EXECUTION_ENV"] == "AWS_Lambda_nodejs18.x" and told["env"]["_HANDLER"] == "index.handler"
-    folders = "/opt/nodejs/node18/node_modules:/opt/nodejs/node_modules:/var/runtime/node_modules"
+    assert told["env"]["AWS_EXECUTION_ENV"] == "AWS_Lambda_nodejs22.x" and told["env"]["_HANDLER"] == "index.handler"
+    folders = "/opt/nodejs/node22/node_modules:/opt/nodejs/node_modules:/var/runtime/node_modules"
     assert told["env"]["NODE_PATH"].startswith(folders)
 
 
@@ -88,9 +91,12 @@ def test_a_process_that_ends_or_rejects_fails_its_invocation(common, invoke):
     assert invoke(common, {"do": "async"})[0]["event"] == {"do": "async"}
 
 
-def test_a_handler_with_a_callback_answers_and_fails_by_it(node, invoke):
-    name = node("node-callback", handler="index.callback", index_js=COMMON)
-    assert invoke(name, {"a": 1})[0] == {"later": {"a": 1}}
+def test_a_handler_with_a_callback_answers_and_fails_by_it_on_the_distributions_node(node, invoke):
+    name = node("node-callback", runtime="nodejs18.x", handler="index.callback", index_js=COMMON)
+    one, two = invoke(name, {"a": 1})[0], invoke(name, {"a": 1})[0]
+    assert one["later"] == {"a": 1} and one["node"].startswith("v18.") and one["before"] == two["before"]
+    for drawn in zip(one["before"], one["drawn"], two["drawn"], strict=True):
+        assert len(set(drawn)) == 3, drawn
     told, answer = invoke(name, {"fail": True})
     assert answer["FunctionError"] == "Unhandled" and (told["errorType"], told["errorMessage"]) == ("TypeError", "by callback")
 
@@ -122,10 +128,10 @@ def test_a_module_that_cannot_be_loaded_answers_with_its_error(node, invoke):
     assert "Cannot find module './absent'" in told["errorMessage"]
 
 
-def test_newer_node_is_refused_with_what_there_is(client):
-    with pytest.raises(client.exceptions.InvalidParameterValueException, match="nodejs18.x"):
+def test_a_node_that_lambda_knows_and_this_gateway_lacks_is_refused_with_what_there_is(client):
+    with pytest.raises(client.exceptions.InvalidParameterValueException, match="nodejs16.x is not supported .* which has .*nodejs18.x"):
         client.create_function(
-            FunctionName="node22", Runtime="nodejs22.x", Handler="index.handler", Role="arn:aws:iam::000000000000:role/test",
+            FunctionName="node16", Runtime="nodejs16.x", Handler="index.handler", Role="arn:aws:iam::000000000000:role/test",
             Code={"ZipFile": node_zip(index_js=COMMON)},
         )
 

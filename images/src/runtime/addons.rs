@@ -1,14 +1,17 @@
 //! Native parts of the Node.js image, compiled by this machine's compiler against the image's own libraries and headers.
 //!
 //! The Lambda client's is compiled from its package's own sources, but for curl: it links the distribution's libcurl, which
-//! gets security updates, where the package's own build would link the old one that it carries.
+//! gets security updates, where the package's own build would link the old one that it carries. Both parts know Node.js by its
+//! stable interface for addons alone; what else they need of it they find in the program when they are loaded.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::ImageError;
-use super::npm::{AWS_LAMBDA_RIC, NODE_ADDON_API, NpmError, untar};
+use super::npm::{AWS_LAMBDA_RIC_3, NODE_ADDON_API, NpmError, untar};
 use super::recipe::{IDENTITY, Recipe};
+use super::table::NodeClient;
+use super::wheels::{NODEJS_FOLDER, Wheel};
 use crate::apt::{Apt, Package};
 use crate::fault::FileError;
 use crate::staging::{Staging, make_dir};
@@ -18,40 +21,61 @@ use crate::tool::{GXX, LOADER};
 const LAMBDA_CPP: &str = "deps/aws-lambda-cpp-0.2.8.tar.gz";
 const LAMBDA_CPP_VERSION: [(&str, &str); 3] = [("MAJOR", "0"), ("MINOR", "2"), ("PATCH", "8")];
 
-/// What of the client's package is in the image.
-const KEPT: [&str; 5] = [
-    "dist/index.mjs",
-    "package.json",
-    "LICENSE",
-    "NOTICE",
-    "THIRD-PARTY-LICENSES",
-];
+/// What of the client's package is in the image beside `index.mjs`.
+const KEPT: [&str; 4] = ["package.json", "LICENSE", "NOTICE", "THIRD-PARTY-LICENSES"];
 
 const CLIENT_FOLDER: &str = "var/runtime/node_modules/aws-lambda-ric";
+const CLIENT_ADDON: &str = "rapid-client.node";
+const PROGRAM: &str = "var/lang/bin/node";
 const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
 
-/// Puts the Lambda client for Node.js, and what renews OpenSSL's generator, into `tree`.
+/// Puts Node.js, where no package has it, its Lambda client, and what renews OpenSSL's generator, into `tree`.
 pub(super) fn build(
     recipe: &Recipe,
+    client: &NodeClient,
     apt: &Apt,
     staging: &Staging,
     tree: &Path,
 ) -> Result<(), ImageError> {
     let scratch = staging.path().join("addons");
     let headers = unpack_headers(recipe, apt, &scratch)?;
-    let cache = apt.root().join("npm");
-    let client = AWS_LAMBDA_RIC.unpack(&cache, &scratch)?;
-    let api = NODE_ADDON_API.unpack(&cache, &scratch)?;
-    for file in KEPT {
-        copy(&client.join(file), &tree.join(CLIENT_FOLDER).join(file))?;
+    if let Some(wheel) = &recipe.node {
+        unpack_node(wheel, &apt.root().join("wheels"), &scratch, &headers, tree)?;
     }
-    let addon = tree.join(CLIENT_FOLDER).join("dist/rapid-client.node");
-    compile_client(&client, &api, &headers, tree, &addon)?;
+    let cache = apt.root().join("npm");
+    let package = client.package.unpack(&cache, &scratch.join("client"))?;
+    let sources = AWS_LAMBDA_RIC_3.unpack(&cache, &scratch)?;
+    let api = NODE_ADDON_API.unpack(&cache, &scratch)?;
+    let folder = Path::new(client.folder);
+    let kept = KEPT.iter().map(PathBuf::from);
+    for file in kept.chain([folder.join("index.mjs")]) {
+        let to = tree.join(CLIENT_FOLDER).join(&file);
+        copy(&package.join(&file), &to)?;
+    }
+    let addon = tree.join(CLIENT_FOLDER).join(folder.join(CLIENT_ADDON));
+    compile_client(&sources, &api, &headers, tree, &addon)?;
     let identity = tree.join("var/runtime/thaw_identity.node");
-    compile_identity(&scratch, &headers, tree, &identity)?;
+    compile_identity(&scratch, &headers, &identity)?;
     for addon in [&addon, &identity] {
         check(addon, tree)?;
     }
+    Ok(())
+}
+
+/// Puts the program into `tree`, and its headers beside others.
+fn unpack_node(
+    wheel: &Wheel,
+    cache: &Path,
+    scratch: &Path,
+    headers: &Path,
+    tree: &Path,
+) -> Result<(), ImageError> {
+    let folder = scratch.join("node");
+    wheel.unpack(cache, &folder, "/")?;
+    let folder = folder.join(NODEJS_FOLDER);
+    copy(&folder.join("bin/node"), &tree.join(PROGRAM))?;
+    let to = headers.join("node");
+    fs::rename(folder.join("include/node"), &to).map_err(FileError::on("moving to", &to))?;
     Ok(())
 }
 
@@ -103,7 +127,7 @@ fn compile_client(
     GXX.run(|command| {
         // Relative paths: none of this machine's get into the image.
         command.current_dir(client);
-        command.args(["-std=c++17", "-DAWS_LAMBDA_LOG=0"]);
+        command.args(["-std=c++20", "-DAWS_LAMBDA_LOG=0"]);
         // As node-gyp and the package's binding.gyp say.
         command.args(["-DNAPI_CPP_EXCEPTIONS", "-DBUILDING_NODE_EXTENSION"]);
         command.args(shared(headers)).arg("-isystem").arg(api);
@@ -118,18 +142,12 @@ fn compile_client(
     Ok(())
 }
 
-fn compile_identity(
-    scratch: &Path,
-    headers: &Path,
-    tree: &Path,
-    addon: &Path,
-) -> Result<(), ImageError> {
+fn compile_identity(scratch: &Path, headers: &Path, addon: &Path) -> Result<(), ImageError> {
     let source = scratch.join("thaw_identity.c");
     fs::write(&source, IDENTITY).map_err(FileError::on("writing", &source))?;
     GXX.run(|command| {
         command.current_dir(scratch).args(shared(headers));
-        command.args(["-x", "c", "thaw_identity.c", "-x", "none"]);
-        command.arg(tree.join(LIBRARIES).join("libcrypto.so.3"));
+        command.args(["-x", "c", "thaw_identity.c"]);
         command.arg("-o").arg(addon);
     })?;
     Ok(())

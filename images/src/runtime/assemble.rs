@@ -9,20 +9,14 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use super::ImageError;
+use super::ldcache;
 use super::recipe::{MERGED, Recipe};
-use super::{ldcache, wheels::Wheel};
 use crate::apt::{Apt, Package};
 use crate::fault::FileError;
 use crate::progress::Progress;
 use crate::staging::{Staging, make_dir, remove_tree};
 use crate::tool::LOADER;
-use crate::unzip::{self, Limits};
 
-/// Wheels are pinned by digest; the limits only bound a mistake.
-const WHEEL_LIMITS: Limits = Limits {
-    bytes_max: 256 << 20,
-    entries_max: 10_000,
-};
 const CERTIFICATES: &str = "usr/share/ca-certificates";
 const CERTIFICATE_BUNDLE: &str = "etc/ssl/certs/ca-certificates.crt";
 
@@ -42,22 +36,11 @@ pub(super) fn unpack(
     for package in packages {
         apt.unpack(package, &scratch, tree)?;
     }
+    let wheels = apt.root().join("wheels");
     for wheel in &recipe.wheels {
-        unpack_wheel(wheel, &apt.root().join("wheels"), &tree.join("var/runtime"))?;
+        wheel.unpack(&wheels, &tree.join("var/runtime"), "/var/runtime")?;
     }
     Ok(())
-}
-
-fn unpack_wheel(wheel: &Wheel, cache: &Path, into: &Path) -> Result<(), ImageError> {
-    let path = cache.join(wheel.file());
-    let data = fs::read(&path).map_err(FileError::on("reading", &path))?;
-    unzip::plan(&data, WHEEL_LIMITS, "/var/runtime")
-        .and_then(|plan| plan.extract(into))
-        .map(|_bytes| ())
-        .map_err(|source| ImageError::Unzip {
-            file: wheel.file().to_owned(),
-            source,
-        })
 }
 
 /// Makes of the unpacked files a root file system.
@@ -87,9 +70,9 @@ pub(super) fn finish(
         write(&tree.join(path), *mode, text.as_bytes())?;
     }
     bundle_certificates(tree)?;
-    if !recipe.compile.is_empty() {
+    if let Some(python) = recipe.python {
         progress.detail("compiling python files");
-        compile_python(recipe, tree)?;
+        compile_python(python, recipe, tree)?;
         normalise(tree)?;
     }
     write(&tree.join("etc/ld.so.cache"), 0o644, &ldcache::build(tree)?)?;
@@ -178,7 +161,7 @@ fn certificates(folder: &Path, paths: &mut Vec<PathBuf>) -> Result<(), FileError
 
 /// Compiles with the image's own Python and C library, started through the image's own loader, so
 /// that nothing of the host's Python enters and no root is needed for a chroot.
-fn compile_python(recipe: &Recipe, tree: &Path) -> Result<(), ImageError> {
+fn compile_python(python: &str, recipe: &Recipe, tree: &Path) -> Result<(), ImageError> {
     let libraries = tree.join("usr/lib/x86_64-linux-gnu");
     LOADER.run(|command| {
         command
@@ -194,7 +177,7 @@ fn compile_python(recipe: &Recipe, tree: &Path) -> Result<(), ImageError> {
             .arg("--library-path")
             .arg(&libraries);
         command
-            .arg(tree.join("usr/bin/python3.11"))
+            .arg(tree.join(format!("usr/bin/python{python}")))
             .args(["-s", "-m", "compileall", "-q"]);
         // Unchecked: the image is read-only, so a source file never changes under its code.
         command.args(["--invalidation-mode", "unchecked-hash", "-j", "1"]);

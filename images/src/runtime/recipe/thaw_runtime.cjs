@@ -6,9 +6,10 @@
 
 const Module = require('module');
 const crypto = require('crypto');
+const { RTLD_DEEPBIND, RTLD_NOW } = require('os').constants.dlopen;
 const reseed = require('/var/runtime/thaw_identity.node');
 
-const CLIENT = '/var/runtime/node_modules/aws-lambda-ric/dist/rapid-client.node';
+const CLIENT = /^\/var\/runtime\/node_modules\/aws-lambda-ric\/.*rapid-client\.node$/;
 // Node's own caches (lib/internal/crypto/random.js): 128 UUIDs, and 6 KiB from which each integer takes 6 bytes.
 const UUIDS_CACHED = 128;
 const INTEGERS_CACHED = 1024;
@@ -69,9 +70,9 @@ delete process.env.AWS_LAMBDA_NODEJS_USE_ALTERNATIVE_CLIENT_1;
 
 const loadNative = Module._extensions['.node'];
 Module._extensions['.node'] = function (module, filename) {
-    loadNative(module, filename);
-    if (filename === CLIENT) {
-        Module._extensions['.node'] = loadNative;
-        unique(module.exports);
-    }
+    if (!CLIENT.test(filename)) return loadNative(module, filename);
+    Module._extensions['.node'] = loadNative;
+    // A Node.js that brings its own OpenSSL exports it under the names that the client's libcurl looks for in the distribution's.
+    process.dlopen(module, filename, RTLD_NOW | RTLD_DEEPBIND);
+    unique(module.exports);
 };
