@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
 
-use rustix::process::{Gid, Uid};
+use rustix::process::{Gid, Resource, Rlimit, Uid};
 
 /// Constants of libc in the types of the structures that take them.
 const AF_VSOCK: libc::sa_family_t = 40;
@@ -151,8 +151,16 @@ impl Program {
     }
 }
 
+/// What a function may have at most, soft and hard, as on Lambda (getrlimit(2), recorded there): open files, locked memory in
+/// bytes, processes and threads. Lower limits of the kernel's own stay.
+const LIMITS: [(Resource, u64); 3] = [
+    (Resource::Nofile, 1024),
+    (Resource::Memlock, 64 * 1024),
+    (Resource::Nproc, 1024),
+];
+
 /// A command that runs `program` in a session of its own, as `user` if one is given, without capabilities or a way to
-/// gain any, and first in line for the out-of-memory killer.
+/// gain any, within [`LIMITS`], and first in line for the out-of-memory killer.
 pub fn confined(program: Program, user: Option<User>) -> Command {
     let mut command = Command::new(&*program.path.to_string_lossy());
     let mut pointers = ExecPointers::new(program);
@@ -160,6 +168,7 @@ pub fn confined(program: Program, user: Option<User>) -> Command {
         rustix::process::setsid()?;
         if let Some(user) = user {
             prefer_as_oom_victim()?;
+            limit()?;
             drop_privileges(user)?;
         }
         // Not left to the standard library: its execvp hands files that are no program to a shell.
@@ -169,6 +178,19 @@ pub fn confined(program: Program, user: Option<User>) -> Command {
     // allocates nor takes a lock.
     unsafe { command.pre_exec(enter) };
     command
+}
+
+fn limit() -> io::Result<()> {
+    for (resource, most) in LIMITS {
+        let kernels = rustix::process::getrlimit(resource).maximum;
+        let least = Some(kernels.map_or(most, |kernels| kernels.min(most)));
+        let limit = Rlimit {
+            current: least,
+            maximum: least,
+        };
+        rustix::process::setrlimit(resource, limit)?;
+    }
+    Ok(())
 }
 
 fn drop_privileges(user: User) -> io::Result<()> {

@@ -79,11 +79,6 @@ pub fn variables(
     region: &str,
     settings: &Settings,
 ) -> BTreeMap<String, String> {
-    let path = if is_provided(&settings.runtime) {
-        "/usr/local/bin:/usr/bin:/bin:/opt/bin"
-    } else {
-        "/var/lang/bin:/usr/local/bin:/usr/bin:/bin:/opt/bin"
-    };
     let stream = format!(
         "{}/[{version}]{}",
         clock::day(clock::unix_ms()),
@@ -113,6 +108,11 @@ pub fn variables(
         ("AWS_ACCESS_KEY_ID", "thaw"),
         ("AWS_SECRET_ACCESS_KEY", "thaw"),
         ("AWS_SESSION_TOKEN", "thaw"),
+        // Nobody listens there: X-Ray's SDKs send their segments by UDP, into nothing, and log instead of failing.
+        ("AWS_XRAY_CONTEXT_MISSING", "LOG_ERROR"),
+        ("AWS_XRAY_DAEMON_ADDRESS", "127.0.0.1:2000"),
+        ("_AWS_XRAY_DAEMON_ADDRESS", "127.0.0.1"),
+        ("_AWS_XRAY_DAEMON_PORT", "2000"),
         ("TZ", ":UTC"),
     ];
     for (key, value) in fixed {
@@ -127,7 +127,10 @@ pub fn variables(
     // These a client may set itself.
     let defaults = [
         ("LANG", "en_US.UTF-8"),
-        ("PATH", path),
+        (
+            "PATH",
+            "/var/lang/bin:/usr/local/bin:/usr/bin/:/bin:/opt/bin",
+        ),
         (
             "LD_LIBRARY_PATH",
             "/var/lang/lib:/lib64:/usr/lib64:/var/runtime:/var/runtime/lib:/var/task:/var/task/lib:/opt/lib",

@@ -174,6 +174,17 @@ const LINKS: [(&str, &str); 9] = [
     ("var/run", "/run"),
 ];
 
+/// Runs a runtime's command: through the function's own program where `AWS_LAMBDA_EXEC_WRAPPER` names one, which gets the command
+/// as its arguments (AWS Lambda Developer Guide, "Modifying the runtime environment"). Words and numbers are those of Lambda.
+const START: &str = r#"wrapper=$AWS_LAMBDA_EXEC_WRAPPER
+if [ -n "$wrapper" ]; then
+    [ -f "$wrapper" ] || { echo "$wrapper: does not exist"; exit 127; }
+    [ -x "$wrapper" ] || { echo "$wrapper: is not an executable"; exit 126; }
+    set -- "$wrapper" "$@"
+fi
+exec -- "$@"
+"#;
+
 const PYTHON_REMOVE: [&str; 7] = [
     "usr/lib/python3.11/config-3.11-x86_64-linux-gnu",
     "usr/lib/python3.11/ensurepip",
@@ -184,12 +195,11 @@ const PYTHON_REMOVE: [&str; 7] = [
     "usr/share/python3",
 ];
 
-/// Paths in the order of Lambda: layers, then the runtime; the function's folder is the current
-/// folder, which `-m` puts first.
-const PYTHON_BOOTSTRAP: &str = "#!/bin/sh
-PYTHONPATH=\"${PYTHONPATH:+$PYTHONPATH:}/opt/python/lib/python3.11/site-packages:/opt/python:/var/runtime\"
-export PYTHONPATH
-exec /usr/bin/python3.11 -m thaw_runtime \"$_HANDLER\"
+/// Bash, as on Lambda: it leaves PWD and SHLVL in the environment.
+const PYTHON_BOOTSTRAP: &str = "#!/bin/bash
+export PYTHONPATH=\"${PYTHONPATH:+$PYTHONPATH:}/var/runtime\"
+set -- /usr/bin/python3.11 /var/runtime/thaw_runtime.py
+. /var/runtime/start
 ";
 
 /// Starts the Lambda client with hooks that make a clone unique.
@@ -203,13 +213,13 @@ const NODE_REMOVE: [&str; 4] = [
 ];
 
 /// Paths and sizes of the heap as Lambda sets them; `--require` comes before all of the function's code.
-const NODE_BOOTSTRAP: &str = "#!/bin/sh
-NODE_PATH=\"${NODE_PATH:+$NODE_PATH:}/opt/nodejs/node18/node_modules:/opt/nodejs/node_modules:/var/runtime/node_modules:/var/runtime:/var/task\"
-export NODE_PATH
+const NODE_BOOTSTRAP: &str = "#!/bin/bash
+export NODE_PATH=\"${NODE_PATH:+$NODE_PATH:}/opt/nodejs/node18/node_modules:/opt/nodejs/node_modules:/var/runtime/node_modules:/var/runtime:/var/task\"
 memory=${AWS_LAMBDA_FUNCTION_MEMORY_SIZE:-128}
-exec /var/lang/bin/node --max-http-header-size=81920 \\
+set -- /var/lang/bin/node --max-http-header-size=81920 \\
     --max-semi-space-size=$((memory * 5 / 100)) --max-old-space-size=$((memory * 9 / 10)) \\
     --require /var/runtime/thaw_runtime.cjs /var/runtime/thaw_index.mjs
+. /var/runtime/start
 ";
 
 /// Makes a clone unique, and starts the Lambda client.
@@ -249,6 +259,7 @@ impl Recipe {
             .push(("var/runtime/bootstrap", 0o755, PYTHON_BOOTSTRAP));
         self.files
             .push(("var/runtime/thaw_runtime.py", 0o644, PYTHON_RUNTIME));
+        self.files.push(("var/runtime/start", 0o644, START));
         self.links.push(("usr/bin/python3", "python3.11"));
         self.wheels.extend(AWSLAMBDARIC);
         self.compile.extend(["usr/lib/python3.11", "var/runtime"]);
@@ -259,6 +270,7 @@ impl Recipe {
         self.remove.extend(NODE_REMOVE);
         self.files.extend([
             ("var/runtime/bootstrap", 0o755, NODE_BOOTSTRAP),
+            ("var/runtime/start", 0o644, START),
             ("var/runtime/thaw_index.mjs", 0o644, NODE_INDEX),
             ("var/runtime/thaw_runtime.cjs", 0o644, NODE_RUNTIME),
             // Compiled, not copied; here it is part of the recipe's digest.
@@ -273,5 +285,52 @@ impl Recipe {
     /// SHA-256 of everything above.
     pub(super) fn digest(&self) -> String {
         digest::bytes(&serde_json::to_vec(self).expect("a recipe has no maps"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt as _;
+    use std::process::{Command, Output};
+
+    use super::*;
+
+    /// What comes of a command that is started with this wrapper, `None` for none.
+    fn started(wrapper: Option<&str>) -> Output {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        fs::write(path("start"), START).unwrap();
+        fs::write(path("good"), "#!/bin/bash\nWRAPPED=yes exec \"$@\"\n").unwrap();
+        fs::set_permissions(path("good"), fs::Permissions::from_mode(0o755)).unwrap();
+        fs::write(path("unfit"), "").unwrap();
+        let script = "set -- /usr/bin/env; . ./start";
+        let mut command = Command::new("/bin/bash");
+        command.args(["-c", script]).env_clear();
+        command.env("PATH", "/usr/bin:/bin").current_dir(&folder);
+        if let Some(wrapper) = wrapper {
+            command.env("AWS_LAMBDA_EXEC_WRAPPER", path(wrapper));
+        }
+        command.output().unwrap()
+    }
+
+    #[test]
+    fn a_wrapper_runs_the_runtimes_command_and_is_told_when_it_cannot() {
+        let text = |output: &Output| String::from_utf8(output.stdout.clone()).unwrap();
+        let plain = text(&started(None));
+        assert!(
+            plain.contains("SHLVL=0\n") && plain.contains("PWD=/"),
+            "{plain}"
+        );
+        assert!(!plain.contains("WRAPPED"));
+        assert!(text(&started(Some("good"))).contains("WRAPPED=yes\n"));
+        for (wrapper, code, words) in [
+            ("absent", 127, "absent: does not exist\n"),
+            ("unfit", 126, "unfit: is not an executable\n"),
+        ] {
+            let output = started(Some(wrapper));
+            assert_eq!(output.status.code(), Some(code));
+            assert!(text(&output).ends_with(words), "{}", text(&output));
+        }
     }
 }

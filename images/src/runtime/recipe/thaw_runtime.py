@@ -68,10 +68,22 @@ class Client(LambdaRuntimeClient):
             pass
 
 
+def order_paths():
+    """The order of Lambda: the function's folder, its layers, the runtime."""
+    runtime = os.path.dirname(os.path.abspath(__file__))
+    if sys.path.count(runtime) > 1:  # once more than PYTHONPATH says: the script's own
+        del sys.path[0]
+    at = sys.path.index(runtime)
+    packages = "/opt/python/lib/python{}.{}/site-packages".format(*sys.version_info)
+    sys.path[at:at] = [packages, "/opt/python"]
+    sys.path.insert(0, os.environ["LAMBDA_TASK_ROOT"])
+
+
 def main():
+    order_paths()
     # Whatever the function is told it is, it is frozen: the client's test for that holds, unless the function changes the variable.
     bootstrap.INIT_TYPE_SNAP_START = os.environ.get(bootstrap.AWS_LAMBDA_INITIALIZATION_TYPE)
-    config = LambdaConfigProvider(sys.argv)
+    config = LambdaConfigProvider([sys.argv[0], os.environ["_HANDLER"]])
     client = Client(config.api_address, config.use_thread_polling)
     register_after_restore(client.after_restore)  # first, so that the function's own hooks find it done
     bootstrap.run(config.handler, client)
