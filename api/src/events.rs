@@ -19,7 +19,7 @@ use uuid::Uuid;
 
 use crate::clock;
 use crate::engine::chain;
-use crate::invocation::{self, Request};
+use crate::invocation::{self, Refusal, Request};
 use crate::lambda;
 use crate::lambda::names::FunctionRef;
 use crate::state::{App, LiveFunction};
@@ -349,6 +349,9 @@ async fn invoke(app: &Arc<App>, function: &Arc<LiveFunction>, event: &Event) -> 
             version: answer.version,
             result: answer.result,
         },
+        Err(Refusal::Reserved) if function.record().reserved_concurrency == Some(0) => {
+            Attempt::Barred
+        }
         Err(refusal) => Attempt::Unreachable(format!("{refusal:?}")),
     }
 }

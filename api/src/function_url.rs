@@ -12,8 +12,10 @@ use axum::extract::{ConnectInfo, Request as HttpRequest};
 use axum::http::{HeaderName, HeaderValue, Response, StatusCode, header};
 use bytes::Bytes;
 use percent_encoding::percent_decode_str;
+use serde_json::{Value, json};
 use uuid::Uuid;
 
+use crate::auth::admission::Caller;
 use crate::body::{self, BodyError};
 use crate::invocation::running::Running;
 use crate::invocation::{self, FunctionResult, PAYLOAD_BYTES_MAX, Refusal, Request};
@@ -63,11 +65,13 @@ impl Destination {
         }
     }
 
-    /// By the host; `None` for one that is no function's.
-    #[must_use]
-    pub fn by_host(app: &App, host: &str, path: &str) -> Option<Self> {
+    /// By the host; `None` for one that is no function URL's.
+    ///
+    /// # Errors
+    /// It has the form of one, and is nobody's: the answer for the client.
+    pub fn by_host(app: &App, host: &str, path: &str) -> Option<Result<Self, Response<Body>>> {
         let (id, _) = host.split_once(HOST_INFIX)?;
-        app.all().iter().find_map(|function| {
+        let found = app.all().iter().find_map(|function| {
             let record = function.record();
             let (qualifier, _) = record.urls.iter().find(|(_, url)| url.id == id)?;
             let qualifier = Some(qualifier.as_str()).filter(|text| *text != "$LATEST");
@@ -75,7 +79,8 @@ impl Destination {
                 target: target(&function.name, qualifier),
                 raw_path: path.to_owned(),
             })
-        })
+        });
+        Some(found.ok_or_else(|| forbidden(&Value::Null)))
     }
 
     /// The function's bare name.
@@ -142,9 +147,16 @@ async fn answer(
         .ok()
         .and_then(|named| lambda::find(app, named).ok())
     else {
-        return unknown(name);
+        return match app.find(name) {
+            // As AWS answers for a URL whose alias was deleted.
+            Some(_) => {
+                forbidden(&format!("Forbidden. There is no {} here.", destination.target).into())
+            }
+            None => unknown(name),
+        };
     };
     let live = found.pick();
+    let caller = request.extensions().get::<Caller>().cloned();
     let source = request
         .extensions()
         .get::<ConnectInfo<SocketAddr>>()
@@ -165,6 +177,8 @@ async fn answer(
         headers: &parts.headers,
         body: &body,
         source,
+        caller: caller.as_ref(),
+        account_id: &app.account_id,
         local: app.address,
         request_id,
         trace_id: &trace_id,
@@ -284,10 +298,18 @@ fn throttled(text: &str) -> Response<Body> {
     response
 }
 
-/// The function failed: which error it was is for its owner, in the header and in the log.
+/// The function failed: which error it was is for its owner, in the header and in the log. AWS's body is this text and no JSON.
 fn failed(kind: &str) -> Response<Body> {
-    let mut response = message(StatusCode::BAD_GATEWAY, "Internal Server Error");
+    let mut response = typed(StatusCode::BAD_GATEWAY, Body::from("Internal Server Error"));
     error_type(&mut response, kind);
+    response
+}
+
+/// No URL that anybody may call, in AWS's shape.
+fn forbidden(message: &Value) -> Response<Body> {
+    let body = Body::from(json!({ "Message": message }).to_string());
+    let mut response = typed(StatusCode::FORBIDDEN, body);
+    error_type(&mut response, "AccessDeniedException");
     response
 }
 
@@ -306,8 +328,11 @@ fn too_large() -> Response<Body> {
 }
 
 fn message(status: StatusCode, text: &str) -> Response<Body> {
-    let body = serde_json::json!({ "message": text }).to_string();
-    let mut response = Response::new(Body::from(body));
+    typed(status, Body::from(json!({ "message": text }).to_string()))
+}
+
+fn typed(status: StatusCode, body: Body) -> Response<Body> {
+    let mut response = Response::new(body);
     *response.status_mut() = status;
     response.headers_mut().insert(
         header::CONTENT_TYPE,

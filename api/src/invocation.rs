@@ -146,7 +146,7 @@ async fn go(
     request: Request,
     sink: Option<mpsc::Sender<StreamPart>>,
 ) -> Result<Answer, Refusal> {
-    let running = function.enter().ok_or(Refusal::Reserved)?;
+    let running = function.enter(live.id).ok_or(Refusal::Reserved)?;
     let (app, live) = (Arc::clone(app), Arc::clone(live));
     let tasks = app.tasks.clone();
     tasks

@@ -73,7 +73,8 @@ async fn by_host(
     let host = request.headers().get(header::HOST);
     let host = host.and_then(|host| host.to_str().ok()).unwrap_or_default();
     match Destination::by_host(&app, host, request.uri().path()) {
-        Some(destination) => url(app, &auth, destination, request).await,
+        Some(Ok(destination)) => url(app, &auth, destination, request).await,
+        Some(Err(unknown)) => unknown,
         None => match inner.oneshot(request).await {
             Ok(response) => response,
             Err(never) => match never {},

@@ -6,7 +6,6 @@
 use std::collections::{BTreeMap, HashSet};
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
@@ -15,6 +14,10 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::AbortHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+
+pub mod running;
+
+use running::{Entrance, Running};
 
 use crate::deploy;
 use crate::engine::{Engine, Sandboxes};
@@ -107,18 +110,8 @@ pub struct LiveFunction {
     record: RwLock<Arc<Function>>,
     /// Its asynchronous invocations.
     pub events: Line,
-    /// Invocations of all versions that run or wait.
-    running: AtomicUsize,
+    running: Entrance,
     published: RwLock<BTreeMap<VersionId, Arc<Live>>>,
-}
-
-/// An invocation that is counted.
-pub struct Running(Arc<LiveFunction>);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        self.0.running.fetch_sub(1, Ordering::Relaxed);
-    }
 }
 
 /// One version of a function in memory.
@@ -451,7 +444,7 @@ impl LiveFunction {
             latest: live(stored.latest),
             record: RwLock::new(Arc::new(stored.function)),
             events: Line::new(events),
-            running: AtomicUsize::new(0),
+            running: Entrance::default(),
             published: RwLock::new(published.map(|v| (v.id, live(v))).collect()),
             log,
         }
@@ -469,19 +462,10 @@ impl LiveFunction {
         *slot = Arc::new(record);
     }
 
-    /// Counts an invocation, until the answer is dropped; `None` when as many run as are reserved for the function.
+    /// Counts an invocation of a version, until the answer is dropped; `None` when as many run as are reserved for it.
     #[must_use]
-    pub fn enter(self: &Arc<Self>) -> Option<Running> {
-        let limit = self.record().reserved_concurrency;
-        let limit = limit.map_or(usize::MAX, |limit| {
-            usize::try_from(limit).unwrap_or(usize::MAX)
-        });
-        let entered = self
-            .running
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |running| {
-                (running < limit).then_some(running + 1)
-            });
-        entered.is_ok().then(|| Running(Arc::clone(self)))
+    pub fn enter(&self, id: VersionId) -> Option<Running> {
+        self.running.enter(&self.record(), id)
     }
 
     /// One version.

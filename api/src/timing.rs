@@ -8,6 +8,9 @@ use uuid::Uuid;
 
 use crate::clock;
 
+/// The header that carries a trace id, there and back.
+pub const TRACE_HEADER: &str = "x-amzn-trace-id";
+
 /// Longest trace id that is taken from a client.
 const TRACE_ID_BYTES_MAX: usize = 256;
 
@@ -60,7 +63,7 @@ pub fn header(timings: &InvocationTimings, total: Duration) -> HeaderValue {
 #[must_use]
 pub fn trace_id(headers: &HeaderMap) -> String {
     let given = headers
-        .get("x-amzn-trace-id")
+        .get(TRACE_HEADER)
         .and_then(|value| value.to_str().ok())
         .filter(|text| !text.is_empty() && text.len() <= TRACE_ID_BYTES_MAX);
     if let Some(given) = given {
@@ -70,6 +73,12 @@ pub fn trace_id(headers: &HeaderMap) -> String {
     let (root, parent) = (&random[..24], &Uuid::new_v4().simple().to_string()[..16]);
     let seconds = clock::unix_ms() / 1000;
     format!("Root=1-{seconds:08x}-{root};Parent={parent};Sampled=0")
+}
+
+/// A trace id for the response.
+#[must_use]
+pub fn trace_header(trace_id: Option<&str>) -> Option<HeaderValue> {
+    HeaderValue::from_str(trace_id?).ok()
 }
 
 #[cfg(test)]

@@ -102,6 +102,8 @@ async fn a_function_is_created_found_listed_invoked_and_deleted() {
         .await;
     assert_eq!((answer.status, answer.text().as_str()), (200, "{\"a\":1}"));
     assert_eq!(answer.header("x-amz-executed-version"), Some("$LATEST"));
+    let trace = answer.header("x-amzn-trace-id").unwrap();
+    assert!(trace.starts_with("Root=1-"), "{trace}");
     assert!(
         answer
             .header("server-timing")
@@ -125,6 +127,10 @@ async fn a_function_is_created_found_listed_invoked_and_deleted() {
         message,
         "Function not found: arn:aws:lambda:us-east-1:000000000000:function:hello"
     );
+    let path = format!("{FUNCTIONS}/hello/invocations");
+    let gone = server.send("POST", &path, &[], b"{}").await;
+    let message = refused(&gone, 404, "ResourceNotFoundException");
+    assert!(message.ends_with(":function:hello:$LATEST"), "{message}");
     assert_eq!(server.post(FUNCTIONS, &good("hello")).await.status, 201);
     server.stop().await;
 }
@@ -380,7 +386,7 @@ async fn every_end_of_an_invocation_has_its_document() {
         (raised.status, raised.header("x-amzn-errortype")),
         (502, Some("ValueError"))
     );
-    assert_eq!(raised.json(), json!({"message": "Internal Server Error"}));
+    assert_eq!(raised.text(), "Internal Server Error");
     let fine = server
         .send("POST", &format!("{FUNCTIONS}/f/invocations"), &[], b"1")
         .await;

@@ -46,6 +46,8 @@ pub enum Attempt {
     Unreachable(String),
     /// It was not tried, as the event is too old.
     TooOld,
+    /// No concurrency at all is reserved for the function: no attempt will be any better.
+    Barred,
     /// A record is where it should be.
     Delivered,
 }
@@ -98,10 +100,8 @@ pub fn decide(
                 ..event.clone()
             })
         }
-        Attempt::TooOld => {
-            let failed = json!({"errorMessage": "Event age exceeded."});
-            end(event, config, "EventAgeExceeded", arn, now, None, failed)
-        }
+        Attempt::TooOld => end(event, config, "EventAgeExceeded", arn, now, None),
+        Attempt::Barred => end(event, config, "ZeroReservedConcurrency", arn, now, None),
         Attempt::Answered { version, result } => {
             let (document, failed) = match result {
                 FunctionResult::Response(payload) => (payload, false),
@@ -110,7 +110,7 @@ pub fn decide(
             let answer = serde_json::from_slice(&document)
                 .unwrap_or_else(|_| Value::from(String::from_utf8_lossy(&document).into_owned()));
             if !failed {
-                return end(event, config, "Success", arn, now, Some(version), answer);
+                return end(event, config, "Success", arn, now, Some((version, answer)));
             }
             let again = usize::try_from(event.failures)
                 .ok()
@@ -128,13 +128,13 @@ pub fn decide(
                 }),
                 Some(_) => {
                     let event = &failed_once_more;
-                    let condition = "EventAgeExceeded";
-                    end(event, config, condition, arn, now, Some(version), answer)
+                    let answered = Some((version, answer));
+                    end(event, config, "EventAgeExceeded", arn, now, answered)
                 }
                 None => {
                     let event = &failed_once_more;
-                    let condition = "RetriesExhausted";
-                    end(event, config, condition, arn, now, Some(version), answer)
+                    let answered = Some((version, answer));
+                    end(event, config, "RetriesExhausted", arn, now, answered)
                 }
             }
         }
@@ -145,15 +145,15 @@ fn later(now: i64, wait: Duration) -> i64 {
     now.saturating_add(i64::try_from(wait.as_millis()).unwrap_or(i64::MAX))
 }
 
-/// The record of an event that has ended, as Lambda writes it. `version` is what answered last, if anything did.
+/// The record of an event that has ended, as Lambda writes it. `answered` is the last version that answered and what it said, if
+/// any did.
 fn end(
     event: &Event,
     config: &EventConfig,
     condition: &str,
     arn: &str,
     now: i64,
-    version: Option<VersionId>,
-    answer: Value,
+    answered: Option<(VersionId, Value)>,
 ) -> Next {
     let is_success = condition == "Success";
     let to = if is_success {
@@ -180,7 +180,7 @@ fn end(
         },
         "requestPayload": request,
     });
-    if let Some(version) = version {
+    if let Some((version, answer)) = answered {
         let mut context = json!({"statusCode": 200, "executedVersion": version});
         if !is_success {
             context["functionError"] = "Unhandled".into();
@@ -323,6 +323,22 @@ mod tests {
             let record: Value = serde_json::from_slice(&record).unwrap();
             assert_eq!(record["requestContext"]["condition"], "EventAgeExceeded");
         }
+    }
+
+    #[test]
+    fn a_function_that_may_not_run_at_all_is_given_up_at_once() {
+        let config = EventConfig {
+            on_failure: Some("bad".to_owned()),
+            ..EventConfig::default()
+        };
+        let Next::End(Some((_, record))) = follows(&event(0), &config, Attempt::Barred) else {
+            panic!("tried again")
+        };
+        let record: Value = serde_json::from_slice(&record).unwrap();
+        let context = &record["requestContext"];
+        assert_eq!(context["condition"], "ZeroReservedConcurrency");
+        assert_eq!(context["approximateInvokeCount"], 0);
+        assert!(record.get("responseContext").is_none() && record.get("responsePayload").is_none());
     }
 
     #[test]

@@ -7,8 +7,9 @@ use axum::http::{HeaderMap, Version, header};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use sha2::{Digest as _, Sha256};
-use thaw_api_types::function_url::{HttpContext, HttpEvent, RequestContext};
+use thaw_api_types::function_url::{Authorizer, HttpContext, HttpEvent, IamCaller, RequestContext};
 
+use crate::auth::admission::Caller;
 use crate::clock;
 use crate::lambda::query;
 
@@ -34,6 +35,10 @@ pub struct Incoming<'a> {
     pub body: &'a [u8],
     /// The client.
     pub source: SocketAddr,
+    /// Whose signature let it in, if one had to.
+    pub caller: Option<&'a Caller>,
+    /// The gateway's account.
+    pub account_id: &'a str,
     /// The gateway.
     pub local: SocketAddr,
     /// The invocation.
@@ -48,8 +53,11 @@ pub struct Incoming<'a> {
 #[must_use]
 pub fn build(incoming: &Incoming<'_>) -> HttpEvent {
     let host = text(incoming.headers, "host").unwrap_or_default();
-    let domain_name = domain(&host);
-    let domain_prefix = domain_name.split('.').next().unwrap_or_default().to_owned();
+    let domain_prefix = domain(&host)
+        .split('.')
+        .next()
+        .unwrap_or_default()
+        .to_owned();
     let (body, is_base64_encoded) = body(incoming);
     HttpEvent {
         version: "2.0".to_owned(),
@@ -60,9 +68,15 @@ pub fn build(incoming: &Incoming<'_>) -> HttpEvent {
         headers: headers(incoming),
         query_string_parameters: parameters(incoming.raw_query),
         request_context: RequestContext {
-            account_id: "anonymous".to_owned(),
+            account_id: match incoming.caller {
+                Some(_) => incoming.account_id.to_owned(),
+                None => "anonymous".to_owned(),
+            },
             api_id: id(incoming.function),
-            domain_name,
+            authorizer: incoming
+                .caller
+                .map(|caller| authorizer(caller, incoming.account_id)),
+            domain_name: host,
             domain_prefix,
             http: HttpContext {
                 method: incoming.method.to_owned(),
@@ -91,11 +105,26 @@ pub fn id(name: &str) -> String {
     id
 }
 
+fn authorizer(caller: &Caller, account_id: &str) -> Authorizer {
+    let key = &caller.access_key_id;
+    Authorizer {
+        iam: IamCaller {
+            access_key: key.clone(),
+            account_id: account_id.to_owned(),
+            caller_id: key.clone(),
+            cognito_identity: None,
+            principal_org_id: None,
+            user_arn: caller.user_arn.clone(),
+            user_id: key.clone(),
+        },
+    }
+}
+
 /// A Host header without its port; brackets of an IPv6 address stay.
-fn domain(host: &str) -> String {
+fn domain(host: &str) -> &str {
     match host.rsplit_once(':') {
-        Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name.to_owned(),
-        _ => host.to_owned(),
+        Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name,
+        _ => host,
     }
 }
 
@@ -227,6 +256,8 @@ mod tests {
             headers: &headers,
             body,
             source: "127.0.0.1:4000".parse().unwrap(),
+            caller: None,
+            account_id: "000000000000",
             local: "127.0.0.1:8080".parse().unwrap(),
             request_id: "id",
             trace_id: "Root=1",
@@ -262,7 +293,9 @@ mod tests {
         );
         let context = &value["requestContext"];
         assert_eq!(context["accountId"], "anonymous");
-        assert_eq!(context["domainName"], "localhost");
+        assert!(context.get("authorizer").is_none());
+        assert_eq!(context["domainName"], "localhost:8080");
+        assert_eq!(context["domainPrefix"], "localhost");
         assert_eq!(context["http"]["sourceIp"], "127.0.0.1");
         assert_eq!(context["http"]["userAgent"], "curl");
         assert_eq!(context["http"]["protocol"], "HTTP/1.1");

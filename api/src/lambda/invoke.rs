@@ -12,7 +12,7 @@ use serde::de::IgnoredAny;
 
 use super::errors::{ApiError, CONCURRENT, RESERVED, violation};
 use super::names::FunctionRef;
-use super::{Answer, Call, Found, empty, find, json};
+use super::{Answer, Call, Found, arn, empty, find, json};
 use crate::body::{self, BodyError};
 use crate::clock;
 use crate::engine::chain;
@@ -34,9 +34,19 @@ enum Kind {
     DryRun,
 }
 
+/// The version that a client wants to invoke. Where it named none, the error names `$LATEST`, as Lambda's does.
+pub(super) fn version(app: &App, call: &Call, name: &str) -> Result<Found, ApiError> {
+    let mut reference = FunctionRef::parse(name, call.query("Qualifier").as_deref())?;
+    find(app, reference.clone()).map_err(|_| {
+        let latest = || "$LATEST".to_owned();
+        reference.qualifier.get_or_insert_with(latest);
+        ApiError::not_found(&arn(app, &reference))
+    })
+}
+
 pub(super) async fn invoke(app: &Arc<App>, call: Call, name: &str) -> Answer {
     let arrived = Instant::now();
-    let found = call.version(app, name)?;
+    let found = version(app, &call, name)?;
     let kind = kind(&call.headers)?;
     let tail = wants_tail(&call.headers)?;
     let client_context = client_context(&call.headers)?;
@@ -66,6 +76,7 @@ pub(super) async fn invoke(app: &Arc<App>, call: Call, name: &str) -> Answer {
     let live = found.pick();
     let key = text(&call.headers, "amz-sdk-invocation-id")
         .and_then(|id| Key::new(id, &request.function_arn, &request.payload));
+    let trace = timing::trace_header(request.trace_id.as_deref());
     let answer = match key {
         Some(key) => {
             let (app, function, live) = (app.clone(), found.function.clone(), live.clone());
@@ -91,6 +102,9 @@ pub(super) async fn invoke(app: &Arc<App>, call: Call, name: &str) -> Answer {
     );
     if let Ok(version) = HeaderValue::from_str(&answer.version.to_string()) {
         headers.insert("x-amz-executed-version", version);
+    }
+    if let Some(trace) = trace {
+        headers.insert(timing::TRACE_HEADER, trace);
     }
     if failed {
         headers.insert(
@@ -219,11 +233,20 @@ fn payload_json(payload: Bytes) -> Result<Bytes, ApiError> {
     if payload.is_empty() {
         return Ok(Bytes::from_static(b"{}"));
     }
-    serde_json::from_slice::<IgnoredAny>(&payload).map_err(|error| {
+    let malformed = |why: String| {
         ApiError::invalid_content(format!(
-            "Could not parse request body into json: Could not parse payload into json: {error}"
+            "Could not parse request body into json: Could not parse payload into json: {why}"
         ))
-    })?;
+    };
+    // The parser passes over strings and does not look whether they are UTF-8.
+    if let Err(error) = std::str::from_utf8(&payload) {
+        let at = error.valid_up_to();
+        let byte = payload.get(at).copied().unwrap_or_default();
+        return Err(malformed(format!(
+            "Invalid UTF-8 start byte 0x{byte:02x} at offset {at}"
+        )));
+    }
+    serde_json::from_slice::<IgnoredAny>(&payload).map_err(|error| malformed(error.to_string()))?;
     Ok(payload)
 }
 
@@ -269,6 +292,13 @@ mod tests {
         assert!(error.message.starts_with(
             "Could not parse request body into json: Could not parse payload into json: "
         ));
+        let error = payload_json(Bytes::from_static(b"\"\x87\"")).unwrap_err();
+        assert_eq!(error.code, "InvalidRequestContentException");
+        assert!(
+            error
+                .message
+                .ends_with("Invalid UTF-8 start byte 0x87 at offset 1")
+        );
     }
 
     #[test]

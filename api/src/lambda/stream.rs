@@ -14,7 +14,7 @@ use serde_json::json;
 use thaw_runtime::{Measure, StreamPart};
 
 use super::errors::ApiError;
-use super::invoke::{client_context, payload, refused, wants_tail};
+use super::invoke::{client_context, payload, refused, version, wants_tail};
 use super::{Answer, Call};
 use crate::invocation::running::{Ended, Running};
 use crate::invocation::{FunctionResult, PAYLOAD_BYTES_MAX, Request, report};
@@ -22,7 +22,7 @@ use crate::state::App;
 use crate::timing;
 
 pub(super) async fn invoke(app: &Arc<App>, call: Call, name: &str) -> Answer {
-    let found = call.version(app, name)?;
+    let found = version(app, &call, name)?;
     let tail = wants_tail(&call.headers)?;
     let request = Request {
         request_id: call.request_id.clone(),
@@ -32,6 +32,7 @@ pub(super) async fn invoke(app: &Arc<App>, call: Call, name: &str) -> Answer {
         measure: Measure::Off,
         payload: payload(&call.headers, call.body, PAYLOAD_BYTES_MAX).await?,
     };
+    let trace = timing::trace_header(request.trace_id.as_deref());
     let live = found.pick();
     let mut running = Running::start(app, &found.function, &live, request);
     // Until the function answers, a refusal still has a status of its own.
@@ -55,6 +56,9 @@ pub(super) async fn invoke(app: &Arc<App>, call: Call, name: &str) -> Answer {
     );
     if let Ok(version) = HeaderValue::from_str(&live.id.to_string()) {
         headers.insert("x-amz-executed-version", version);
+    }
+    if let Some(trace) = trace {
+        headers.insert(timing::TRACE_HEADER, trace);
     }
     Ok(response)
 }

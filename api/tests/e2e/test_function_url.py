@@ -45,7 +45,7 @@ def test_the_answer_sets_status_headers_cookies_and_bytes(gateway):
 
 def test_a_failing_function_is_a_bad_gateway(gateway):
     status, _, body = gateway.get("/fn/url/fail")
-    assert status == 502 and json.loads(body) == {"message": "Internal Server Error"}
+    assert status == 502 and body == b"Internal Server Error"
 
 
 def test_an_unknown_function_says_how_to_deploy_one(gateway):

@@ -165,6 +165,13 @@ async fn nothing_unsigned_altered_or_not_allowed_reaches_a_handler() {
     ] {
         let answer = send(&server, &invoker, ("POST", &path), &json!({"a": 1})).await;
         assert_eq!(answer.status, 200, "{path}: {}", answer.text());
+        if path.starts_with("/fn/") {
+            let context = answer.json()["requestContext"].clone();
+            assert_eq!(context["accountId"], "000000000000");
+            let iam = &context["authorizer"]["iam"];
+            assert_eq!(iam["accessKey"], invoker.access_key_id);
+            assert_eq!(iam["userArn"], "arn:aws:iam::000000000000:user/ci");
+        }
     }
     server.stop().await;
 }

@@ -131,6 +131,21 @@ async fn a_function_that_fails_is_tried_three_times_and_a_url_told_once_it_liste
         .until(|_| hook.bodies.lock().unwrap().len() == 2)
         .await;
     assert_eq!(server.machine.events_of("f").len(), 4, "no second attempt");
+
+    // Nothing may run, so nothing is waited for.
+    let path = "/2017-10-31/functions/f/concurrency";
+    let barred = json!({"ReservedConcurrentExecutions": 0}).to_string();
+    server.send("PUT", path, &[], barred.as_bytes()).await;
+    send(&server, "f", &json!(5)).await;
+    server
+        .until(|_| hook.bodies.lock().unwrap().len() == 3)
+        .await;
+    let record = hook.bodies.lock().unwrap()[2].clone();
+    let context = &record["requestContext"];
+    assert_eq!(context["condition"], "ZeroReservedConcurrency");
+    assert_eq!(context["approximateInvokeCount"], 0);
+    assert_eq!(record["requestPayload"], 5);
+    assert_eq!(server.machine.events_of("f").len(), 4);
     server.stop().await;
 }
 

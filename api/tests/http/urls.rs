@@ -118,8 +118,21 @@ async fn a_url_answers_by_path_and_by_host_as_what_it_was_made_for() {
     assert_eq!(by_host.json()["requestContext"]["domainPrefix"], id);
     let unknown = [("Host", "0.lambda-url.us-east-1.localhost")];
     let other = server.send("GET", "/healthz", &unknown, b"").await;
-    assert_eq!(other.text(), "ok\n");
-    assert_eq!(server.get("/fn/f:nope/").await.status, 404);
+    assert_eq!(
+        (other.status, other.text().as_str()),
+        (403, r#"{"Message":null}"#)
+    );
+    assert_eq!(
+        other.header("x-amzn-errortype"),
+        Some("AccessDeniedException")
+    );
+    let gone = server.get("/fn/f:nope/").await;
+    assert_eq!(gone.status, 403);
+    assert_eq!(
+        gone.header("x-amzn-errortype"),
+        Some("AccessDeniedException")
+    );
+    assert_eq!(server.get("/fn/nope/").await.status, 404);
     server.stop().await;
 }
 

@@ -515,6 +515,12 @@ async fn provisioned_concurrency_is_of_published_versions_and_within_the_limits(
     refused(&above, 400, "InvalidParameterValueException");
     let made = put(&server, &path("?Qualifier=1"), &want(2)).await;
     assert_eq!(made.status, 202, "{}", made.text());
+    // All that is reserved is provisioned for the version: none is left for others.
+    for (qualifier, status) in [("", 429), (":1", 200)] {
+        let invoke = format!("{FUNCTIONS}/f{qualifier}/invocations");
+        let answer = server.send("POST", &invoke, &[], b"1").await;
+        assert_eq!(answer.status, status, "{qualifier} {}", answer.text());
+    }
 
     // It is kept, and a start of the gateway keeps it up.
     let server = Server::start_in(server.stop().await).await;

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
 
 /// The event of one HTTP request.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,11 +38,14 @@ pub struct HttpEvent {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct RequestContext {
-    /// `anonymous`.
+    /// The caller's account, or `anonymous` at a URL that asks for no signature.
     pub account_id: String,
     /// Stable for a function.
     pub api_id: String,
-    /// Host that was asked, without port.
+    /// Who signed the request, at a URL that asks for a signature.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub authorizer: Option<Authorizer>,
+    /// Host that was asked, with its port if it named one: adapters build absolute URLs from it.
     pub domain_name: String,
     /// First label of `domain_name`.
     pub domain_prefix: String,
@@ -57,6 +61,33 @@ pub struct RequestContext {
     pub time: String,
     /// Milliseconds since the Unix epoch.
     pub time_epoch: i64,
+}
+
+/// Who signed a request.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Authorizer {
+    /// An access key of the gateway's.
+    pub iam: IamCaller,
+}
+
+/// An access key and whose it is. Members of AWS's that this gateway has nothing for are `null`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct IamCaller {
+    /// Its id.
+    pub access_key: String,
+    /// The gateway's account.
+    pub account_id: String,
+    /// As `accessKey`: users have no other id here.
+    pub caller_id: String,
+    /// `null`.
+    pub cognito_identity: Option<serde_json::Value>,
+    /// `null`.
+    pub principal_org_id: Option<String>,
+    /// ARN of the key's user.
+    pub user_arn: String,
+    /// As `accessKey`.
+    pub user_id: String,
 }
 
 /// The request line and its sender.
@@ -79,7 +110,8 @@ pub struct HttpContext {
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct HttpResult {
-    /// 100 to 599.
+    /// 100 to 599; digits in a string will do.
+    #[serde(deserialize_with = "status_code")]
     pub status_code: u16,
     /// Strings, numbers or booleans.
     #[serde(default)]
@@ -93,4 +125,17 @@ pub struct HttpResult {
     /// `body` is base64.
     #[serde(default)]
     pub is_base64_encoded: Option<bool>,
+}
+
+fn status_code<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u16, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Status {
+        Number(u16),
+        Text(String),
+    }
+    match Status::deserialize(deserializer)? {
+        Status::Number(number) => Ok(number),
+        Status::Text(text) => text.parse().map_err(D::Error::custom),
+    }
 }

@@ -192,17 +192,27 @@ const LINKS: [(&str, &str); 9] = [
     ("var/run", "/run"),
 ];
 
+/// Runs a runtime's command: through the function's own program where `AWS_LAMBDA_EXEC_WRAPPER` names one, which gets the command
+/// as its arguments (AWS Lambda Developer Guide, "Modifying the runtime environment"). Words and numbers are those of Lambda.
+const START: &str = r#"wrapper=$AWS_LAMBDA_EXEC_WRAPPER
+if [ -n "$wrapper" ]; then
+    [ -f "$wrapper" ] || { echo "$wrapper: does not exist"; exit 127; }
+    [ -x "$wrapper" ] || { echo "$wrapper: is not an executable"; exit 126; }
+    set -- "$wrapper" "$@"
+fi
+exec -- "$@"
+"#;
+
 /// In the folder of Python's own modules.
 const PYTHON_REMOVE: [&str; 4] = ["ensurepip", "idlelib", "pydoc_data", "test"];
 
-/// The runtime adds the function's folder and the layers'. A wrapper (Lambda's developer guide, "Modifying the runtime
-/// environment") gets the interpreter and one argument, between which it may put options.
+/// Bash, as on Lambda: it leaves PWD and SHLVL in the environment.
 fn python_bootstrap(version: &str) -> String {
     format!(
-        "#!/bin/sh
-PYTHONPATH=\"${{PYTHONPATH:+$PYTHONPATH:}}/var/runtime\"
-export PYTHONPATH PWD SHLVL=0
-exec ${{AWS_LAMBDA_EXEC_WRAPPER:+\"$AWS_LAMBDA_EXEC_WRAPPER\"}} /usr/bin/python{version} /var/runtime/thaw_runtime.py
+        "#!/bin/bash
+export PYTHONPATH=\"${{PYTHONPATH:+$PYTHONPATH:}}/var/runtime\"
+set -- /usr/bin/python{version} /var/runtime/thaw_runtime.py
+. /var/runtime/start
 "
     )
 }
@@ -228,14 +238,14 @@ fn node_bootstrap(node: &Node) -> String {
         ));
     }
     format!(
-        "#!/bin/sh
-NODE_PATH=\"${{NODE_PATH:+$NODE_PATH:}}/opt/nodejs/node{major}/node_modules:/opt/nodejs/node_modules:/var/runtime/node_modules:/var/runtime:/var/task\"
-export NODE_PATH PWD SHLVL=0
+        "#!/bin/bash
+export NODE_PATH=\"${{NODE_PATH:+$NODE_PATH:}}/opt/nodejs/node{major}/node_modules:/opt/nodejs/node_modules:/var/runtime/node_modules:/var/runtime:/var/task\"
 memory=${{AWS_LAMBDA_FUNCTION_MEMORY_SIZE:-128}}
 set --
-{off}exec ${{AWS_LAMBDA_EXEC_WRAPPER:+\"$AWS_LAMBDA_EXEC_WRAPPER\"}} /var/lang/bin/node --max-http-header-size=81920 \\
+{off}set -- /var/lang/bin/node --max-http-header-size=81920 \\
     --max-semi-space-size=$((memory * 5 / 100)) --max-old-space-size=$((memory * 9 / 10)) \\
     \"$@\" --require /var/runtime/thaw_runtime.cjs /var/runtime/thaw_index.mjs
+. /var/runtime/start
 "
     )
 }
@@ -295,6 +305,7 @@ impl Recipe {
         let bootstrap = python_bootstrap(python.version);
         self.files.extend([
             ("var/runtime/bootstrap", 0o755, bootstrap),
+            ("var/runtime/start", 0o644, START.to_owned()),
             (
                 "var/runtime/thaw_runtime.py",
                 0o644,
@@ -311,6 +322,7 @@ impl Recipe {
         self.remove.extend(NODE_REMOVE.map(str::to_owned));
         self.files.extend([
             ("var/runtime/bootstrap", 0o755, node_bootstrap(node)),
+            ("var/runtime/start", 0o644, START.to_owned()),
             (
                 "var/runtime/thaw_index.mjs",
                 0o644,
@@ -352,6 +364,10 @@ impl Recipe {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt as _;
+    use std::process::{Command, Output};
+
     use super::*;
 
     fn bootstrap(name: &str) -> String {
@@ -361,26 +377,22 @@ mod tests {
     }
 
     #[test]
-    fn the_folders_of_layers_follow_the_version() {
-        for (name, folder) in [
-            ("python3.11", "/opt/python/lib/python3.11/site-packages"),
-            ("python3.13", "/opt/python/lib/python3.13/site-packages"),
+    fn what_a_runtime_starts_follows_the_version() {
+        for (name, words) in [
+            ("python3.11", "set -- /usr/bin/python3.11 "),
+            ("python3.13", "set -- /usr/bin/python3.13 "),
             ("nodejs18.x", "/opt/nodejs/node18/node_modules"),
             ("nodejs24.x", "/opt/nodejs/node24/node_modules"),
         ] {
-            assert!(bootstrap(name).contains(folder), "{name}");
+            assert!(bootstrap(name).contains(words), "{name}");
         }
-        assert!(
-            bootstrap("python3.13")
-                .ends_with("exec /usr/bin/python3.13 -m thaw_runtime \"$_HANDLER\"\n")
-        );
     }
 
     #[test]
     fn node_features_that_lambda_switches_off_can_be_switched_on() {
-        let text = bootstrap("nodejs22.x").replace("exec /var/lang/bin/node", "echo");
+        let text = bootstrap("nodejs22.x").replace(". /var/runtime/start", "echo \"$@\"");
         let options = |node_options: &str| {
-            let output = std::process::Command::new("sh")
+            let output = Command::new("bash")
                 .args(["-c", &text])
                 .env("NODE_OPTIONS", node_options)
                 .output()
@@ -405,5 +417,43 @@ mod tests {
             .collect();
         let distinct: std::collections::BTreeSet<_> = digests.iter().collect();
         assert_eq!(distinct.len(), digests.len());
+    }
+
+    /// What comes of a command that is started with this wrapper, `None` for none.
+    fn started(wrapper: Option<&str>) -> Output {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        fs::write(path("start"), START).unwrap();
+        fs::write(path("good"), "#!/bin/bash\nWRAPPED=yes exec \"$@\"\n").unwrap();
+        fs::set_permissions(path("good"), fs::Permissions::from_mode(0o755)).unwrap();
+        fs::write(path("unfit"), "").unwrap();
+        let script = "set -- /usr/bin/env; . ./start";
+        let mut command = Command::new("/bin/bash");
+        command.args(["-c", script]).env_clear();
+        command.env("PATH", "/usr/bin:/bin").current_dir(&folder);
+        if let Some(wrapper) = wrapper {
+            command.env("AWS_LAMBDA_EXEC_WRAPPER", path(wrapper));
+        }
+        command.output().unwrap()
+    }
+
+    #[test]
+    fn a_wrapper_runs_the_runtimes_command_and_is_told_when_it_cannot() {
+        let text = |output: &Output| String::from_utf8(output.stdout.clone()).unwrap();
+        let plain = text(&started(None));
+        assert!(
+            plain.contains("SHLVL=0\n") && plain.contains("PWD=/"),
+            "{plain}"
+        );
+        assert!(!plain.contains("WRAPPED"));
+        assert!(text(&started(Some("good"))).contains("WRAPPED=yes\n"));
+        for (wrapper, code, words) in [
+            ("absent", 127, "absent: does not exist\n"),
+            ("unfit", 126, "unfit: is not an executable\n"),
+        ] {
+            let output = started(Some(wrapper));
+            assert_eq!(output.status.code(), Some(code));
+            assert!(text(&output).ends_with(words), "{}", text(&output));
+        }
     }
 }

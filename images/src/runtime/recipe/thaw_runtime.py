@@ -10,13 +10,6 @@ import os
 import sys
 import time
 
-# In the order of Lambda: the function's folder, then layers, then what the interpreter was started with.
-sys.path[:0] = [
-    os.environ["LAMBDA_TASK_ROOT"],
-    "/opt/python/lib/python%d.%d/site-packages" % sys.version_info[:2],
-    "/opt/python",
-]
-
 from awslambdaric import bootstrap
 from awslambdaric.lambda_config import LambdaConfigProvider
 from awslambdaric.lambda_runtime_client import LambdaRuntimeClient
@@ -75,7 +68,19 @@ class Client(LambdaRuntimeClient):
             pass
 
 
+def order_paths():
+    """The order of Lambda: the function's folder, its layers, the runtime."""
+    runtime = os.path.dirname(os.path.abspath(__file__))
+    if sys.path.count(runtime) > 1:  # once more than PYTHONPATH says: the script's own
+        del sys.path[0]
+    at = sys.path.index(runtime)
+    packages = "/opt/python/lib/python{}.{}/site-packages".format(*sys.version_info)
+    sys.path[at:at] = [packages, "/opt/python"]
+    sys.path.insert(0, os.environ["LAMBDA_TASK_ROOT"])
+
+
 def main():
+    order_paths()
     # Whatever the function is told it is, it is frozen: the client's test for that holds, unless the function changes the variable.
     bootstrap.INIT_TYPE_SNAP_START = os.environ.get(bootstrap.AWS_LAMBDA_INITIALIZATION_TYPE)
     # A wrapper may have put a handler of its own into the variable.
