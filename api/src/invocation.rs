@@ -187,9 +187,12 @@ async fn serve(
     request: Request,
     sink: Option<mpsc::Sender<StreamPart>>,
 ) -> Result<Answer, Refusal> {
-    let record = live.record();
+    let record = deploy::settled(app, live).await;
     let Some(serving) = &record.serving else {
-        return Err(Refusal::Inactive(record.state.clone()));
+        return Err(Refusal::Inactive(match &record.state {
+            State::Active => State::Pending,
+            state => state.clone(),
+        }));
     };
     let mut late_log = None;
     let answer = match &serving.outcome {

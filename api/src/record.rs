@@ -10,6 +10,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 use thaw_api_types::lambda::Cors;
+use uuid::Uuid;
 
 use crate::engine::{Artifact, EPHEMERAL_MIB_DEFAULT};
 use crate::events::EventConfig;
@@ -246,7 +247,7 @@ pub struct Version {
     pub id: VersionId,
     /// Milliseconds since the Unix epoch.
     pub modified_unix_ms: i64,
-    /// Changes with every change a client makes; Lambda's `RevisionId`.
+    /// Changes with every change a client makes, and when its state changes; Lambda's `RevisionId`.
     pub revision_id: String,
     /// What clients asked for.
     pub target: Revision,
@@ -264,7 +265,20 @@ impl Version {
     /// Whether its code is being frozen.
     #[must_use]
     pub fn is_deploying(&self) -> bool {
-        self.state == State::Pending || self.last_update == Some(LastUpdate::InProgress)
+        self.state == State::Pending
+            || self.last_update == Some(LastUpdate::InProgress)
+            || self.is_promised()
+    }
+
+    /// Whether it is told to be Active and still being frozen: a published version can be invoked at once, the invocation waits.
+    #[must_use]
+    pub fn is_promised(&self) -> bool {
+        self.state == State::Active && self.serving.is_none()
+    }
+
+    /// Gives it another `RevisionId`.
+    pub fn revise(&mut self) {
+        self.revision_id = Uuid::new_v4().to_string();
     }
 }
 

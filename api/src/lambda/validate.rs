@@ -16,6 +16,32 @@ use crate::record::Settings;
 pub const ZIP_BYTES_MAX: usize = 52_428_800;
 /// Largest environment, bytes of its JSON.
 const ENVIRONMENT_BYTES_MAX: usize = 4096;
+/// Instruction sets that the model knows.
+pub(super) const ARCHITECTURES: [&str; 2] = ["x86_64", "arm64"];
+/// Runtimes that AWS makes no functions with any more, but for those that this gateway has.
+const DEPRECATED: [&str; 19] = [
+    "dotnetcore1.0",
+    "dotnetcore2.0",
+    "dotnetcore2.1",
+    "dotnetcore3.1",
+    "go1.x",
+    "java8",
+    "nodejs",
+    "nodejs10.x",
+    "nodejs12.x",
+    "nodejs14.x",
+    "nodejs4.3",
+    "nodejs4.3-edge",
+    "nodejs6.10",
+    "nodejs8.10",
+    "python2.7",
+    "python3.6",
+    "python3.7",
+    "ruby2.5",
+    "ruby2.7",
+];
+/// Bytes of an environment that an error repeats.
+const SHOWN_BYTES_MAX: usize = 8192;
 /// Most tags of a function.
 pub(super) const TAGS_MAX: usize = 50;
 const HANDLER_CHARS_MAX: usize = 128;
@@ -38,6 +64,7 @@ pub fn create(request: &CreateFunctionRequest) -> Result<Settings, ApiError> {
         violations.push(null("code"));
     }
     check_settings(&request.settings, &mut violations);
+    violations.extend(malformed_architectures(request.architectures.as_deref()));
     finish(&violations)?;
     match request.package_type.as_deref() {
         None | Some("Zip") => {}
@@ -56,9 +83,7 @@ pub fn create(request: &CreateFunctionRequest) -> Result<Settings, ApiError> {
         .as_ref()
         .is_some_and(|tags| tags.len() > TAGS_MAX)
     {
-        return Err(ApiError::invalid_parameter(format!(
-            "A function has at most {TAGS_MAX} tags."
-        )));
+        return Err(ApiError::too_many_tags());
     }
     let (Some(_), Some(_)) = (&request.settings.runtime, &request.settings.handler) else {
         return Err(ApiError::invalid_parameter(
@@ -107,6 +132,7 @@ pub fn update(
 /// # Errors
 /// Any other.
 pub fn check_architectures(architectures: Option<&[String]>) -> Result<(), ApiError> {
+    finish(&Vec::from_iter(malformed_architectures(architectures)))?;
     match architectures {
         None | Some([]) => Ok(()),
         Some([one]) if one == "x86_64" => Ok(()),
@@ -115,6 +141,20 @@ pub fn check_architectures(architectures: Option<&[String]>) -> Result<(), ApiEr
             other.join(", ")
         ))),
     }
+}
+
+/// What the model does not know as a list of instruction sets.
+fn malformed_architectures(architectures: Option<&[String]>) -> Option<String> {
+    let architectures = architectures?;
+    let constraint = if architectures.len() > 1 {
+        "Member must have length less than or equal to 1"
+    } else if architectures.iter().all(|one| ARCHITECTURES.contains(&one.as_str())) {
+        return None;
+    } else {
+        "Member must satisfy constraint: [Member must satisfy enum value set: [x86_64, arm64], Member must not be null]"
+    };
+    let shown = format!("[{}]", architectures.join(", "));
+    Some(violation(&shown, "architectures", constraint))
 }
 
 /// The zip of an upload.
@@ -271,6 +311,9 @@ fn merge(current: Settings, change: &FunctionSettings) -> Result<Settings, ApiEr
     if let Some(runtime) = &change.runtime
         && !RUNTIMES.contains(&runtime.as_str())
     {
+        if DEPRECATED.contains(&runtime.as_str()) {
+            return Err(ApiError::deprecated_runtime(runtime));
+        }
         return Err(ApiError::invalid_parameter(format!(
             "Value {} at 'runtime' failed to satisfy constraint: Member must satisfy enum value set: [{}] or be a valid ARN",
             runtime.chars().take(128).collect::<String>(),
@@ -280,8 +323,7 @@ fn merge(current: Settings, change: &FunctionSettings) -> Result<Settings, ApiEr
     let environment = match &change.environment {
         Some(environment) => {
             check_environment(&environment.variables)?;
-            let variables = environment.variables.clone();
-            (!variables.is_empty()).then_some(variables)
+            Some(environment.variables.clone())
         }
         None => current.environment,
     };
@@ -358,9 +400,9 @@ fn check_environment(variables: &BTreeMap<String, String>) -> Result<(), ApiErro
     }
     let measured = serde_json::to_string(variables).unwrap_or_default();
     if measured.len() > ENVIRONMENT_BYTES_MAX {
-        let shown: String = measured.chars().take(200).collect();
+        let shown: String = measured.chars().take(SHOWN_BYTES_MAX).collect();
         return Err(ApiError::invalid_parameter(format!(
-            "{prefix} exceeded the 4KB limit. String measured: {shown}…"
+            "{prefix} exceeded the 4KB limit. String measured: {shown}"
         )));
     }
     Ok(())
@@ -422,6 +464,8 @@ mod tests {
                 .message
                 .contains("enum value set: [python3.11, nodejs18.x, provided")
         );
+        let deprecated = refused(|request| request.settings.runtime = Some("go1.x".to_owned()));
+        assert!(deprecated.message.contains("no longer supported"));
         let arm = refused(|request| request.architectures = Some(vec!["arm64".to_owned()]));
         assert!(arm.message.contains("arm64"));
         let missing = refused(|request| request.settings.handler = None);

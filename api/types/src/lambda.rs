@@ -226,8 +226,9 @@ pub struct FunctionConfiguration {
     pub ephemeral_storage: EphemeralStorage,
     /// Whether published versions run SnapStart's hooks, and whether this one did.
     pub snap_start: SnapStartResponse,
-    /// Which build of the runtime.
-    pub runtime_version_config: RuntimeVersionConfig,
+    /// Which build of the runtime; absent in lists.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub runtime_version_config: Option<RuntimeVersionConfig>,
     /// Where logs go.
     pub logging_config: LoggingConfig,
 }
