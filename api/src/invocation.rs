@@ -422,6 +422,7 @@ fn sort(
             Some("timeout") => Status::TimedOut,
             Some(error_type) => Status::Failed(error_type),
         },
+        logging: &settings.logging,
     };
     Ok(Answer {
         version,
@@ -480,6 +481,7 @@ fn init_failed(
         duration: Duration::ZERO,
         memory_mib: serving.revision.settings.memory_mib,
         status: Status::Failed(error_type),
+        logging: &serving.revision.settings.logging,
     };
     Answer {
         version,

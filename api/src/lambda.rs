@@ -32,10 +32,12 @@ mod delete;
 mod event_config;
 mod invoke;
 mod layers;
+mod logging;
 mod paging;
 mod policy;
 mod provisioned;
 mod read;
+mod recursion;
 mod source;
 pub(crate) mod stream;
 mod tags;
@@ -157,6 +159,9 @@ async fn dispatch(app: &Arc<App>, found: Matched, call: Call) -> Answer {
         Operation::GetAccountSettings => account::settings(app),
         Operation::GetFunctionCodeSigningConfig => absent::code_signing(app, &call, &first),
         Operation::GetRuntimeManagementConfig => absent::runtime_management(app, &call, &first),
+        Operation::PutRuntimeManagementConfig => absent::manage_runtime(app, call, &first).await,
+        Operation::PutFunctionRecursionConfig => recursion::put(app, call, &first).await,
+        Operation::GetFunctionRecursionConfig => recursion::get(app, &call, &first),
         Operation::ListCodeSigningConfigs => absent::list("CodeSigningConfigs"),
         Operation::ListEventSourceMappings => absent::list("EventSourceMappings"),
         Operation::AddPermission => policy::add(app, call, &first).await,

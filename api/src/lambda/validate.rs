@@ -8,9 +8,10 @@ use bytes::Bytes;
 use thaw_api_types::lambda::{CreateFunctionRequest, FunctionCode, FunctionSettings};
 
 use super::errors::{ApiError, violation};
+use super::logging;
 use crate::engine::EPHEMERAL_MIB_DEFAULT;
 use crate::environment::{RESERVED, RUNTIMES};
-use crate::record::Settings;
+use crate::record::{Logging, Settings};
 
 /// Largest zip, bytes.
 pub const ZIP_BYTES_MAX: usize = 52_428_800;
@@ -101,6 +102,7 @@ pub fn create(request: &CreateFunctionRequest) -> Result<Settings, ApiError> {
         snap_start: false,
         layers: Vec::new(),
         ephemeral_mib: EPHEMERAL_MIB_DEFAULT,
+        logging: Logging::default(),
     };
     merge(default, &request.settings)
 }
@@ -274,6 +276,9 @@ fn check_settings(settings: &FunctionSettings, violations: &mut Vec<String>) {
             constraint,
         ));
     }
+    if let Some(logging) = &settings.logging_config {
+        logging::check(logging, violations);
+    }
     if let Some(environment) = &settings.environment
         && let Some(key) = environment.variables.keys().find(|key| !is_variable(key))
     {
@@ -341,6 +346,7 @@ fn merge(current: Settings, change: &FunctionSettings) -> Result<Settings, ApiEr
             change.ephemeral_storage.map(|storage| storage.size),
             current.ephemeral_mib,
         ),
+        logging: logging::merge(current.logging, change.logging_config.as_ref())?,
         environment,
         layers: current.layers,
         snap_start: change
@@ -361,6 +367,13 @@ fn check_unsupported(change: &FunctionSettings) -> Result<(), ApiError> {
     if change.image_config.as_ref().is_some_and(is_given) {
         return refuse("ImageConfig");
     }
+    let targets = change.dead_letter_config.as_ref();
+    if targets.and_then(|config| config.get("TargetArn")).is_some_and(is_given) {
+        return refuse("DeadLetterConfig");
+    }
+    if change.file_system_configs.as_ref().is_some_and(is_given) {
+        return refuse("FileSystemConfigs");
+    }
     let vpc = change
         .vpc_config
         .as_ref()
@@ -374,6 +387,7 @@ fn check_unsupported(change: &FunctionSettings) -> Result<(), ApiError> {
 fn is_given(value: &serde_json::Value) -> bool {
     match value {
         serde_json::Value::Null => false,
+        serde_json::Value::String(text) => !text.is_empty(),
         serde_json::Value::Array(items) => !items.is_empty(),
         serde_json::Value::Object(members) => !members.is_empty(),
         _ => true,

@@ -83,10 +83,7 @@ pub fn configuration(
         runtime_version_config: (detail == Detail::Full).then(|| RuntimeVersionConfig {
             runtime_version_arn: runtime_arn(region, &settings.runtime),
         }),
-        logging_config: LoggingConfig {
-            log_format: "Text".to_owned(),
-            log_group: format!("/aws/lambda/{}", function.name),
-        },
+        logging_config: logging(function),
         ..FunctionConfiguration::default()
     };
     if detail == Detail::Full {
@@ -99,6 +96,17 @@ pub fn configuration(
 #[must_use]
 pub fn runtime_arn(region: &str, runtime: &str) -> String {
     format!("arn:aws:lambda:{region}::runtime:{runtime}")
+}
+
+fn logging(function: &Version) -> LoggingConfig {
+    let logging = &function.target.settings.logging;
+    let levels = logging.json.as_ref();
+    LoggingConfig {
+        log_format: if levels.is_some() { "JSON" } else { "Text" }.to_owned(),
+        application_log_level: levels.map(|levels| levels.application.clone()),
+        system_log_level: levels.map(|levels| levels.system.clone()),
+        log_group: logging.group_of(&function.name),
+    }
 }
 
 fn layer(layer: &LayerUse) -> LayerReference {
