@@ -257,6 +257,22 @@ pub fn replace_refused(app: &Arc<App>, live: &Arc<Live>, refused: &Pool, reason:
     is_taken || !is_refused(&live.pool.borrow())
 }
 
+/// The version as it is once what was promised of it is kept or not, or when it takes too long.
+pub async fn settled(app: &App, live: &Live) -> Arc<Version> {
+    let record = live.record();
+    if !record.is_promised() {
+        return record;
+    }
+    let mut cursor = live.progress.subscribe();
+    let frozen = async {
+        // Neither another deployment nor the function's end is waited for.
+        while live.progress.next(&mut cursor).await.is_some_and(|event| !event.done) {}
+    };
+    let limit = app.limits.init_limit + app.limits.queue_wait_max;
+    let _ = tokio::time::timeout(limit, frozen).await;
+    live.record()
+}
+
 /// Freezes a function's target in the background and lets it serve.
 pub fn begin(app: &Arc<App>, live: &Arc<Live>) {
     live.progress.begin();
@@ -404,8 +420,13 @@ fn serve(record: &mut Version, serving: Serving) -> Option<Option<Serving>> {
         return None;
     }
     if is_target {
+        let is_told = record.state == State::Active
+            && record.last_update == Some(LastUpdate::Successful);
         record.state = State::Active;
         record.last_update = Some(LastUpdate::Successful);
+        if !is_told {
+            record.revise();
+        }
     }
     Some(record.serving.replace(serving))
 }
@@ -427,6 +448,7 @@ async fn fail(app: &Arc<App>, live: &Arc<Live>, reason: String) {
 
 /// Notes that the target cannot be deployed; answers the revision that nothing refers to any more.
 fn give_up(record: &mut Version, reason: String) -> Option<String> {
+    record.revise();
     record.last_update = Some(LastUpdate::Failed(reason.clone()));
     match &record.serving {
         Some(serving) => {

@@ -93,8 +93,13 @@ pub fn variables(
         VersionId::Number(_) if settings.snap_start => "snap-start",
         _ => "on-demand",
     };
-    let group = format!("/aws/lambda/{name}");
+    let group = settings.logging.group_of(name);
     let mut variables: BTreeMap<String, String> = settings.environment.clone().unwrap_or_default();
+    if let Some(levels) = &settings.logging.json {
+        // The runtimes' clients write their lines accordingly.
+        variables.insert("AWS_LAMBDA_LOG_FORMAT".to_owned(), "JSON".to_owned());
+        variables.insert("AWS_LAMBDA_LOG_LEVEL".to_owned(), levels.application.clone());
+    }
     let fixed = [
         ("_HANDLER", settings.handler.as_str()),
         ("LAMBDA_TASK_ROOT", "/var/task"),
@@ -145,6 +150,7 @@ pub fn variables(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::record::LogLevels;
     use crate::testing::version;
 
     #[test]
@@ -181,5 +187,15 @@ mod tests {
         assert!(variables["LD_LIBRARY_PATH"].starts_with("/lib64:"));
         assert_eq!(variables["AWS_XRAY_DAEMON_ADDRESS"], "127.0.0.1:2000");
         assert_eq!(bootstrap("provided.al2023").len(), 3);
+        assert!(!variables.contains_key("AWS_LAMBDA_LOG_FORMAT"));
+        settings.logging.group = Some("mine".to_owned());
+        settings.logging.json = Some(LogLevels {
+            application: "DEBUG".to_owned(),
+            ..LogLevels::default()
+        });
+        let variables = super::variables("f", VersionId::Latest, "eu-west-1", &settings);
+        assert_eq!(variables["AWS_LAMBDA_LOG_GROUP_NAME"], "mine");
+        assert_eq!(variables["AWS_LAMBDA_LOG_FORMAT"], "JSON");
+        assert_eq!(variables["AWS_LAMBDA_LOG_LEVEL"], "DEBUG");
     }
 }

@@ -193,7 +193,7 @@ pub async fn update(
             let serves = record.serving.as_ref().map(|s| s.revision.id.clone());
             let old = std::mem::replace(&mut record.target, target);
             record.modified_unix_ms = clock::unix_ms();
-            record.revision_id = Uuid::new_v4().to_string();
+            record.revise();
             if record.serving.is_some() {
                 record.last_update = Some(LastUpdate::InProgress);
             } else {

@@ -187,9 +187,12 @@ async fn serve(
     request: Request,
     sink: Option<mpsc::Sender<StreamPart>>,
 ) -> Result<Answer, Refusal> {
-    let record = live.record();
+    let record = deploy::settled(app, live).await;
     let Some(serving) = &record.serving else {
-        return Err(Refusal::Inactive(record.state.clone()));
+        return Err(Refusal::Inactive(match &record.state {
+            State::Active => State::Pending,
+            state => state.clone(),
+        }));
     };
     let mut late_log = None;
     let answer = match &serving.outcome {
@@ -419,6 +422,7 @@ fn sort(
             Some("timeout") => Status::TimedOut,
             Some(error_type) => Status::Failed(error_type),
         },
+        logging: &settings.logging,
     };
     Ok(Answer {
         version,
@@ -477,6 +481,7 @@ fn init_failed(
         duration: Duration::ZERO,
         memory_mib: serving.revision.settings.memory_mib,
         status: Status::Failed(error_type),
+        logging: &serving.revision.settings.logging,
     };
     Answer {
         version,

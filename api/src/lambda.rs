@@ -32,10 +32,12 @@ mod delete;
 mod event_config;
 mod invoke;
 mod layers;
+mod logging;
 mod paging;
 mod policy;
 mod provisioned;
 mod read;
+mod recursion;
 mod source;
 pub(crate) mod stream;
 mod tags;
@@ -157,6 +159,9 @@ async fn dispatch(app: &Arc<App>, found: Matched, call: Call) -> Answer {
         Operation::GetAccountSettings => account::settings(app),
         Operation::GetFunctionCodeSigningConfig => absent::code_signing(app, &call, &first),
         Operation::GetRuntimeManagementConfig => absent::runtime_management(app, &call, &first),
+        Operation::PutRuntimeManagementConfig => absent::manage_runtime(app, call, &first).await,
+        Operation::PutFunctionRecursionConfig => recursion::put(app, call, &first).await,
+        Operation::GetFunctionRecursionConfig => recursion::get(app, &call, &first),
         Operation::ListCodeSigningConfigs => absent::list("CodeSigningConfigs"),
         Operation::ListEventSourceMappings => absent::list("EventSourceMappings"),
         Operation::AddPermission => policy::add(app, call, &first).await,
@@ -195,19 +200,19 @@ impl Call {
 
     /// The version that the path and the query name.
     pub(crate) fn version(&self, app: &App, name: &str) -> Result<Found, ApiError> {
-        let reference = FunctionRef::parse(name, self.query("Qualifier").as_deref())?;
-        find(app, reference)
+        find(app, self.reference(name)?)
+    }
+
+    /// The version that the path and the query name, there or not.
+    pub(crate) fn reference(&self, name: &str) -> Result<FunctionRef, ApiError> {
+        FunctionRef::parse(name, self.query("Qualifier").as_deref())
     }
 
     /// The function that the path names, without a qualifier.
     pub(crate) fn function(&self, app: &App, name: &str) -> Result<Arc<LiveFunction>, ApiError> {
-        let reference = FunctionRef::parse(name, None)?;
-        if let Some(qualifier) = &reference.qualifier {
-            return Err(ApiError::invalid_parameter(format!(
-                "This operation is on the function, not on {qualifier} of it: leave the qualifier out."
-            )));
-        }
-        Ok(find(app, reference)?.function)
+        function_or(app, name, |reference| {
+            ApiError::not_found(&arn(app, reference))
+        })
     }
 
     /// The body as JSON.
@@ -295,6 +300,45 @@ fn dice() -> f64 {
 
 /// The version of a reference.
 pub(crate) fn find(app: &App, reference: FunctionRef) -> Result<Found, ApiError> {
+    find_or(app, reference, |reference| {
+        ApiError::not_found(&arn(app, reference))
+    })
+}
+
+/// The same for operations that tell an alias that is not there from a version that is not there.
+pub(crate) fn find_alias_or_version(app: &App, reference: FunctionRef) -> Result<Found, ApiError> {
+    find_or(app, reference, |reference| {
+        let arn = arn(app, reference);
+        match reference.names_alias() {
+            true => ApiError::no_alias(&arn),
+            false => ApiError::not_found(&arn),
+        }
+    })
+}
+
+/// The function that a path names, without a qualifier, or an error of the operation's own.
+pub(crate) fn function_or(
+    app: &App,
+    name: &str,
+    missing: impl FnOnce(&FunctionRef) -> ApiError,
+) -> Result<Arc<LiveFunction>, ApiError> {
+    let reference = FunctionRef::parse(name, None)?;
+    if reference.qualifier.is_some() {
+        return Err(ApiError::invalid_parameter(
+            "This operation is permitted on Lambda functions only. Aliases and versions do not support this operation. \
+             Please specify either a function name or an unqualified function ARN.",
+        ));
+    }
+    Ok(find_or(app, reference, missing)?.function)
+}
+
+/// The version of a reference, or an error of the operation's own.
+pub(crate) fn find_or(
+    app: &App,
+    reference: FunctionRef,
+    missing: impl FnOnce(&FunctionRef) -> ApiError,
+) -> Result<Found, ApiError> {
+    check_region(app, &reference)?;
     let found =
         app.find(&reference.name)
             .filter(|_| !is_elsewhere(app, &reference))
@@ -315,7 +359,17 @@ pub(crate) fn find(app: &App, reference: FunctionRef) -> Result<Found, ApiError>
             function,
             live,
         }),
-        None => Err(ApiError::not_found(&arn(app, &reference))),
+        None => Err(missing(&reference)),
+    }
+}
+
+/// A gateway is one region.
+pub(crate) fn check_region(app: &App, reference: &FunctionRef) -> Result<(), ApiError> {
+    match &reference.region {
+        Some(region) if *region != app.region => {
+            Err(ApiError::unreachable_region(region, &app.region))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -384,6 +438,18 @@ pub(crate) async fn change_function<T>(
     }
 }
 
+/// Gives a version another `RevisionId`, as something of it has changed that is kept elsewhere.
+pub(crate) async fn revise_version(app: &App, live: &Arc<Live>) -> Result<(), ApiError> {
+    let changed = app.change(live, |version| {
+        version.revise();
+        Some(())
+    });
+    match changed.await {
+        Ok(_) => Ok(()),
+        Err(error) => Err(change_error(app, &ChangeError::Store(error))),
+    }
+}
+
 /// A refused change in Lambda's words.
 pub(crate) fn change_error(app: &App, error: &ChangeError) -> ApiError {
     match error {
@@ -405,7 +471,7 @@ pub(crate) fn change_error(app: &App, error: &ChangeError) -> ApiError {
             ApiError::conflict(format!("Alias already exists: {}:{alias}", app.arn(name)))
         }
         ChangeError::NoAlias(name, alias) => {
-            ApiError::no_alias(&format!("{}:{alias}", app.arn(name)))
+            ApiError::missing(format!("Alias not found: {}:{alias}", app.arn(name)))
         }
         ChangeError::NoLayer(arn) => layers::no_version(arn),
         ChangeError::TooLargeTogether(sum) => ApiError::invalid_parameter(format!(

@@ -11,7 +11,7 @@ const BYTES_MAX: usize = 20_480;
 /// A resource-based policy.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Policy {
-    /// Changes with every change of it.
+    /// Changes with every change of it; a function's policy has the revision of what it is of instead.
     pub revision_id: String,
     /// In the order in which they were added; without any there is no policy.
     pub statements: Vec<Statement>,
@@ -39,11 +39,11 @@ pub struct Statement {
 /// Why a policy stays as it is. The texts are those that Lambda's clients know.
 #[derive(Debug, Error)]
 pub enum PolicyError {
-    /// The client's revision is not the policy's.
+    /// The client's revision is not the policy's; by which operation it learns that.
     #[error(
-        "The Revision Id provided does not match the latest Revision Id. Call the GetPolicy or GetLayerVersionPolicy API to retrieve the latest Revision Id"
+        "The Revision Id provided does not match the latest Revision Id. Call the {0} API to retrieve the latest Revision Id"
     )]
-    OtherRevision,
+    OtherRevision(&'static str),
     /// There is a statement of this name.
     #[error(
         "The statement id ({0}) provided already exists. Please provide a new statement id, or remove the existing statement."
@@ -64,12 +64,11 @@ pub enum PolicyError {
 }
 
 impl Policy {
-    /// Adds a statement, if the policy is at the revision that the client wants; none wants any.
+    /// Adds a statement.
     ///
     /// # Errors
     /// See [`PolicyError`]; the policy is as it was.
-    pub fn add(&mut self, statement: Statement, revision: Option<&str>) -> Result<(), PolicyError> {
-        self.check(revision)?;
+    pub fn add(&mut self, statement: Statement) -> Result<(), PolicyError> {
         if self.statements.iter().any(|one| one.sid == statement.sid) {
             return Err(PolicyError::Exists(statement.sid));
         }
@@ -83,17 +82,16 @@ impl Policy {
         Ok(())
     }
 
-    /// Removes a statement, likewise.
+    /// Removes a statement.
     ///
     /// # Errors
     /// See [`PolicyError`]; the policy is as it was.
-    pub fn remove(&mut self, sid: &str, revision: Option<&str>) -> Result<(), PolicyError> {
+    pub fn remove(&mut self, sid: &str) -> Result<(), PolicyError> {
         if self.statements.is_empty() {
             return Err(PolicyError::None);
         }
         let place = self.statements.iter().position(|one| one.sid == sid);
         let place = place.ok_or_else(|| PolicyError::NoStatement(sid.to_owned()))?;
-        self.check(revision)?;
         self.statements.remove(place);
         self.revision_id = Uuid::new_v4().to_string();
         Ok(())
@@ -118,9 +116,15 @@ impl Policy {
         })?)
     }
 
-    fn check(&self, wanted: Option<&str>) -> Result<(), PolicyError> {
+    /// Whether the policy is at the revision that a client wants; none wants any.
+    ///
+    /// # Errors
+    /// It is at another.
+    pub fn check(&self, wanted: Option<&str>, operation: &'static str) -> Result<(), PolicyError> {
         match wanted.filter(|wanted| !wanted.is_empty()) {
-            Some(wanted) if wanted != self.revision_id => Err(PolicyError::OtherRevision),
+            Some(wanted) if wanted != self.revision_id => {
+                Err(PolicyError::OtherRevision(operation))
+            }
             _ => Ok(()),
         }
     }
@@ -141,13 +145,13 @@ mod tests {
             resource: "r".repeat(400),
             condition: None,
         };
-        let refused = (0..100).find_map(|number| policy.add(one(number), None).err());
+        let refused = (0..100).find_map(|number| policy.add(one(number)).err());
         assert!(matches!(refused, Some(PolicyError::TooLong(_))));
         assert!(policy.document().unwrap().len() <= BYTES_MAX);
-        let stale = policy.remove(&one(0).sid, Some("x"));
-        assert!(matches!(stale, Err(PolicyError::OtherRevision)));
-        policy.remove(&one(0).sid, None).unwrap();
-        let gone = policy.remove(&one(0).sid, None);
+        let stale = policy.check(Some("x"), "GetPolicy");
+        assert!(matches!(stale, Err(PolicyError::OtherRevision("GetPolicy"))));
+        policy.remove(&one(0).sid).unwrap();
+        let gone = policy.remove(&one(0).sid);
         assert!(matches!(gone, Err(PolicyError::NoStatement(_))));
     }
 }

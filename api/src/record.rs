@@ -10,6 +10,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 use thaw_api_types::lambda::Cors;
+use uuid::Uuid;
 
 use crate::engine::{Artifact, EPHEMERAL_MIB_DEFAULT};
 use crate::events::EventConfig;
@@ -44,6 +45,10 @@ pub struct Function {
     /// Resource-based policies, by qualifier, `$LATEST` for none.
     #[serde(default)]
     pub policies: BTreeMap<String, Policy>,
+    /// Whether a client has allowed recursive loops. Of those that Lambda ends, by way of queues, topics and buckets, there are
+    /// none here.
+    #[serde(default)]
+    pub allows_loops: bool,
     /// URLs that were configured, by alias, `$LATEST` for none.
     #[serde(default)]
     pub urls: BTreeMap<String, UrlConfig>,
@@ -246,7 +251,7 @@ pub struct Version {
     pub id: VersionId,
     /// Milliseconds since the Unix epoch.
     pub modified_unix_ms: i64,
-    /// Changes with every change a client makes; Lambda's `RevisionId`.
+    /// Changes with every change a client makes, and when its state changes; Lambda's `RevisionId`.
     pub revision_id: String,
     /// What clients asked for.
     pub target: Revision,
@@ -264,7 +269,20 @@ impl Version {
     /// Whether its code is being frozen.
     #[must_use]
     pub fn is_deploying(&self) -> bool {
-        self.state == State::Pending || self.last_update == Some(LastUpdate::InProgress)
+        self.state == State::Pending
+            || self.last_update == Some(LastUpdate::InProgress)
+            || self.is_promised()
+    }
+
+    /// Whether it is told to be Active and still being frozen: a published version can be invoked at once, the invocation waits.
+    #[must_use]
+    pub fn is_promised(&self) -> bool {
+        self.state == State::Active && self.serving.is_none()
+    }
+
+    /// Gives it another `RevisionId`.
+    pub fn revise(&mut self) {
+        self.revision_id = Uuid::new_v4().to_string();
     }
 }
 
@@ -305,6 +323,47 @@ pub struct Settings {
     /// Size of the disk that /tmp is on, MiB, 512 to 10,240.
     #[serde(default = "ephemeral_default")]
     pub ephemeral_mib: u32,
+    /// How its log is written.
+    #[serde(default)]
+    pub logging: Logging,
+}
+
+/// How a function's log is written.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Logging {
+    /// The group's name as the function is told it; `None` for `/aws/lambda/NAME`.
+    #[serde(default)]
+    pub group: Option<String>,
+    /// Lines are JSON, of these levels; `None` for text.
+    #[serde(default)]
+    pub json: Option<LogLevels>,
+}
+
+impl Logging {
+    /// The group's name.
+    #[must_use]
+    pub fn group_of(&self, function: &str) -> String {
+        let own = || format!("/aws/lambda/{function}");
+        self.group.clone().unwrap_or_else(own)
+    }
+}
+
+/// Which lines of a JSON log there are.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogLevels {
+    /// The least level of the function's own: `TRACE`, `DEBUG`, `INFO`, `WARN`, `ERROR`, `FATAL`. The runtime's client keeps to it.
+    pub application: String,
+    /// The least level of the platform's: `DEBUG`, `INFO`, `WARN`.
+    pub system: String,
+}
+
+impl Default for LogLevels {
+    fn default() -> Self {
+        Self {
+            application: "INFO".to_owned(),
+            system: "INFO".to_owned(),
+        }
+    }
 }
 
 fn ephemeral_default() -> u32 {

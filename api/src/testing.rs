@@ -30,6 +30,7 @@ pub fn version(name: &str) -> Version {
                 snap_start: false,
                 layers: Vec::new(),
                 ephemeral_mib: crate::engine::EPHEMERAL_MIB_DEFAULT,
+                logging: crate::record::Logging::default(),
             },
             code: Code {
                 bytes: 10,

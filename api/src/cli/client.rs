@@ -61,6 +61,7 @@ impl Deployment {
             snap_start: false,
             layers: Vec::new(),
             ephemeral_mib: thaw_api::engine::EPHEMERAL_MIB_DEFAULT,
+            logging: thaw_api::record::Logging::default(),
         };
         Self {
             name: name.to_owned(),

@@ -88,6 +88,7 @@ impl Settings {
             ephemeral_mib: manifest
                 .ephemeral_storage
                 .unwrap_or(thaw_api::engine::EPHEMERAL_MIB_DEFAULT),
+            logging: thaw_api::record::Logging::default(),
         }
     }
 }

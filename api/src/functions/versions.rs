@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use super::{ChangeError, check_revision, claim_found, retire, share_code};
 use crate::deploy;
-use crate::record::{Published, Revision, Settings, State, Version, VersionId};
+use crate::record::{LastUpdate, Published, Revision, Settings, State, Version, VersionId};
 use crate::state::{App, Live, LiveFunction};
 
 /// What a client says about the version that it wants to be published.
@@ -47,7 +47,12 @@ pub async fn publish(
             current: current.clone(),
         });
     }
-    publish_target(app, &function, wanted.description).await
+    // Lambda's are Active at once, but for those that it takes a snapshot of.
+    let state = match latest.target.settings.snap_start {
+        true => State::Pending,
+        false => State::Active,
+    };
+    publish_target(app, &function, wanted.description, state).await
 }
 
 /// Publishes what a client has just made the target of `$LATEST`, in one request.
@@ -56,13 +61,14 @@ pub async fn publish(
 /// See [`ChangeError`]; `$LATEST` stays changed.
 pub async fn publish_at_once(app: &Arc<App>, name: &str) -> Result<Arc<Version>, ChangeError> {
     let (_claim, function) = claim_found(app, name)?;
-    publish_target(app, &function, None).await
+    publish_target(app, &function, None, State::Pending).await
 }
 
 async fn publish_target(
     app: &Arc<App>,
     function: &Arc<LiveFunction>,
     description: Option<String>,
+    state: State,
 ) -> Result<Arc<Version>, ChangeError> {
     let latest = function.latest.record();
     let Revision { settings, code, .. } = latest.target.clone();
@@ -91,8 +97,8 @@ async fn publish_target(
                 ..settings.clone()
             },
         },
-        state: State::Pending,
-        last_update: None,
+        last_update: (state == State::Active).then_some(LastUpdate::Successful),
+        state,
         serving: None,
     };
     let live = Arc::new(Live::new(version, Arc::clone(&function.log)));

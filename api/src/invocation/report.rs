@@ -4,8 +4,10 @@ use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use serde_json::{Value, json};
 
-use crate::record::VersionId;
+use crate::clock;
+use crate::record::{Logging, VersionId};
 
 /// Bytes of log that `X-Amz-Log-Result` carries.
 const TAIL_BYTES_MAX: usize = 4096;
@@ -38,6 +40,8 @@ pub struct Report<'a> {
     pub memory_mib: u32,
     /// How it ended.
     pub status: Status<'a>,
+    /// How the function's log is written.
+    pub logging: &'a Logging,
 }
 
 impl Report<'_> {
@@ -45,8 +49,11 @@ impl Report<'_> {
     /// silent about it.
     #[must_use]
     pub fn text(&self) -> Vec<u8> {
-        let id = self.request_id;
-        let mut text = format!("START RequestId: {id} Version: {}\n", self.version).into_bytes();
+        let (before, after) = match &self.logging.json {
+            Some(levels) => self.json_lines(&levels.system),
+            None => self.lines(),
+        };
+        let mut text = before.into_bytes();
         text.extend_from_slice(self.output);
         if !self.output.is_empty() && !self.output.ends_with(b"\n") {
             text.push(b'\n');
@@ -55,8 +62,19 @@ impl Report<'_> {
             text.extend_from_slice(note.as_bytes());
             text.push(b'\n');
         }
-        let milliseconds = self.duration.as_secs_f64() * 1000.0;
+        text.extend_from_slice(after.as_bytes());
+        text
+    }
+
+    fn milliseconds(&self) -> (f64, u128) {
         let billed = self.duration.as_micros().div_ceil(1000).max(1);
+        (self.duration.as_secs_f64() * 1000.0, billed)
+    }
+
+    /// Before the function's output, and after it.
+    fn lines(&self) -> (String, String) {
+        let id = self.request_id;
+        let (milliseconds, billed) = self.milliseconds();
         let status = match self.status {
             Status::Completed => String::new(),
             Status::TimedOut => "Status: timeout\t".to_owned(),
@@ -64,15 +82,44 @@ impl Report<'_> {
                 format!("Status: error\tError Type: {error_type}\t")
             }
         };
-        text.extend_from_slice(
-            format!(
-                "END RequestId: {id}\nREPORT RequestId: {id}\tDuration: {milliseconds:.2} ms\tBilled Duration: {billed} ms\t\
-                 Memory Size: {} MB\t{status}\n",
-                self.memory_mib
-            )
-            .as_bytes(),
+        let before = format!("START RequestId: {id} Version: {}\n", self.version);
+        let after = format!(
+            "END RequestId: {id}\nREPORT RequestId: {id}\tDuration: {milliseconds:.2} ms\tBilled Duration: {billed} ms\t\
+             Memory Size: {} MB\t{status}\n",
+            self.memory_mib
         );
-        text
+        (before, after)
+    }
+
+    /// The same as AWS writes it into a log of JSON. What went well is of level INFO; all else is a warning.
+    fn json_lines(&self, level: &str) -> (String, String) {
+        let line = |kind: &str, record: Value| {
+            let time = clock::log_stamp(clock::unix_ms());
+            format!("{}\n", json!({"time": time, "type": kind, "record": record}))
+        };
+        let is_terse = level == "WARN";
+        let id = self.request_id;
+        let (milliseconds, billed) = self.milliseconds();
+        let mut record = json!({
+            "requestId": id,
+            "metrics": {"durationMs": milliseconds, "billedDurationMs": billed, "memorySizeMB": self.memory_mib},
+            "status": "success",
+        });
+        match self.status {
+            Status::Completed if is_terse => return (String::new(), String::new()),
+            Status::Completed => {}
+            Status::TimedOut => record["status"] = "timeout".into(),
+            Status::Failed(error_type) => {
+                record["status"] = "error".into();
+                record["errorType"] = error_type.into();
+            }
+        }
+        let started = json!({"requestId": id, "version": self.version.to_string()});
+        let before = match is_terse {
+            true => String::new(),
+            false => line("platform.start", started),
+        };
+        (before, line("platform.report", record))
     }
 }
 
@@ -86,6 +133,7 @@ pub fn tail(log: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::record::LogLevels;
 
     #[test]
     fn the_lines_come_in_lambdas_order() {
@@ -97,6 +145,7 @@ mod tests {
             duration: Duration::from_micros(1230),
             memory_mib: 128,
             status: Status::Completed,
+            logging: &Logging::default(),
         };
         assert_eq!(
             String::from_utf8(report.text()).unwrap(),
@@ -111,6 +160,42 @@ mod tests {
         let text = String::from_utf8(failed.text()).unwrap();
         assert!(text.contains("hello\nnote\nEND"), "{text}");
         assert!(text.ends_with("Status: error\tError Type: Runtime.ExitError\t\n"));
+    }
+
+    #[test]
+    fn a_log_of_json_has_lines_of_its_level() {
+        let mut logging = Logging {
+            json: Some(LogLevels::default()),
+            ..Logging::default()
+        };
+        let lines = |logging: &Logging, status| {
+            let report = Report {
+                request_id: "i",
+                version: VersionId::Number(2),
+                output: b"{\"message\":\"hello\"}",
+                note: None,
+                duration: Duration::from_micros(1500),
+                memory_mib: 128,
+                status,
+                logging,
+            };
+            let text = String::from_utf8(report.text()).unwrap();
+            let line = |line: &str| serde_json::from_str::<Value>(line).unwrap();
+            text.lines().map(line).collect::<Vec<_>>()
+        };
+        let all = lines(&logging, Status::Completed);
+        assert_eq!(all[0]["type"], "platform.start");
+        assert_eq!(all[0]["record"]["version"], "2");
+        assert_eq!(all[1]["message"], "hello");
+        assert_eq!(all[2]["record"]["metrics"]["durationMs"], 1.5);
+        assert_eq!(all[2]["record"]["status"], "success");
+        if let Some(levels) = &mut logging.json {
+            levels.system = "WARN".to_owned();
+        }
+        assert_eq!(lines(&logging, Status::Completed).len(), 1);
+        let failed = lines(&logging, Status::TimedOut);
+        assert_eq!(failed.len(), 2);
+        assert_eq!(failed[1]["record"]["status"], "timeout");
     }
 
     #[test]

@@ -5,8 +5,10 @@ use std::sync::Arc;
 
 use axum::http::StatusCode;
 use serde_json::json;
+use thaw_api_types::lambda::RuntimeManagementRequest;
 
-use super::{Answer, Call, json as answer};
+use super::errors::{ApiError, violation};
+use super::{Answer, Call, Found, json as answer, validate};
 use crate::state::App;
 
 /// GetFunctionCodeSigningConfig: no function has one.
@@ -17,7 +19,36 @@ pub(super) fn code_signing(app: &Arc<App>, call: &Call, name: &str) -> Answer {
 
 /// GetRuntimeManagementConfig: a function gets the runtime of today when it is frozen.
 pub(super) fn runtime_management(app: &Arc<App>, call: &Call, name: &str) -> Answer {
+    managed(app, &call.version(app, name)?)
+}
+
+/// PutRuntimeManagementConfig: `Auto` is what this gateway does anyway, and all that it can.
+pub(super) async fn manage_runtime(app: &Arc<App>, call: Call, name: &str) -> Answer {
     let found = call.version(app, name)?;
+    let limit = call.json_limit();
+    let operation = "PutRuntimeManagementConfig";
+    let request: RuntimeManagementRequest = call.json(limit, operation).await?;
+    match request.update_runtime_on.as_deref() {
+        Some("Auto") if request.runtime_version_arn.is_none() => managed(app, &found),
+        Some("Auto") => Err(ApiError::invalid_parameter(
+            "RuntimeVersionArn must not be provided when UpdateRuntimeOn is Auto.",
+        )),
+        Some("FunctionUpdate" | "Manual") => Err(ApiError::invalid_parameter(
+            "UpdateRuntimeOn must be Auto: this gateway has one build of each runtime.",
+        )),
+        Some(other) => {
+            let constraint = "Member must satisfy enum value set: [Auto, Manual, FunctionUpdate]";
+            Err(ApiError::validation(&[violation(
+                other,
+                "updateRuntimeOn",
+                constraint,
+            )]))
+        }
+        None => Err(ApiError::validation(&[validate::null("updateRuntimeOn")])),
+    }
+}
+
+fn managed(app: &App, found: &Found) -> Answer {
     let arn = app.version_arn(&found.function.name, found.live.id);
     answer(
         StatusCode::OK,

@@ -10,15 +10,19 @@ use thaw_api_types::lambda::{
 
 use super::errors::{ApiError, violation};
 use super::paging::Page;
-use super::{Answer, Call, change_error, empty, json, validate};
+use super::{Answer, Call, arn, change_error, empty, function_or, json, validate};
 use crate::functions::aliases::{self, Wanted};
 use crate::record::{Alias, Canary, VersionId};
 use crate::state::App;
 
 const NAME_CHARS_MAX: usize = 128;
+/// What versions of a routing configuration must be, in the model's words.
+const VERSION_KEYS: &str = "Map keys must satisfy constraint: [Member must have length less than or equal to 1024, Member must have length greater than or equal to 1, Member must satisfy regular expression pattern: [0-9]+]";
+/// What their shares must be.
+const WEIGHT_VALUES: &str = "Map value must satisfy constraint: [Member must have value less than or equal to 1.0, Member must have value greater than or equal to 0.0, Member must not be null]";
 
 pub(super) async fn create(app: &Arc<App>, call: Call, function: &str) -> Answer {
-    let function = call.function(app, function)?;
+    let named = function;
     let limit = call.json_limit();
     let request: AliasRequest = call.json(limit, "CreateAlias").await?;
     let name = request.name.clone().unwrap_or_default();
@@ -28,6 +32,9 @@ pub(super) async fn create(app: &Arc<App>, call: Call, function: &str) -> Answer
     };
     let version = read_version(version)?;
     let wanted = wanted(request, Some(version))?;
+    let function = function_or(app, named, |reference| {
+        ApiError::not_found(&format!("{}:{version}", arn(app, reference)))
+    })?;
     let alias = aliases::create(app, &function.name, &name, version, wanted)
         .await
         .map_err(|error| change_error(app, &error))?;
@@ -39,7 +46,8 @@ pub(super) async fn create(app: &Arc<App>, call: Call, function: &str) -> Answer
 
 pub(super) fn get(app: &Arc<App>, call: &Call, function: &str, name: &str) -> Answer {
     let function = call.function(app, function)?;
-    let alias = aliases::find(&function, name).map_err(|error| change_error(app, &error))?;
+    let alias = aliases::find(&function, name)
+        .map_err(|_| ApiError::no_alias(&format!("{}:{name}", app.arn(&function.name))))?;
     json(StatusCode::OK, &view(app, &function.name, name, &alias))
 }
 
@@ -114,11 +122,22 @@ fn canary(routing: &RoutingConfig, first: VersionId) -> Result<Option<Canary>, A
     let Some((second, &weight)) = weights.first_key_value() else {
         return Ok(None);
     };
-    let second = read_version(second)?;
-    if first == VersionId::Latest || second == VersionId::Latest {
+    let refused = |constraint: &str| {
+        ApiError::validation(&[violation(
+            // As Java writes a map of floating-point numbers.
+            &format!("{{{second}={weight:?}}}"),
+            "routingConfig.additionalVersionWeights",
+            constraint,
+        )])
+    };
+    let Ok(second @ VersionId::Number(_)) = second.parse() else {
+        return Err(refused(VERSION_KEYS));
+    };
+    if first == VersionId::Latest {
         return Err(ApiError::invalid_parameter(
             "$LATEST is not supported for an alias pointing to more than 1 version",
-        ));
+        )
+        .untyped());
     }
     if first == second {
         return Err(ApiError::invalid_parameter(format!(
@@ -126,12 +145,7 @@ fn canary(routing: &RoutingConfig, first: VersionId) -> Result<Option<Canary>, A
         )));
     }
     if !(0.0..=1.0).contains(&weight) {
-        let constraint = "Map values must satisfy constraint: [Member must have value less than or equal to 1.0, Member must have value greater than or equal to 0.0]";
-        return Err(ApiError::validation(&[violation(
-            &format!("{{{second}={weight}}}"),
-            "routingConfig.additionalVersionWeights",
-            constraint,
-        )]));
+        return Err(refused(WEIGHT_VALUES));
     }
     Ok(Some(Canary {
         version: second,

@@ -5,13 +5,15 @@ use std::sync::Arc;
 use axum::http::StatusCode;
 use thaw_api_types::lambda::Concurrency;
 
-use super::account::{CONCURRENCY, UNRESERVED_MIN, unreserved};
+use super::account::{UNRESERVED_MIN, unreserved};
 use super::errors::{ApiError, violation};
-use super::{Answer, Call, change_function, empty, json, validate};
+use super::{Answer, Call, arn, change_function, empty, function_or, json, validate};
 use crate::state::{App, LiveFunction};
 
 pub(super) async fn put(app: &Arc<App>, call: Call, name: &str) -> Answer {
-    let function = call.function(app, name)?;
+    let function = function_or(app, name, |reference| {
+        ApiError::not_found(&format!("{}:$LATEST", arn(app, reference)))
+    })?;
     let limit = call.json_limit();
     let request: Concurrency = call.json(limit, "PutFunctionConcurrency").await?;
     let Some(wanted) = request.reserved_concurrent_executions else {
@@ -38,9 +40,9 @@ pub(super) async fn put(app: &Arc<App>, call: Call, name: &str) -> Answer {
     let left = unreserved(app) + u64::from(own);
     if left < u64::from(reserved) + UNRESERVED_MIN {
         return Err(ApiError::invalid_parameter(format!(
-            "Specified ReservedConcurrentExecutions for function decreases account's UnreservedConcurrentExecution below its minimum value of [{UNRESERVED_MIN}]. \
-             Of {CONCURRENCY}, {left} are not reserved for other functions."
-        )));
+            "Specified ReservedConcurrentExecutions for function decreases account's UnreservedConcurrentExecution below its minimum value of [{UNRESERVED_MIN}]."
+        ))
+        .untyped());
     }
     keep(app, &function, Some(reserved)).await?;
     json(StatusCode::OK, &view(Some(reserved)))

@@ -8,8 +8,8 @@ use thaw_api_types::lambda::CreateFunctionRequest;
 use super::errors::ApiError;
 use super::names::FunctionRef;
 use super::{
-    Answer, CODE_BODY_BYTES_MAX, Call, change_error, is_elsewhere, json, layers, source, validate,
-    view,
+    Answer, CODE_BODY_BYTES_MAX, Call, change_error, check_region, is_elsewhere, json, layers,
+    source, validate, view,
 };
 use crate::functions::{self, versions};
 use crate::state::App;
@@ -19,10 +19,14 @@ pub(super) async fn create(app: &Arc<App>, call: Call) -> Answer {
     let mut request: CreateFunctionRequest =
         call.json(CODE_BODY_BYTES_MAX, "CreateFunction").await?;
     let name = request.function_name.take().unwrap_or_default();
-    let reference = FunctionRef::parse(&name, None)?;
+    let reference = FunctionRef::parse_new(&name)?;
+    check_region(app, &reference)?;
+    if is_elsewhere(app, &reference) {
+        return Err(ApiError::access_denied());
+    }
     let mut settings = validate::create(&request)?;
     layers::attach(app, &mut settings, request.settings.layers.as_deref())?;
-    if is_elsewhere(app, &reference) || reference.qualifier.is_some() {
+    if reference.qualifier.is_some() {
         return Err(ApiError::invalid_parameter(format!(
             "{name} does not name a function that can be created here."
         )));
@@ -37,9 +41,9 @@ pub(super) async fn create(app: &Arc<App>, call: Call) -> Answer {
         let version = versions::publish_at_once(app, &function.name)
             .await
             .map_err(refused)?;
-        view::version(app, &version)
+        view::unqualified(app, &version)
     } else {
-        view::latest(app, &function.latest.record())
+        view::unqualified(app, &function.latest.record())
     };
     json(StatusCode::CREATED, &view)
 }

@@ -8,7 +8,7 @@ use crate::policy::PolicyError;
 use crate::record::State;
 
 /// Most bytes of a client's value that an error repeats.
-const ECHO_BYTES_MAX: usize = 256;
+const ECHO_BYTES_MAX: usize = 1024;
 
 /// `Reason` when a function runs as often as is reserved for it.
 pub const RESERVED: &str = "ReservedFunctionConcurrentInvocationLimitExceeded";
@@ -23,8 +23,10 @@ pub struct ApiError {
     pub status: StatusCode,
     /// `ResourceNotFoundException`, …
     pub code: &'static str,
-    /// For people.
+    /// For people; empty where AWS says nothing.
     pub message: String,
+    /// Whether the body has a `Type`; AWS leaves it out of some.
+    pub is_typed: bool,
     /// `Reason` of a throttled request.
     pub reason: Option<&'static str>,
 }
@@ -35,7 +37,17 @@ impl ApiError {
             status,
             code,
             message: message.into(),
+            is_typed: true,
             reason: None,
+        }
+    }
+
+    /// The same without `Type` in its body.
+    #[must_use]
+    pub fn untyped(self) -> Self {
+        Self {
+            is_typed: false,
+            ..self
         }
     }
 
@@ -60,6 +72,28 @@ impl ApiError {
     /// 404, no such function.
     pub fn not_found(arn: &str) -> Self {
         Self::missing(format!("Function not found: {arn}"))
+    }
+
+    /// 404, a function of another region than this gateway's.
+    pub fn unreachable_region(theirs: &str, ours: &str) -> Self {
+        Self::missing(format!(
+            "Functions from '{theirs}' are not reachable in this region ('{ours}')"
+        ))
+    }
+
+    /// 403, something of another account; AWS says no more of it.
+    pub fn access_denied() -> Self {
+        Self::new(StatusCode::FORBIDDEN, "AccessDeniedException", "").untyped()
+    }
+
+    /// 404, something that an operation names has none of what it asks for.
+    pub fn no_resource() -> Self {
+        Self::missing("The resource you requested does not exist.")
+    }
+
+    /// 400, a function is to have more tags than it may.
+    pub fn too_many_tags() -> Self {
+        Self::invalid_parameter("Number of tags exceeds resource tag limit.")
     }
 
     /// 404, no such alias.
@@ -185,6 +219,14 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, "UnknownOperationException", message)
     }
 
+    /// 400, a runtime that AWS has given up.
+    pub fn deprecated_runtime(runtime: &str) -> Self {
+        Self::invalid_parameter(format!(
+            "The runtime parameter of {runtime} is no longer supported for creating or updating AWS Lambda functions. \
+             We recommend you use a supported runtime while creating or updating functions."
+        ))
+    }
+
     /// 400, values that break a constraint of the model; `violations` is not empty.
     pub fn validation(violations: &[String]) -> Self {
         let (count, noun) = match violations.len() {
@@ -213,8 +255,14 @@ impl ApiError {
         if let Some(reason) = self.reason {
             body.insert("Reason".to_owned(), reason.into());
         }
-        body.insert("Type".to_owned(), who.into());
-        body.insert(spelling(self.code).to_owned(), self.message.into());
+        if self.is_typed {
+            body.insert("Type".to_owned(), who.into());
+        }
+        let message = match self.message.is_empty() {
+            true => Value::Null,
+            false => self.message.into(),
+        };
+        body.insert(spelling(self.code).to_owned(), message);
         let mut response = Response::new(Body::from(Value::Object(body).to_string()));
         *response.status_mut() = self.status;
         let headers = response.headers_mut();
@@ -240,7 +288,7 @@ impl From<PolicyError> for ApiError {
     fn from(error: PolicyError) -> Self {
         let message = error.to_string();
         match error {
-            PolicyError::OtherRevision => Self::new(
+            PolicyError::OtherRevision(_) => Self::new(
                 StatusCode::PRECONDITION_FAILED,
                 "PreconditionFailedException",
                 message,
@@ -260,7 +308,11 @@ impl From<PolicyError> for ApiError {
 /// Member that carries the message: the service model spells it both ways.
 fn spelling(code: &str) -> &'static str {
     match code {
-        "ResourceNotFoundException" | "ServiceException" => "Message",
+        "AccessDeniedException"
+        | "CodeSigningConfigNotFoundException"
+        | "CodeVerificationFailedException"
+        | "ResourceNotFoundException"
+        | "ServiceException" => "Message",
         code if code.starts_with("SnapStart") => "Message",
         _ => "message",
     }

@@ -10,11 +10,15 @@ use thaw_api_types::lambda::{
 
 use super::errors::{ApiError, violation};
 use super::paging::Page;
-use super::{Answer, Call, Found, change_function, empty, json};
+use super::names::FunctionRef;
+use super::{Answer, Call, Found, change_function, empty, find_or, function_or, json};
 use crate::clock;
 use crate::events::{EventConfig, destination};
 use crate::record::Function;
 use crate::state::App;
+
+/// What a destination must be, in the model's words.
+const PATTERN: &str = r"Member must satisfy regular expression pattern: $|kafka://([^.]([a-zA-Z0-9\-_.]{0,248}))|arn:(aws[a-zA-Z0-9-]*):([a-zA-Z0-9\-])+:((eusc-)?[a-z]{2}((-gov)|(-iso([a-z]?)))?-[a-z]+-\d{1})?:(\d{12})?:(.*)";
 
 /// Whether members that a request leaves out keep their values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,7 +30,7 @@ pub(super) enum Members {
 }
 
 pub(super) async fn keep(app: &Arc<App>, call: Call, name: &str, members: Members) -> Answer {
-    let found = call.version(app, name)?;
+    let found = find_or(app, call.reference(name)?, |_| no_function())?;
     let current = match members {
         Members::Replaced => EventConfig::default(),
         Members::Merged => read(app, &found)?,
@@ -34,7 +38,12 @@ pub(super) async fn keep(app: &Arc<App>, call: Call, name: &str, members: Member
     let limit = call.json_limit();
     let request: EventInvokeConfigRequest =
         call.json(limit, "PutFunctionEventInvokeConfig").await?;
-    let config = merge(app, current, request)?;
+    if request == EventInvokeConfigRequest::default() {
+        return Err(ApiError::invalid_parameter(
+            "You must specify at least one of error handling or destination setting.",
+        ));
+    }
+    let config = merge(app, &found, current, request)?;
     let kept = config.clone();
     change(app, &found, move |record, qualifier| {
         record.event_configs.insert(qualifier, kept);
@@ -42,21 +51,21 @@ pub(super) async fn keep(app: &Arc<App>, call: Call, name: &str, members: Member
     .await?;
     json(
         StatusCode::OK,
-        &view(app, &found.function.name, qualifier(&found), &config),
+        &view(app, &found.function.name, qualifier(&found.reference), &config),
     )
 }
 
 pub(super) fn get(app: &Arc<App>, call: &Call, name: &str) -> Answer {
-    let found = call.version(app, name)?;
+    let found = find_configured(app, call, name)?;
     let config = read(app, &found)?;
     json(
         StatusCode::OK,
-        &view(app, &found.function.name, qualifier(&found), &config),
+        &view(app, &found.function.name, qualifier(&found.reference), &config),
     )
 }
 
 pub(super) async fn delete(app: &Arc<App>, call: Call, name: &str) -> Answer {
-    let found = call.version(app, name)?;
+    let found = find_configured(app, &call, name)?;
     read(app, &found)?;
     change(app, &found, |record, qualifier| {
         record.event_configs.remove(&qualifier);
@@ -66,7 +75,7 @@ pub(super) async fn delete(app: &Arc<App>, call: Call, name: &str) -> Answer {
 }
 
 pub(super) fn list(app: &Arc<App>, call: &Call, name: &str) -> Answer {
-    let function = call.function(app, name)?;
+    let function = function_or(app, name, |_| no_function())?;
     let record = function.record();
     let entries = record.event_configs.iter().map(|(qualifier, config)| {
         let view = view(app, &function.name, qualifier, config);
@@ -80,19 +89,31 @@ pub(super) fn list(app: &Arc<App>, call: &Call, name: &str) -> Answer {
     json(StatusCode::OK, &body)
 }
 
-fn qualifier(found: &Found) -> &str {
-    found.reference.qualifier.as_deref().unwrap_or("$LATEST")
+fn no_function() -> ApiError {
+    ApiError::missing("The function doesn't exist.")
+}
+
+fn no_config(app: &App, reference: &FunctionRef) -> ApiError {
+    ApiError::missing(format!(
+        "The function {}:{} doesn't have an EventInvokeConfig",
+        app.arn(&reference.name),
+        qualifier(reference)
+    ))
+}
+
+/// What is not there has no configuration either.
+fn find_configured(app: &App, call: &Call, name: &str) -> Result<Found, ApiError> {
+    find_or(app, call.reference(name)?, |reference| no_config(app, reference))
+}
+
+fn qualifier(reference: &FunctionRef) -> &str {
+    reference.qualifier.as_deref().unwrap_or("$LATEST")
 }
 
 fn read(app: &App, found: &Found) -> Result<EventConfig, ApiError> {
     let record = found.function.record();
-    let qualifier = qualifier(found);
-    record.event_configs.get(qualifier).cloned().ok_or_else(|| {
-        ApiError::missing(format!(
-            "The function {}:{qualifier} doesn't have an EventInvokeConfig",
-            app.arn(&found.function.name)
-        ))
-    })
+    let config = record.event_configs.get(qualifier(&found.reference));
+    config.cloned().ok_or_else(|| no_config(app, &found.reference))
 }
 
 async fn change(
@@ -100,12 +121,13 @@ async fn change(
     found: &Found,
     work: impl FnOnce(&mut Function, String),
 ) -> Result<(), ApiError> {
-    let qualifier = qualifier(found).to_owned();
+    let qualifier = qualifier(&found.reference).to_owned();
     change_function(app, &found.function, |record| work(record, qualifier)).await
 }
 
 fn merge(
     app: &App,
+    found: &Found,
     current: EventConfig,
     request: EventInvokeConfigRequest,
 ) -> Result<EventConfig, ApiError> {
@@ -138,19 +160,8 @@ fn merge(
         "maximumEventAgeInSeconds",
         60..=21_600,
     )?;
-    let named = |destination: Destination| {
-        let text = destination.destination.filter(|text| !text.is_empty());
-        if let Some(text) = &text {
-            destination::parse(app, text).map_err(|why| {
-                ApiError::invalid_parameter(format!(
-                    "The provided destination config is invalid: {why}."
-                ))
-            })?;
-        }
-        Ok::<_, ApiError>(text)
-    };
     let (on_success, on_failure) = match request.destination_config {
-        Some(config) => (named(config.on_success)?, named(config.on_failure)?),
+        Some(config) => destinations(app, found, config)?,
         None => (current.on_success, current.on_failure),
     };
     Ok(EventConfig {
@@ -160,6 +171,69 @@ fn merge(
         on_success,
         on_failure,
     })
+}
+
+/// Services that AWS could send records to and this gateway cannot.
+const SERVICES: [&str; 4] = [":sqs:", ":sns:", ":events:", ":s3:"];
+
+/// What gets records of successes and of failures.
+fn destinations(
+    app: &App,
+    found: &Found,
+    config: DestinationConfig,
+) -> Result<(Option<String>, Option<String>), ApiError> {
+    let given = |destination: Destination| destination.destination.filter(|text| !text.is_empty());
+    let (on_success, on_failure) = (given(config.on_success), given(config.on_failure));
+    let sides = [("onSuccess", &on_success), ("onFailure", &on_failure)];
+    for (side, text) in sides {
+        if let Some(text) = text.as_ref().filter(|text| !is_destination(text)) {
+            let member = format!("destinationConfig.{side}.destination");
+            return Err(ApiError::validation(&[violation(text, &member, PATTERN)]));
+        }
+    }
+    for text in [&on_success, &on_failure].into_iter().flatten() {
+        let named = text.starts_with("arn:").then(|| FunctionRef::parse(text, None).ok());
+        let refused = match (destination::parse(app, text), named.flatten()) {
+            (Ok(_), Some(named)) if named.name == found.function.name => {
+                "You can't specify the function as a destination for itself.".to_owned()
+            }
+            (Ok(_), _) => continue,
+            (Err(_), Some(_)) => format!("The destination ARN {text} is invalid."),
+            (Err(why), None) if is_here_or_known(text) => {
+                format!("The provided destination config is invalid: {why}.")
+            }
+            (Err(_), None) => {
+                let shown = |side: &str, text: &Option<String>| match text {
+                    Some(text) => format!("{side}(destination={text})"),
+                    None => "null".to_owned(),
+                };
+                format!(
+                    "The provided destination config DestinationConfig(onSuccess={}, onFailure={}) is invalid.",
+                    shown("OnSuccess", &on_success),
+                    shown("OnFailure", &on_failure)
+                )
+            }
+        };
+        return Err(ApiError::invalid_parameter(refused));
+    }
+    Ok((on_success, on_failure))
+}
+
+/// Whether this gateway has more to say of it than that it is wrong.
+fn is_here_or_known(text: &str) -> bool {
+    !text.starts_with("arn:") || SERVICES.iter().any(|service| text.contains(service))
+}
+
+/// An ARN, or a URL, which is this gateway's own kind of destination.
+fn is_destination(text: &str) -> bool {
+    let service = |part: &str| {
+        !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+    };
+    match text.split(':').collect::<Vec<_>>().as_slice() {
+        ["http" | "https" | "kafka", rest, ..] => rest.starts_with("//"),
+        ["arn", partition, name, _, _, _, ..] => partition.starts_with("aws") && service(name),
+        _ => false,
+    }
 }
 
 fn view(app: &App, name: &str, qualifier: &str, config: &EventConfig) -> EventInvokeConfig {

@@ -27,7 +27,6 @@ const ITEMS_MAX: usize = 50;
 const NAME_CHARS_MAX: usize = 140;
 const LICENSE_CHARS_MAX: usize = 512;
 const RUNTIMES_MAX: usize = 15;
-const ARCHITECTURES: [&str; 2] = ["x86_64", "arm64"];
 
 /// Runtimes that Lambda knows, which a layer may say it is for: the service model's.
 pub(super) const RUNTIMES: [&str; 52] = [
@@ -86,7 +85,7 @@ pub(super) const RUNTIMES: [&str; 52] = [
 ];
 
 const NAME_PATTERN: &str = "Member must satisfy regular expression pattern: (arn:[a-zA-Z0-9-]+:lambda:[a-zA-Z0-9-]+:\\d{12}:layer:[a-zA-Z0-9-_]+)|[a-zA-Z0-9-_]+";
-const ARN_PATTERN: &str = "Member must satisfy regular expression pattern: arn:[a-zA-Z0-9-]+:lambda:[a-zA-Z0-9-]+:\\d{12}:layer:[a-zA-Z0-9-_]+:[0-9]+";
+const ARN_PATTERN: &str = r"Member must satisfy regular expression pattern: (arn:(aws[a-zA-Z-]*)?:lambda:(eusc-)?[a-z]{2}((-gov)|(-iso([a-z]?)))?-[a-z]+-\d{1}:\d{12}:layer:[a-zA-Z0-9-_]+:[0-9]+)|(arn:[a-zA-Z0-9-]+:lambda:::awslayer:[a-zA-Z0-9-_]+)";
 
 pub(super) async fn publish(app: &Arc<App>, call: Call, name: &str) -> Answer {
     let _upload = app.uploads.acquire().await;
@@ -192,7 +191,9 @@ pub(super) fn attach(
     let mut layers: Vec<LayerUse> = Vec::new();
     for text in arns {
         let Some(arn) = VersionArn::parse(text) else {
-            let constraint = format!("Member must satisfy constraint: [{ARN_PATTERN}]");
+            let constraint = format!(
+                "Member must satisfy constraint: [Member must have length less than or equal to 2048, Member must have length greater than or equal to 1, {ARN_PATTERN}, Member must not be null]"
+            );
             let value = format!("[{}]", arns.join(", "));
             return Err(ApiError::validation(&[violation(
                 &value,
@@ -237,7 +238,7 @@ pub(super) fn no_version(arn: &str) -> ApiError {
 }
 
 fn unknown() -> ApiError {
-    ApiError::missing("The resource you requested does not exist.")
+    ApiError::no_resource()
 }
 
 fn arn(app: &App, name: &str) -> String {
@@ -304,7 +305,7 @@ impl Filter {
         violations.extend(outside(
             filter.architecture.as_slice(),
             "compatibleArchitecture",
-            &ARCHITECTURES,
+            &validate::ARCHITECTURES,
         ));
         validate::finish(&violations)?;
         Ok(filter)
@@ -351,10 +352,10 @@ fn check(request: &PublishLayerVersionRequest) -> Result<(), ApiError> {
     violations.extend(outside(runtimes, "compatibleRuntimes", &RUNTIMES));
     let kinds = request.compatible_architectures.as_deref();
     let kinds = kinds.unwrap_or_default();
-    if kinds.len() > ARCHITECTURES.len() {
-        violations.push(too_long("compatibleArchitectures", ARCHITECTURES.len()));
+    if kinds.len() > validate::ARCHITECTURES.len() {
+        violations.push(too_long("compatibleArchitectures", validate::ARCHITECTURES.len()));
     }
-    violations.extend(outside(kinds, "compatibleArchitectures", &ARCHITECTURES));
+    violations.extend(outside(kinds, "compatibleArchitectures", &validate::ARCHITECTURES));
     validate::finish(&violations)
 }
 
@@ -395,7 +396,7 @@ fn version_number(text: &str) -> Result<u64, ApiError> {
     match text.parse::<i64>().map(u64::try_from) {
         Ok(Ok(number)) if number > 0 => Ok(number),
         Ok(_) => Err(ApiError::invalid_parameter(
-            "Layer Version Cannot be less than 1.",
+            "Layer Version Cannot be less than 1",
         )),
         Err(_) => Err(ApiError::validation(&[violation(
             text,

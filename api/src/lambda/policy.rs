@@ -7,32 +7,40 @@ use std::sync::Arc;
 use axum::http::StatusCode;
 use serde_json::{Map, Value, json};
 use thaw_api_types::lambda::{AddPermissionRequest, AddPermissionResponse, GetPolicyResponse};
+use uuid::Uuid;
 
 use super::errors::{ApiError, violation};
-use super::{Answer, Call, Found, change_function, empty, json as answer, validate};
+use super::names::FunctionRef;
+use super::{
+    Answer, Call, Found, arn, change_function, empty, find_alias_or_version, find_or,
+    json as answer, revise_version, validate,
+};
 use crate::policy::{PolicyError, Statement};
+use crate::record::Alias;
 use crate::state::App;
 
 /// Longest name of a statement, characters.
 const STATEMENT_ID_MAX: usize = 100;
 
 pub(super) async fn add(app: &Arc<App>, call: Call, name: &str) -> Answer {
-    let found = call.version(app, name)?;
-    let qualifier = qualifier(&found)?.to_owned();
+    let reference = call.reference(name)?;
     let limit = call.json_limit();
     let request: AddPermissionRequest = call.json(limit, "AddPermission").await?;
-    let revision_id = request.revision_id.clone();
-    let statement = statement(&request, found.arn(app))?;
+    let statement = statement(&request, arn(app, &reference))?;
+    let qualifier = qualifier(&reference)?.to_owned();
+    let found = find_alias_or_version(app, reference)?;
     let text = serde_json::to_string(&statement).map_err(PolicyError::Json)?;
+    check_revision(&found, request.revision_id.as_deref())?;
     change_function(app, &found.function, move |record| {
         let policy = record.policies.entry(qualifier).or_default();
-        let result = policy.add(statement, revision_id.as_deref());
+        let result = policy.add(statement);
         record
             .policies
             .retain(|_, policy| !policy.statements.is_empty());
         result
     })
     .await??;
+    revise(app, &found).await?;
     answer(
         StatusCode::CREATED,
         &AddPermissionResponse { statement: text },
@@ -40,40 +48,84 @@ pub(super) async fn add(app: &Arc<App>, call: Call, name: &str) -> Answer {
 }
 
 pub(super) fn get(app: &Arc<App>, call: &Call, name: &str) -> Answer {
-    let found = call.version(app, name)?;
+    let reference = call.reference(name)?;
+    let qualifier = qualifier(&reference)?.to_owned();
+    let found = find_or(app, reference, |_| ApiError::no_resource())?;
     let record = found.function.record();
-    let policy = record
-        .policies
-        .get(qualifier(&found)?)
-        .ok_or_else(|| ApiError::missing("The resource you requested does not exist."))?;
+    let policy = record.policies.get(&qualifier);
     let body = GetPolicyResponse {
-        policy: policy.document()?,
-        revision_id: policy.revision_id.clone(),
+        policy: policy.ok_or_else(ApiError::no_resource)?.document()?,
+        revision_id: revision(&found),
     };
     answer(StatusCode::OK, &body)
 }
 
 pub(super) async fn remove(app: &Arc<App>, call: Call, name: &str, id: &str) -> Answer {
-    let found = call.version(app, name)?;
-    let qualifier = qualifier(&found)?.to_owned();
-    let (revision_id, id) = (call.query("RevisionId"), id.to_owned());
+    let reference = call.reference(name)?;
+    let qualifier = qualifier(&reference)?.to_owned();
+    let found = find_or(app, reference, |reference| {
+        let arn = arn(app, reference);
+        match reference.names_alias() {
+            true => ApiError::no_alias(&arn),
+            false => ApiError::missing(format!("No policy found for: {arn}")),
+        }
+    })?;
+    let id = id.to_owned();
+    check_revision(&found, call.query("RevisionId").as_deref())?;
     change_function(app, &found.function, move |record| {
         let policy = record.policies.get_mut(&qualifier);
-        policy
-            .ok_or(PolicyError::None)?
-            .remove(&id, revision_id.as_deref())?;
+        policy.ok_or(PolicyError::None)?.remove(&id)?;
         record
             .policies
             .retain(|_, policy| !policy.statements.is_empty());
         Ok::<_, PolicyError>(())
     })
     .await??;
+    revise(app, &found).await?;
     Ok(empty(StatusCode::NO_CONTENT))
 }
 
+/// Of the alias or the version that a policy is of: policies have none of their own.
+fn revision(found: &Found) -> String {
+    match alias(found) {
+        Some((_, alias)) => alias.revision_id,
+        None => found.live.record().revision_id.clone(),
+    }
+}
+
+fn alias(found: &Found) -> Option<(String, Alias)> {
+    let name = found.reference.qualifier.as_ref()?;
+    let alias = found.function.record().aliases.get(name).cloned();
+    Some((name.clone(), alias?))
+}
+
+fn check_revision(found: &Found, wanted: Option<&str>) -> Result<(), ApiError> {
+    match wanted.filter(|wanted| !wanted.is_empty()) {
+        Some(wanted) if wanted != revision(found) => {
+            Err(PolicyError::OtherRevision("GetPolicy").into())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// A change of a policy is one of what it is of.
+async fn revise(app: &App, found: &Found) -> Result<(), ApiError> {
+    match alias(found) {
+        Some((name, _)) => {
+            change_function(app, &found.function, |record| {
+                if let Some(alias) = record.aliases.get_mut(&name) {
+                    alias.revision_id = Uuid::new_v4().to_string();
+                }
+            })
+            .await
+        }
+        None => revise_version(app, &found.live).await,
+    }
+}
+
 /// Under which the policy is kept: an alias, a version's number, or `$LATEST` for none.
-fn qualifier(found: &Found) -> Result<&str, ApiError> {
-    match found.reference.qualifier.as_deref() {
+fn qualifier(reference: &FunctionRef) -> Result<&str, ApiError> {
+    match reference.qualifier.as_deref() {
         Some("$LATEST") => Err(ApiError::invalid_parameter(
             "We currently do not support adding policies for $LATEST.",
         )),
@@ -141,13 +193,19 @@ fn principal(name: &str) -> Result<Value, ApiError> {
         "*" => json!("*"),
         _ if is_account => json!({"AWS": format!("arn:aws:iam::{name}:root")}),
         _ if name.starts_with("arn:") => json!({"AWS": name}),
-        _ if name.contains('.') => json!({"Service": name}),
+        _ if is_service(name) => json!({"Service": name}),
         _ => {
             return Err(ApiError::invalid_parameter(
                 "The provided principal was invalid. Please check the principal and try again.",
             ));
         }
     })
+}
+
+/// Whether a service can have this name: AWS has them all under domains of its own.
+fn is_service(name: &str) -> bool {
+    let domains = [".amazonaws.com", ".amazonaws.com.cn", ".amazon.com", ".aws.internal"];
+    domains.iter().any(|domain| name.ends_with(domain))
 }
 
 fn condition(request: &AddPermissionRequest) -> Option<Value> {
@@ -187,9 +245,9 @@ mod tests {
         assert_eq!(principal("*").unwrap(), json!("*"));
         let service = "s3.amazonaws.com";
         assert_eq!(principal(service).unwrap(), json!({"Service": service}));
-        assert_eq!(
-            principal("nobody").unwrap_err().code,
-            "InvalidParameterValueException"
-        );
+        for name in ["nobody", "somebody.example.com"] {
+            let error = principal(name).unwrap_err();
+            assert_eq!(error.code, "InvalidParameterValueException", "{name}");
+        }
     }
 }

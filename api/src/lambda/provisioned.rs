@@ -11,18 +11,25 @@ use thaw_api_types::lambda::{
 use super::account::{UNRESERVED_MIN, unreserved};
 use super::errors::{ApiError, violation};
 use super::paging::Page;
-use super::{Answer, Call, Found, change_function, empty, json, validate};
+use super::names::FunctionRef;
+use super::{
+    Answer, Call, Found, change_function, empty, find_alias_or_version, json, validate,
+};
 use crate::clock;
 use crate::record::{Function, Provisioned, VersionId};
 use crate::state::{App, LiveFunction, PoolSlot};
 
 pub(super) async fn put(app: &Arc<App>, call: Call, name: &str) -> Answer {
-    let found = call.version(app, name)?;
-    let qualifier = qualifier(&found)?.to_owned();
+    let reference = call.reference(name)?;
     let limit = call.json_limit();
     let operation = "PutProvisionedConcurrencyConfig";
     let request: ProvisionedConcurrency = call.json(limit, operation).await?;
     let requested = requested(request)?;
+    if reference.qualifier.as_deref() == Some("$LATEST") {
+        return Err(unpublished());
+    }
+    let found = find_alias_or_version(app, reference)?;
+    let qualifier = qualifier(&found.reference)?.to_owned();
     let record = found.function.record();
     check(app, &record, &qualifier, requested)?;
     let config = Provisioned {
@@ -34,20 +41,26 @@ pub(super) async fn put(app: &Arc<App>, call: Call, name: &str) -> Answer {
         record.provisioned.insert(kept, config);
     })
     .await?;
-    let body = view(&found.function, &qualifier, config);
+    let body = ProvisionedConcurrencyConfig {
+        available_provisioned_concurrent_executions: 0,
+        allocated_provisioned_concurrent_executions: 0,
+        status: ProvisionedStatus::InProgress,
+        status_reason: None,
+        ..view(&found.function, &qualifier, config)
+    };
     json(StatusCode::ACCEPTED, &body)
 }
 
 pub(super) fn get(app: &Arc<App>, call: &Call, name: &str) -> Answer {
-    let found = call.version(app, name)?;
+    let found = find_published(app, call, name)?;
     let (qualifier, config) = read(&found)?;
     let body = view(&found.function, qualifier, config);
     json(StatusCode::OK, &body)
 }
 
 pub(super) async fn delete(app: &Arc<App>, call: Call, name: &str) -> Answer {
-    let found = call.version(app, name)?;
-    let qualifier = qualifier(&found)?.to_owned();
+    let found = find_published(app, &call, name)?;
+    let qualifier = qualifier(&found.reference)?.to_owned();
     change_function(app, &found.function, move |record| {
         record.provisioned.remove(&qualifier);
     })
@@ -73,11 +86,23 @@ pub(super) fn list(app: &Arc<App>, call: &Call, name: &str) -> Answer {
     json(StatusCode::OK, &body)
 }
 
+fn find_published(app: &App, call: &Call, name: &str) -> Result<Found, ApiError> {
+    let reference = call.reference(name)?;
+    qualifier(&reference)?;
+    find_alias_or_version(app, reference)
+}
+
+fn unpublished() -> ApiError {
+    ApiError::invalid_parameter(
+        "Provisioned Concurrency Configs cannot be applied to unpublished function versions.",
+    )
+}
+
 /// The alias or the version's number that a request is about.
-fn qualifier(found: &Found) -> Result<&str, ApiError> {
-    match found.reference.qualifier.as_deref() {
+fn qualifier(reference: &FunctionRef) -> Result<&str, ApiError> {
+    match reference.qualifier.as_deref() {
         Some("$LATEST") => Err(ApiError::invalid_parameter(
-            "Provisioned Concurrency Configs cannot be applied to unpublished function versions.",
+            "The function resource provided must be an alias or a published version.",
         )),
         Some(qualifier) => Ok(qualifier),
         None => Err(ApiError::validation(&[validate::null("qualifier")])),
@@ -85,7 +110,7 @@ fn qualifier(found: &Found) -> Result<&str, ApiError> {
 }
 
 fn read(found: &Found) -> Result<(&str, Provisioned), ApiError> {
-    let qualifier = qualifier(found)?;
+    let qualifier = qualifier(&found.reference)?;
     let config = found.function.record().provisioned.get(qualifier).copied();
     let config = config.ok_or_else(|| {
         ApiError::no_provisioned_concurrency(
@@ -128,7 +153,7 @@ fn check(app: &App, record: &Function, qualifier: &str, requested: u32) -> Resul
                 "Alias can't be used for Provisioned Concurrency configuration on an already Provisioned version"
             }
             false => {
-                "Version can't be used for Provisioned Concurrency configuration: it is pointed to by a Provisioned alias"
+                "Version is pointed by a Provisioned Concurrency alias"
             }
         }));
     }
@@ -137,9 +162,7 @@ fn check(app: &App, record: &Function, qualifier: &str, requested: u32) -> Resul
         .get(qualifier)
         .is_some_and(|alias| alias.names(VersionId::Latest))
     {
-        return Err(ApiError::invalid_parameter(
-            "Provisioned Concurrency Configs cannot be applied to unpublished function versions.",
-        ));
+        return Err(unpublished());
     }
     let others = record.provisioned_except(qualifier);
     let wanted = u64::from(requested) + others;
@@ -147,11 +170,16 @@ fn check(app: &App, record: &Function, qualifier: &str, requested: u32) -> Resul
         Some(reserved) if wanted > u64::from(reserved) => Err(ApiError::invalid_parameter(
             "Requested Provisioned Concurrency should not be greater than the reservedConcurrentExecution for function",
         )),
-        None if wanted > unreserved(app) - UNRESERVED_MIN => {
-            let left = unreserved(app) - UNRESERVED_MIN;
+        None if wanted > unreserved(app) => Err(ApiError::invalid_parameter(format!(
+            "Specified ConcurrentExecutions for function is greater than account's unreserved concurrency [{}].",
+            unreserved(app)
+        ))
+        .untyped()),
+        None if wanted + UNRESERVED_MIN > unreserved(app) => {
             Err(ApiError::invalid_parameter(format!(
-                "Specified ConcurrentExecutions for function is greater than account's unreserved concurrency [{left}]."
-            )))
+                "Specified ConcurrentExecutions for function decreases account's UnreservedConcurrentExecution below its minimum value of [{UNRESERVED_MIN}]."
+            ))
+            .untyped())
         }
         _ => Ok(()),
     }

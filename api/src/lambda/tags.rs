@@ -8,7 +8,7 @@ use thaw_api_types::lambda::Tags;
 use super::errors::{ApiError, violation};
 use super::names::FunctionRef;
 use super::validate::TAGS_MAX;
-use super::{Answer, Call, change_function, empty, find, json, query};
+use super::{Answer, Call, change_function, empty, find, json, query, revise_version};
 use crate::state::{App, LiveFunction};
 
 const KEY_CHARS_MAX: usize = 128;
@@ -20,7 +20,7 @@ pub(super) async fn tag(app: &Arc<App>, call: Call, resource: &str) -> Answer {
     let Tags { tags } = call.json(limit, "TagResource").await?;
     if tags.is_empty() {
         return Err(ApiError::invalid_parameter(
-            "An error occurred and the request cannot be processed: Tags are empty.",
+            "An error occurred and the request cannot be processed.",
         ));
     }
     for (key, value) in &tags {
@@ -38,11 +38,10 @@ pub(super) async fn tag(app: &Arc<App>, call: Call, resource: &str) -> Answer {
     let record = function.record();
     let new = tags.keys().filter(|key| !record.tags.contains_key(*key));
     if record.tags.len() + new.count() > TAGS_MAX {
-        return Err(ApiError::invalid_parameter(
-            "Number of tags exceeds resource tag limit.",
-        ));
+        return Err(ApiError::too_many_tags());
     }
     change_function(app, &function, |record| record.tags.extend(tags)).await?;
+    revise_version(app, &function.latest).await?;
     Ok(empty(StatusCode::NO_CONTENT))
 }
 
@@ -60,6 +59,7 @@ pub(super) async fn untag(app: &Arc<App>, call: Call, resource: &str) -> Answer 
         record.tags.retain(|key, _| !keys.contains(key));
     })
     .await?;
+    revise_version(app, &function.latest).await?;
     Ok(empty(StatusCode::NO_CONTENT))
 }
 
@@ -68,18 +68,28 @@ pub(super) fn list(app: &Arc<App>, resource: &str) -> Answer {
     json(StatusCode::OK, &Tags { tags })
 }
 
+/// What a tagged resource must be, in the model's words.
+const PATTERN: &str = r"Member must satisfy regular expression pattern: arn:(aws[a-zA-Z-]*):lambda:(eusc-)?[a-z]{2}((-gov)|(-iso([a-z]?)))?-[a-z]+-\d{1}:\d{12}:(function:[a-zA-Z0-9-_]+(:(\$LATEST|[a-zA-Z0-9-_]+))?|layer:([a-zA-Z0-9-_]+)|code-signing-config:csc-[a-z0-9]{17}|event-source-mapping:[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}|capacity-provider:[a-zA-Z0-9-_]+)";
+
 fn resource_of(app: &App, resource: &str) -> Result<Arc<LiveFunction>, ApiError> {
-    if !resource.starts_with("arn:") {
-        let constraint = "Member must satisfy regular expression pattern: arn:(aws[a-zA-Z-]*):lambda:[a-z]{2}((-gov)|(-iso([a-z]?)))?-[a-z]+-\\d{1}:\\d{12}:(function:[a-zA-Z0-9-_]+(:(\\$LATEST|[a-zA-Z0-9-_]+))?|layer:([a-zA-Z0-9-_]+)|code-signing-config:csc-[a-z0-9]{17}|event-source-mapping:[a-f0-9]{8}-[a-f0-9]{4}-[a-f0-9]{4}-[a-f0-9]{4}-[a-f0-9]{12})";
-        return Err(ApiError::validation(&[violation(
-            resource, "resource", constraint,
-        )]));
-    }
-    let reference = FunctionRef::parse(resource, None)?;
-    if reference.qualifier.is_some() {
-        return Err(ApiError::invalid_parameter(
-            "Tags on function aliases and versions are not supported. Please specify a function ARN.",
-        ));
-    }
-    Ok(find(app, reference)?.function)
+    let malformed = || ApiError::validation(&[violation(resource, "resource", PATTERN)]);
+    let parts: Vec<&str> = resource.split(':').collect();
+    let kind = match parts.as_slice() {
+        ["arn", _, "lambda", _, _, "function", _] | ["arn", _, "lambda", _, _, "function", _, _] => {
+            let reference = FunctionRef::parse(resource, None).map_err(|_| malformed())?;
+            if reference.qualifier.is_some() {
+                return Err(ApiError::invalid_parameter(
+                    "Tags on function aliases and versions are not supported. Please specify a function ARN.",
+                ));
+            }
+            return Ok(find(app, reference)?.function);
+        }
+        // There are none of these here.
+        ["arn", _, "lambda", _, _, "event-source-mapping", _] => "Event source mapping",
+        ["arn", _, "lambda", _, _, "capacity-provider", _] => "Capacity provider",
+        ["arn", _, "lambda", _, _, "code-signing-config", _] => "Code signing config",
+        ["arn", _, "lambda", _, _, "layer", _] => "Layer",
+        _ => return Err(malformed()),
+    };
+    Err(ApiError::missing(format!("{kind} not found: {resource}")))
 }

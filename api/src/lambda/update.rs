@@ -28,7 +28,7 @@ pub(super) async fn code(app: &Arc<App>, call: Call, name: &str) -> Answer {
             .map_err(|_| ChangeError::Worker)
             .and_then(|checked| checked.map_err(ChangeError::Code))
             .map_err(|error| change_error(app, &error))?;
-        return json(StatusCode::OK, &view::latest(app, &live.record()));
+        return json(StatusCode::OK, &view::unqualified(app, &live.record()));
     }
     let revision_id = request.revision_id.as_deref();
     let refused = |error| change_error(app, &error);
@@ -41,7 +41,7 @@ pub(super) async fn code(app: &Arc<App>, call: Call, name: &str) -> Answer {
             .map_err(refused)?;
         view::version(app, &version)
     } else {
-        view::latest(app, &record)
+        view::unqualified(app, &record)
     };
     json(StatusCode::OK, &view)
 }
@@ -60,7 +60,7 @@ pub(super) async fn configuration(app: &Arc<App>, call: Call, name: &str) -> Ans
     let record = functions::update(app, &live.name, request.revision_id.as_deref(), change)
         .await
         .map_err(|error| change_error(app, &error))?;
-    json(StatusCode::OK, &view::latest(app, &record))
+    json(StatusCode::OK, &view::unqualified(app, &record))
 }
 
 fn check_qualifier(qualifier: Option<&str>) -> Result<(), ApiError> {

@@ -9,7 +9,9 @@ use thaw_api_types::lambda::{
 
 use super::errors::{ApiError, violation};
 use super::paging::Page;
-use super::{Answer, Call, Found, change_function, empty, json, validate};
+use super::{
+    Answer, Call, Found, change_function, empty, find_or, function_or, json, validate,
+};
 use crate::clock;
 use crate::function_url;
 use crate::record::{Function, UrlAuth, UrlConfig};
@@ -21,7 +23,7 @@ const MAX_AGE_SECONDS_MAX: u32 = 86_400;
 const CORS_ENTRIES_MAX: usize = 100;
 
 pub(super) async fn create(app: &Arc<App>, call: Call, name: &str) -> Answer {
-    let found = find(app, &call, name)?;
+    let found = find(app, &call, name, no_function)?;
     let base = call.base(app);
     let limit = call.json_limit();
     let request: FunctionUrlRequest = call.json(limit, "CreateFunctionUrlConfig").await?;
@@ -61,13 +63,13 @@ pub(super) async fn create(app: &Arc<App>, call: Call, name: &str) -> Answer {
 }
 
 pub(super) fn get(app: &Arc<App>, call: &Call, name: &str) -> Answer {
-    let found = find(app, call, name)?;
+    let found = find(app, call, name, ApiError::no_resource)?;
     let config = read(&found)?;
     json(StatusCode::OK, &view(app, &call.base(app), &found, &config))
 }
 
 pub(super) async fn update(app: &Arc<App>, call: Call, name: &str) -> Answer {
-    let found = find(app, &call, name)?;
+    let found = find(app, &call, name, no_function)?;
     let base = call.base(app);
     let current = read(&found)?;
     let limit = call.json_limit();
@@ -91,7 +93,7 @@ pub(super) async fn update(app: &Arc<App>, call: Call, name: &str) -> Answer {
 }
 
 pub(super) async fn delete(app: &Arc<App>, call: Call, name: &str) -> Answer {
-    let found = find(app, &call, name)?;
+    let found = find(app, &call, name, ApiError::no_resource)?;
     read(&found)?;
     change(app, &found, |record, qualifier| {
         record.urls.remove(&qualifier);
@@ -101,7 +103,7 @@ pub(super) async fn delete(app: &Arc<App>, call: Call, name: &str) -> Answer {
 }
 
 pub(super) fn list(app: &Arc<App>, call: &Call, name: &str) -> Answer {
-    let function = call.function(app, name)?;
+    let function = function_or(app, name, |_| no_function())?;
     let base = call.base(app);
     let record = function.record();
     let entries = record.urls.iter().map(|(qualifier, config)| {
@@ -117,28 +119,40 @@ pub(super) fn list(app: &Arc<App>, call: &Call, name: &str) -> Answer {
     json(StatusCode::OK, &body)
 }
 
+fn no_function() -> ApiError {
+    ApiError::missing("Function does not exist")
+}
+
 /// The function or the alias; versions have no URLs.
-fn find(app: &App, call: &Call, name: &str) -> Result<Found, ApiError> {
-    let mut found = call.version(app, name)?;
-    let qualifier = found.reference.qualifier.take();
-    if let Some(text) = qualifier.filter(|text| text != "$LATEST") {
-        if text.bytes().all(|byte| byte.is_ascii_digit()) {
-            return Err(ApiError::validation(&[violation(
-                &text,
-                "qualifier",
-                "Member must satisfy regular expression pattern: ((?!^\\d+$)^[0-9a-zA-Z-_]+$)",
-            )]));
-        }
-        found.reference.qualifier = Some(text);
+fn find(
+    app: &App,
+    call: &Call,
+    name: &str,
+    missing: fn() -> ApiError,
+) -> Result<Found, ApiError> {
+    let mut reference = call.reference(name)?;
+    // What stands in the name may be $LATEST, which is what a function's own URL calls.
+    let is_latest = reference.qualifier.as_deref() == Some("$LATEST");
+    if is_latest && call.query("Qualifier").is_none_or(|text| text.is_empty()) {
+        reference.qualifier = None;
     }
-    Ok(found)
+    if let Some(text) = &reference.qualifier
+        && !reference.names_alias()
+    {
+        return Err(ApiError::validation(&[violation(
+            text,
+            "qualifier",
+            r"Member must satisfy regular expression pattern: ((?!^\d+$)^[0-9a-zA-Z-_]+$)",
+        )]));
+    }
+    find_or(app, reference, |_| missing())
 }
 
 fn read(found: &Found) -> Result<UrlConfig, ApiError> {
     let record = found.function.record();
     let qualifier = found.reference.qualifier.as_deref().unwrap_or("$LATEST");
     let config = record.urls.get(qualifier).cloned();
-    config.ok_or_else(|| ApiError::missing("The resource you requested does not exist."))
+    config.ok_or_else(ApiError::no_resource)
 }
 
 async fn change<T>(

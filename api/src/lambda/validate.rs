@@ -10,14 +10,41 @@ use thaw_images::RuntimeName;
 
 use super::errors::{ApiError, violation};
 use super::layers::RUNTIMES;
+use super::logging;
 use crate::engine::EPHEMERAL_MIB_DEFAULT;
 use crate::environment::RESERVED;
-use crate::record::Settings;
+use crate::record::{Logging, Settings};
 
 /// Largest zip, bytes.
 pub const ZIP_BYTES_MAX: usize = 52_428_800;
 /// Largest environment, bytes of its JSON.
 const ENVIRONMENT_BYTES_MAX: usize = 4096;
+/// Instruction sets that the model knows.
+pub(super) const ARCHITECTURES: [&str; 2] = ["x86_64", "arm64"];
+/// Runtimes that AWS makes no functions with any more, but for those that this gateway has.
+const DEPRECATED: [&str; 19] = [
+    "dotnetcore1.0",
+    "dotnetcore2.0",
+    "dotnetcore2.1",
+    "dotnetcore3.1",
+    "go1.x",
+    "java8",
+    "nodejs",
+    "nodejs10.x",
+    "nodejs12.x",
+    "nodejs14.x",
+    "nodejs4.3",
+    "nodejs4.3-edge",
+    "nodejs6.10",
+    "nodejs8.10",
+    "python2.7",
+    "python3.6",
+    "python3.7",
+    "ruby2.5",
+    "ruby2.7",
+];
+/// Bytes of an environment that an error repeats.
+const SHOWN_BYTES_MAX: usize = 8192;
 /// Most tags of a function.
 pub(super) const TAGS_MAX: usize = 50;
 const HANDLER_CHARS_MAX: usize = 128;
@@ -40,6 +67,7 @@ pub fn create(request: &CreateFunctionRequest) -> Result<Settings, ApiError> {
         violations.push(null("code"));
     }
     check_settings(&request.settings, &mut violations);
+    violations.extend(malformed_architectures(request.architectures.as_deref()));
     finish(&violations)?;
     match request.package_type.as_deref() {
         None | Some("Zip") => {}
@@ -58,9 +86,7 @@ pub fn create(request: &CreateFunctionRequest) -> Result<Settings, ApiError> {
         .as_ref()
         .is_some_and(|tags| tags.len() > TAGS_MAX)
     {
-        return Err(ApiError::invalid_parameter(format!(
-            "A function has at most {TAGS_MAX} tags."
-        )));
+        return Err(ApiError::too_many_tags());
     }
     let (Some(_), Some(_)) = (&request.settings.runtime, &request.settings.handler) else {
         return Err(ApiError::invalid_parameter(
@@ -78,6 +104,7 @@ pub fn create(request: &CreateFunctionRequest) -> Result<Settings, ApiError> {
         snap_start: false,
         layers: Vec::new(),
         ephemeral_mib: EPHEMERAL_MIB_DEFAULT,
+        logging: Logging::default(),
     };
     merge(default, &request.settings)
 }
@@ -109,6 +136,7 @@ pub fn update(
 /// # Errors
 /// Any other.
 pub fn check_architectures(architectures: Option<&[String]>) -> Result<(), ApiError> {
+    finish(&Vec::from_iter(malformed_architectures(architectures)))?;
     match architectures {
         None | Some([]) => Ok(()),
         Some([one]) if one == "x86_64" => Ok(()),
@@ -117,6 +145,20 @@ pub fn check_architectures(architectures: Option<&[String]>) -> Result<(), ApiEr
             other.join(", ")
         ))),
     }
+}
+
+/// What the model does not know as a list of instruction sets.
+fn malformed_architectures(architectures: Option<&[String]>) -> Option<String> {
+    let architectures = architectures?;
+    let constraint = if architectures.len() > 1 {
+        "Member must have length less than or equal to 1"
+    } else if architectures.iter().all(|one| ARCHITECTURES.contains(&one.as_str())) {
+        return None;
+    } else {
+        "Member must satisfy constraint: [Member must satisfy enum value set: [x86_64, arm64], Member must not be null]"
+    };
+    let shown = format!("[{}]", architectures.join(", "));
+    Some(violation(&shown, "architectures", constraint))
 }
 
 /// The zip of an upload.
@@ -236,6 +278,9 @@ fn check_settings(settings: &FunctionSettings, violations: &mut Vec<String>) {
             constraint,
         ));
     }
+    if let Some(logging) = &settings.logging_config {
+        logging::check(logging, violations);
+    }
     if let Some(environment) = &settings.environment
         && let Some(key) = environment.variables.keys().find(|key| !is_variable(key))
     {
@@ -276,8 +321,7 @@ fn merge(current: Settings, change: &FunctionSettings) -> Result<Settings, ApiEr
     let environment = match &change.environment {
         Some(environment) => {
             check_environment(&environment.variables)?;
-            let variables = environment.variables.clone();
-            (!variables.is_empty()).then_some(variables)
+            Some(environment.variables.clone())
         }
         None => current.environment,
     };
@@ -295,6 +339,7 @@ fn merge(current: Settings, change: &FunctionSettings) -> Result<Settings, ApiEr
             change.ephemeral_storage.map(|storage| storage.size),
             current.ephemeral_mib,
         ),
+        logging: logging::merge(current.logging, change.logging_config.as_ref())?,
         environment,
         layers: current.layers,
         snap_start: change
@@ -311,6 +356,9 @@ fn check_runtime(runtime: &str) -> Result<(), ApiError> {
     let served: Vec<_> = RuntimeName::served().collect();
     if served.contains(&runtime) {
         return Ok(());
+    }
+    if DEPRECATED.contains(&runtime) {
+        return Err(ApiError::deprecated_runtime(runtime));
     }
     let served = served.join(", ");
     Err(ApiError::invalid_parameter(
@@ -335,6 +383,13 @@ fn check_unsupported(change: &FunctionSettings) -> Result<(), ApiError> {
     if change.image_config.as_ref().is_some_and(is_given) {
         return refuse("ImageConfig");
     }
+    let targets = change.dead_letter_config.as_ref();
+    if targets.and_then(|config| config.get("TargetArn")).is_some_and(is_given) {
+        return refuse("DeadLetterConfig");
+    }
+    if change.file_system_configs.as_ref().is_some_and(is_given) {
+        return refuse("FileSystemConfigs");
+    }
     let vpc = change
         .vpc_config
         .as_ref()
@@ -348,6 +403,7 @@ fn check_unsupported(change: &FunctionSettings) -> Result<(), ApiError> {
 fn is_given(value: &serde_json::Value) -> bool {
     match value {
         serde_json::Value::Null => false,
+        serde_json::Value::String(text) => !text.is_empty(),
         serde_json::Value::Array(items) => !items.is_empty(),
         serde_json::Value::Object(members) => !members.is_empty(),
         _ => true,
@@ -374,9 +430,9 @@ fn check_environment(variables: &BTreeMap<String, String>) -> Result<(), ApiErro
     }
     let measured = serde_json::to_string(variables).unwrap_or_default();
     if measured.len() > ENVIRONMENT_BYTES_MAX {
-        let shown: String = measured.chars().take(200).collect();
+        let shown: String = measured.chars().take(SHOWN_BYTES_MAX).collect();
         return Err(ApiError::invalid_parameter(format!(
-            "{prefix} exceeded the 4KB limit. String measured: {shown}…"
+            "{prefix} exceeded the 4KB limit. String measured: {shown}"
         )));
     }
     Ok(())
@@ -452,6 +508,8 @@ mod tests {
         for name in RuntimeName::served() {
             assert!(RUNTIMES.contains(&name), "{name} is none of Lambda's");
         }
+        let deprecated = refused(|request| request.settings.runtime = Some("go1.x".to_owned()));
+        assert!(deprecated.message.contains("no longer supported"));
         let arm = refused(|request| request.architectures = Some(vec!["arm64".to_owned()]));
         assert!(arm.message.contains("arm64"));
         let missing = refused(|request| request.settings.handler = None);

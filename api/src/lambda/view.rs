@@ -11,18 +11,18 @@ use crate::clock;
 use crate::record::{LastUpdate, LayerUse, State, Version, VersionId};
 use crate::state::App;
 
-/// Which members a view has: lists omit the state.
+/// Which members a view has: lists omit what changes without a client's doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Detail {
     /// All members.
     Full,
-    /// Without State and LastUpdateStatus.
+    /// Without State, LastUpdateStatus and RuntimeVersionConfig.
     ListItem,
 }
 
-/// `$LATEST`, as operations on it answer.
+/// A version, most often `$LATEST`, with the function's ARN, as operations that name no version answer.
 #[must_use]
-pub fn latest(app: &App, version: &Version) -> FunctionConfiguration {
+pub fn unqualified(app: &App, version: &Version) -> FunctionConfiguration {
     let arn = app.arn(&version.name);
     configuration(version, &arn, &app.region, Detail::Full)
 }
@@ -80,19 +80,33 @@ pub fn configuration(
             size: settings.ephemeral_mib.into(),
         },
         snap_start: snap_start(function),
-        runtime_version_config: RuntimeVersionConfig {
-            runtime_version_arn: format!("arn:aws:lambda:{region}::runtime:{}", settings.runtime),
-        },
-        logging_config: LoggingConfig {
-            log_format: "Text".to_owned(),
-            log_group: format!("/aws/lambda/{}", function.name),
-        },
+        runtime_version_config: (detail == Detail::Full).then(|| RuntimeVersionConfig {
+            runtime_version_arn: runtime_arn(region, &settings.runtime),
+        }),
+        logging_config: logging(function),
         ..FunctionConfiguration::default()
     };
     if detail == Detail::Full {
         state(function, &mut view);
     }
     view
+}
+
+/// Names the one build of a runtime that this gateway has.
+#[must_use]
+pub fn runtime_arn(region: &str, runtime: &str) -> String {
+    format!("arn:aws:lambda:{region}::runtime:{runtime}")
+}
+
+fn logging(function: &Version) -> LoggingConfig {
+    let logging = &function.target.settings.logging;
+    let levels = logging.json.as_ref();
+    LoggingConfig {
+        log_format: if levels.is_some() { "JSON" } else { "Text" }.to_owned(),
+        application_log_level: levels.map(|levels| levels.application.clone()),
+        system_log_level: levels.map(|levels| levels.system.clone()),
+        log_group: logging.group_of(&function.name),
+    }
 }
 
 fn layer(layer: &LayerUse) -> LayerReference {
@@ -129,7 +143,8 @@ fn state(function: &Version, view: &mut FunctionConfiguration) {
     view.last_update_status = Some(update.word().to_owned());
     let (reason, code) = match update {
         LastUpdate::Successful => (None, None),
-        LastUpdate::InProgress => (Some("The function is being updated."), Some("Updating")),
+        // Lambda's own words for it.
+        LastUpdate::InProgress => (Some("The function is being created."), Some("Creating")),
         LastUpdate::Failed(reason) => (Some(reason.as_str()), Some("InternalError")),
     };
     view.last_update_status_reason = reason.map(str::to_owned);
@@ -192,5 +207,6 @@ mod tests {
     fn a_list_item_has_no_state() {
         let view = configuration(&testing::version("f"), "arn", "r", Detail::ListItem);
         assert_eq!(view.state, None);
+        assert_eq!(view.runtime_version_config, None);
     }
 }

@@ -73,6 +73,15 @@ pub struct FunctionSettings {
     /// When snapshots are taken.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub snap_start: Option<SnapStart>,
+    /// How its log is written.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub logging_config: Option<LoggingConfigRequest>,
+    /// Where events go that failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dead_letter_config: Option<serde_json::Value>,
+    /// Network file systems.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file_system_configs: Option<serde_json::Value>,
     /// Entry point of an image.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub image_config: Option<serde_json::Value>,
@@ -226,8 +235,9 @@ pub struct FunctionConfiguration {
     pub ephemeral_storage: EphemeralStorage,
     /// Whether published versions run SnapStart's hooks, and whether this one did.
     pub snap_start: SnapStartResponse,
-    /// Which build of the runtime.
-    pub runtime_version_config: RuntimeVersionConfig,
+    /// Which build of the runtime; absent in lists.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub runtime_version_config: Option<RuntimeVersionConfig>,
     /// Where logs go.
     pub logging_config: LoggingConfig,
 }
@@ -287,8 +297,32 @@ pub struct RuntimeVersionConfig {
 pub struct LoggingConfig {
     /// `Text` or `JSON`.
     pub log_format: String,
-    /// `/aws/lambda/<function>`.
+    /// Least level of the function's own lines; of JSON alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub application_log_level: Option<String>,
+    /// Least level of the platform's lines; of JSON alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub system_log_level: Option<String>,
+    /// `/aws/lambda/<function>`, or as the client named it.
     pub log_group: String,
+}
+
+/// How a client wants the log; `None` is "not named".
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct LoggingConfigRequest {
+    /// `Text` or `JSON`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub log_format: Option<String>,
+    /// `TRACE`, `DEBUG`, `INFO`, `WARN`, `ERROR` or `FATAL`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub application_log_level: Option<String>,
+    /// `DEBUG`, `INFO` or `WARN`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub system_log_level: Option<String>,
+    /// The group's name, at most 512 characters.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub log_group: Option<String>,
 }
 
 /// Body of GetFunction.

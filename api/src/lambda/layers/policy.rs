@@ -19,6 +19,9 @@ use crate::state::App;
 /// The one action that a layer's policy can allow.
 const ACTION: &str = "lambda:GetLayerVersion";
 const ID_CHARS_MAX: usize = 100;
+/// What tells a policy's revision, in AWS's words.
+const GET_POLICY: &str = "GetLayerPolicy";
+
 pub(in crate::lambda) async fn add(app: &Arc<App>, call: Call, name: &str, number: &str) -> Answer {
     let (name, number) = (layer_name(app, name)?, version_number(number)?);
     let (limit, wanted) = (call.json_limit(), call.query("RevisionId"));
@@ -27,7 +30,8 @@ pub(in crate::lambda) async fn add(app: &Arc<App>, call: Call, name: &str, numbe
     let statement = statement(request, version_arn(app, &name, number))?;
     let text = serde_json::to_string(&statement).map_err(PolicyError::Json)?;
     let added = change(app, &name, number, |policy| {
-        policy.add(statement, wanted.as_deref())
+        policy.check(wanted.as_deref(), GET_POLICY)?;
+        policy.add(statement)
     });
     let body = LayerStatementResponse {
         revision_id: added.await?,
@@ -60,7 +64,10 @@ pub(in crate::lambda) async fn remove(
     let (name, number) = (layer_name(app, name)?, version_number(number)?);
     let wanted = call.query("RevisionId");
     let removed = change(app, &name, number, |policy| {
-        policy.remove(id, wanted.as_deref())
+        if policy.statements.iter().any(|one| one.sid == id) {
+            policy.check(wanted.as_deref(), GET_POLICY)?;
+        }
+        policy.remove(id)
     });
     removed.await?;
     Ok(empty(StatusCode::NO_CONTENT))

@@ -162,6 +162,27 @@ pub struct ListProvisionedConcurrencyConfigsResponse {
     pub next_marker: Option<String>,
 }
 
+/// Body of PutFunctionRecursionConfig, and its answer.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct RecursionConfig {
+    /// `Allow` or `Terminate`; required.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub recursive_loop: Option<String>,
+}
+
+/// Body of PutRuntimeManagementConfig.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct RuntimeManagementRequest {
+    /// `Auto`, `FunctionUpdate` or `Manual`; required.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub update_runtime_on: Option<String>,
+    /// A build, of `Manual` alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub runtime_version_arn: Option<String>,
+}
+
 /// Body of AddPermission.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
