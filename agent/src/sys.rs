@@ -151,16 +151,8 @@ impl Program {
     }
 }
 
-/// What a function may have at most, soft and hard, as on Lambda (getrlimit(2), recorded there): open files, locked memory in
-/// bytes, processes and threads. Lower limits of the kernel's own stay.
-const LIMITS: [(Resource, u64); 3] = [
-    (Resource::Nofile, 1024),
-    (Resource::Memlock, 64 * 1024),
-    (Resource::Nproc, 1024),
-];
-
 /// A command that runs `program` in a session of its own, as `user` if one is given, without capabilities or a way to
-/// gain any, within [`LIMITS`], and first in line for the out-of-memory killer.
+/// gain any, within Lambda's limits, and first in line for the out-of-memory killer.
 pub fn confined(program: Program, user: Option<User>) -> Command {
     let mut command = Command::new(&*program.path.to_string_lossy());
     let mut pointers = ExecPointers::new(program);
