@@ -54,7 +54,7 @@ exports.callback = (event, context, callback) =>
 exports.failing = async () => { class Refused extends Error { constructor(m) { super(m); this.name = 'Refused'; } } throw new Refused('not today'); };
 exports.exiting = async () => process.exit(3);
 exports.unhandled = async () => { Promise.reject(new Error('nobody catches it')); await new Promise((r) => setTimeout(r, 5000)); };
-exports.handler = async (event, context) => exports[event.do](event, context);
+exports.handler = (event, context, callback) => exports[event.do](event, context, callback);
 """
 
 
@@ -88,10 +88,9 @@ def test_a_process_that_ends_or_rejects_fails_its_invocation(common, invoke):
     assert invoke(common, {"do": "async"})[0]["event"] == {"do": "async"}
 
 
-def test_a_handler_with_a_callback_answers_and_fails_by_it(node, invoke):
-    name = node("node-callback", handler="index.callback", index_js=COMMON)
-    assert invoke(name, {"a": 1})[0] == {"later": {"a": 1}}
-    told, answer = invoke(name, {"fail": True})
+def test_a_handler_with_a_callback_answers_and_fails_by_it(common, invoke):
+    assert invoke(common, {"do": "callback", "a": 1})[0] == {"later": {"do": "callback", "a": 1}}
+    told, answer = invoke(common, {"do": "callback", "fail": True})
     assert answer["FunctionError"] == "Unhandled" and (told["errorType"], told["errorMessage"]) == ("TypeError", "by callback")
 
 
