@@ -238,6 +238,26 @@ fn unsafe_code_is_forbidden_where_it_is_not_needed() {
 }
 
 #[test]
+fn no_test_stands_in_the_documentation() {
+    for path in all_sources() {
+        let text = fs::read_to_string(&path).unwrap();
+        let fences = text.lines().filter_map(|line| {
+            let line = line.trim_start();
+            let comment = line.strip_prefix("///").or(line.strip_prefix("//!"))?;
+            comment.trim_start().strip_prefix("```")
+        });
+        for opening in fences.step_by(2) {
+            assert_eq!(
+                opening,
+                "text",
+                "{}: `make test` runs no code that stands in comments",
+                path.display()
+            );
+        }
+    }
+}
+
+#[test]
 fn files_are_short_enough_to_read_and_named_as_the_house_does() {
     for path in all_sources() {
         assert!(

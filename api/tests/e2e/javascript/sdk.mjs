@@ -19,7 +19,7 @@ const invoke = async (FunctionName, event, more) => {
     const answer = await send('Invoke', { FunctionName, Payload: JSON.stringify(event ?? {}), ...more });
     return { ...answer, told: answer.Payload?.length ? JSON.parse(text(answer.Payload)) : undefined };
 };
-const until = (waiter, input) => sdk[`waitUntil${waiter}`]({ client, maxWaitTime: 200, minDelay: 1, maxDelay: 2 }, input);
+const until = (waiter, input) => sdk[`waitUntil${waiter}`]({ client, maxWaitTime: 200, minDelay: 0.2, maxDelay: 0.4 }, input);
 
 const scenarios = {
     // Create, wait, read, list, update code and settings, publish, alias, delete.
