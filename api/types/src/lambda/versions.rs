@@ -265,7 +265,7 @@ pub struct AccountLimit {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
 pub struct AccountUsage {
-    /// Bytes of all zips, of published versions too.
+    /// Bytes of all zips, of published versions and of layers too.
     pub total_code_size: u64,
     /// Functions.
     pub function_count: u64,
