@@ -266,7 +266,12 @@ pub async fn settled(app: &App, live: &Live) -> Arc<Version> {
     let mut cursor = live.progress.subscribe();
     let frozen = async {
         // Neither another deployment nor the function's end is waited for.
-        while live.progress.next(&mut cursor).await.is_some_and(|event| !event.done) {}
+        while live
+            .progress
+            .next(&mut cursor)
+            .await
+            .is_some_and(|event| !event.done)
+        {}
     };
     let limit = app.limits.init_limit + app.limits.queue_wait_max;
     let _ = tokio::time::timeout(limit, frozen).await;
@@ -420,8 +425,8 @@ fn serve(record: &mut Version, serving: Serving) -> Option<Option<Serving>> {
         return None;
     }
     if is_target {
-        let is_told = record.state == State::Active
-            && record.last_update == Some(LastUpdate::Successful);
+        let is_told =
+            record.state == State::Active && record.last_update == Some(LastUpdate::Successful);
         record.state = State::Active;
         record.last_update = Some(LastUpdate::Successful);
         if !is_told {

@@ -98,7 +98,10 @@ pub fn variables(
     if let Some(levels) = &settings.logging.json {
         // The runtimes' clients write their lines accordingly.
         variables.insert("AWS_LAMBDA_LOG_FORMAT".to_owned(), "JSON".to_owned());
-        variables.insert("AWS_LAMBDA_LOG_LEVEL".to_owned(), levels.application.clone());
+        variables.insert(
+            "AWS_LAMBDA_LOG_LEVEL".to_owned(),
+            levels.application.clone(),
+        );
     }
     let fixed = [
         ("_HANDLER", settings.handler.as_str()),

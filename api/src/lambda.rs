@@ -159,6 +159,17 @@ async fn dispatch(app: &Arc<App>, found: Matched, call: Call) -> Answer {
         Operation::GetAccountSettings => account::settings(app),
         Operation::GetFunctionCodeSigningConfig => absent::code_signing(app, &call, &first),
         Operation::GetRuntimeManagementConfig => absent::runtime_management(app, &call, &first),
+        Operation::GetCodeSigningConfig
+        | Operation::UpdateCodeSigningConfig
+        | Operation::DeleteCodeSigningConfig
+        | Operation::ListFunctionsByCodeSigningConfig => absent::code_signing_config(&first),
+        Operation::PutFunctionCodeSigningConfig => absent::put_code_signing(call).await,
+        Operation::DeleteFunctionCodeSigningConfig => {
+            absent::delete_code_signing(app, &call, &first)
+        }
+        Operation::GetEventSourceMapping
+        | Operation::UpdateEventSourceMapping
+        | Operation::DeleteEventSourceMapping => absent::mapping(),
         Operation::PutRuntimeManagementConfig => absent::manage_runtime(app, call, &first).await,
         Operation::PutFunctionRecursionConfig => recursion::put(app, call, &first).await,
         Operation::GetFunctionRecursionConfig => recursion::get(app, &call, &first),

@@ -149,7 +149,10 @@ mod tests {
         assert!(matches!(refused, Some(PolicyError::TooLong(_))));
         assert!(policy.document().unwrap().len() <= BYTES_MAX);
         let stale = policy.check(Some("x"), "GetPolicy");
-        assert!(matches!(stale, Err(PolicyError::OtherRevision("GetPolicy"))));
+        assert!(matches!(
+            stale,
+            Err(PolicyError::OtherRevision("GetPolicy"))
+        ));
         policy.remove(&one(0).sid).unwrap();
         let gone = policy.remove(&one(0).sid);
         assert!(matches!(gone, Err(PolicyError::NoStatement(_))));

@@ -244,6 +244,9 @@ fn refused(status: StatusCode, body: &[u8]) -> S3Error {
     let element = |name: &str| {
         let (_, rest) = text.split_once(&format!("<{name}>"))?;
         let (value, _) = rest.split_once(&format!("</{name}>"))?;
+        // Some stores write texts so.
+        let value = value.strip_prefix("<![CDATA[").unwrap_or(value);
+        let value = value.strip_suffix("]]>").unwrap_or(value);
         Some(value.chars().take(256).collect::<String>())
     };
     let reason = status.canonical_reason().unwrap_or_default();

@@ -2,6 +2,8 @@
 //! What real guests do is tested end to end elsewhere.
 #![expect(clippy::unwrap_used, reason = "a failed test says where")]
 
+#[path = "http/answers.rs"]
+mod answers;
 #[path = "http/auth.rs"]
 mod auth;
 #[path = "http/events.rs"]

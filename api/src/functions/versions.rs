@@ -20,7 +20,7 @@ pub struct Wanted {
     pub revision_id: Option<String>,
 }
 
-/// Publishes `$LATEST`, which must be Active. What has not changed since it was published last is not published again.
+/// Publishes `$LATEST`, which must be Active and gets another `RevisionId`. What has not changed since it was published last is not published again.
 ///
 /// # Errors
 /// See [`ChangeError`].
@@ -52,7 +52,16 @@ pub async fn publish(
         true => State::Pending,
         false => State::Active,
     };
-    publish_target(app, &function, wanted.description, state).await
+    let before = function.record().last_number;
+    let version = publish_target(app, &function, wanted.description, state).await?;
+    if function.record().last_number != before {
+        let revise = |latest: &mut Version| {
+            latest.revise();
+            Some(())
+        };
+        app.change(&function.latest, revise).await?;
+    }
+    Ok(version)
 }
 
 /// Publishes what a client has just made the target of `$LATEST`, in one request.

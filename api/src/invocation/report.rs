@@ -95,7 +95,10 @@ impl Report<'_> {
     fn json_lines(&self, level: &str) -> (String, String) {
         let line = |kind: &str, record: Value| {
             let time = clock::log_stamp(clock::unix_ms());
-            format!("{}\n", json!({"time": time, "type": kind, "record": record}))
+            format!(
+                "{}\n",
+                json!({"time": time, "type": kind, "record": record})
+            )
         };
         let is_terse = level == "WARN";
         let id = self.request_id;

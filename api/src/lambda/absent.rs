@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use axum::http::StatusCode;
 use serde_json::json;
-use thaw_api_types::lambda::RuntimeManagementRequest;
+use thaw_api_types::lambda::{FunctionCodeSigningRequest, RuntimeManagementRequest};
 
 use super::errors::{ApiError, violation};
-use super::{Answer, Call, Found, json as answer, validate};
+use super::{Answer, Call, Found, empty, json as answer, validate};
 use crate::state::App;
 
 /// GetFunctionCodeSigningConfig: no function has one.
@@ -54,6 +54,37 @@ fn managed(app: &App, found: &Found) -> Answer {
         StatusCode::OK,
         &json!({"UpdateRuntimeOn": "Auto", "FunctionArn": arn}),
     )
+}
+
+/// Get, Update and Delete of an EventSourceMapping: there is none.
+pub(super) fn mapping() -> Answer {
+    Err(ApiError::no_resource())
+}
+
+/// Get, Update and Delete of a CodeSigningConfig, and ListFunctionsByCodeSigningConfig: there is none.
+pub(super) fn code_signing_config(arn: &str) -> Answer {
+    Err(ApiError::missing(format!(
+        "The Lambda code signing configuration {arn} can not be found."
+    ))
+    .untyped())
+}
+
+/// PutFunctionCodeSigningConfig: there is none that a function could have.
+pub(super) async fn put_code_signing(call: Call) -> Answer {
+    let limit = call.json_limit();
+    let operation = "PutFunctionCodeSigningConfig";
+    let request: FunctionCodeSigningRequest = call.json(limit, operation).await?;
+    let Some(arn) = request.code_signing_config_arn else {
+        let violation = validate::null("codeSigningConfigArn");
+        return Err(ApiError::validation(&[violation]));
+    };
+    Err(ApiError::no_code_signing_config(&arn))
+}
+
+/// DeleteFunctionCodeSigningConfig: a function has none, and then has none.
+pub(super) fn delete_code_signing(app: &Arc<App>, call: &Call, name: &str) -> Answer {
+    call.function(app, name)?;
+    Ok(empty(StatusCode::NO_CONTENT))
 }
 
 /// A list of what this gateway has none of.

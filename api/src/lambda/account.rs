@@ -22,6 +22,7 @@ const TOTAL_CODE_BYTES: u64 = 80_530_636_800;
 pub(super) fn settings(app: &Arc<App>) -> Answer {
     let functions = app.all();
     let versions = functions.iter().flat_map(|function| function.all());
+    let layers = app.layers.all();
     let wide = |count: usize| u64::try_from(count).unwrap_or(u64::MAX);
     let body = AccountSettings {
         account_limit: AccountLimit {
@@ -32,7 +33,13 @@ pub(super) fn settings(app: &Arc<App>) -> Answer {
             unreserved_concurrent_executions: unreserved(app),
         },
         account_usage: AccountUsage {
-            total_code_size: versions.map(|live| live.record().target.code.bytes).sum(),
+            total_code_size: versions
+                .map(|live| live.record().target.code.bytes)
+                .chain(layers.iter().flat_map(|layer| {
+                    let versions = layer.versions.values();
+                    versions.map(|version| version.code.bytes)
+                }))
+                .sum(),
             function_count: wide(functions.len()),
         },
     };

@@ -31,6 +31,12 @@ pub(super) async fn create(app: &Arc<App>, call: Call) -> Answer {
             "{name} does not name a function that can be created here."
         )));
     }
+    if let Some(arn) = request
+        .code_signing_config_arn
+        .filter(|arn| !arn.is_empty())
+    {
+        return Err(ApiError::no_code_signing_config(&arn));
+    }
     let zip = source::zip(app, request.code.unwrap_or_default()).await?;
     let tags = request.tags.unwrap_or_default();
     let refused = |error| change_error(app, &error);

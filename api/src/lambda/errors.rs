@@ -96,6 +96,15 @@ impl ApiError {
         Self::invalid_parameter("Number of tags exceeds resource tag limit.")
     }
 
+    /// 404, no such code signing configuration.
+    pub fn no_code_signing_config(arn: &str) -> Self {
+        let code = "CodeSigningConfigNotFoundException";
+        let message = format!(
+            "The code signing configuration cannot be found. Check that the provided configuration is not deleted: {arn}."
+        );
+        Self::new(StatusCode::NOT_FOUND, code, message)
+    }
+
     /// 404, no such alias.
     pub fn no_alias(arn: &str) -> Self {
         Self::missing(format!("Cannot find alias arn: {arn}"))

@@ -9,8 +9,8 @@ use thaw_api_types::lambda::{
 };
 
 use super::errors::{ApiError, violation};
-use super::paging::Page;
 use super::names::FunctionRef;
+use super::paging::Page;
 use super::{Answer, Call, Found, change_function, empty, find_or, function_or, json};
 use crate::clock;
 use crate::events::{EventConfig, destination};
@@ -30,11 +30,7 @@ pub(super) enum Members {
 }
 
 pub(super) async fn keep(app: &Arc<App>, call: Call, name: &str, members: Members) -> Answer {
-    let found = find_or(app, call.reference(name)?, |_| no_function())?;
-    let current = match members {
-        Members::Replaced => EventConfig::default(),
-        Members::Merged => read(app, &found)?,
-    };
+    let reference = call.reference(name)?;
     let limit = call.json_limit();
     let request: EventInvokeConfigRequest =
         call.json(limit, "PutFunctionEventInvokeConfig").await?;
@@ -43,6 +39,11 @@ pub(super) async fn keep(app: &Arc<App>, call: Call, name: &str, members: Member
             "You must specify at least one of error handling or destination setting.",
         ));
     }
+    let found = find_or(app, reference, |_| no_function())?;
+    let current = match members {
+        Members::Replaced => EventConfig::default(),
+        Members::Merged => read(app, &found)?,
+    };
     let config = merge(app, &found, current, request)?;
     let kept = config.clone();
     change(app, &found, move |record, qualifier| {
@@ -51,7 +52,12 @@ pub(super) async fn keep(app: &Arc<App>, call: Call, name: &str, members: Member
     .await?;
     json(
         StatusCode::OK,
-        &view(app, &found.function.name, qualifier(&found.reference), &config),
+        &view(
+            app,
+            &found.function.name,
+            qualifier(&found.reference),
+            &config,
+        ),
     )
 }
 
@@ -60,7 +66,12 @@ pub(super) fn get(app: &Arc<App>, call: &Call, name: &str) -> Answer {
     let config = read(app, &found)?;
     json(
         StatusCode::OK,
-        &view(app, &found.function.name, qualifier(&found.reference), &config),
+        &view(
+            app,
+            &found.function.name,
+            qualifier(&found.reference),
+            &config,
+        ),
     )
 }
 
@@ -103,7 +114,9 @@ fn no_config(app: &App, reference: &FunctionRef) -> ApiError {
 
 /// What is not there has no configuration either.
 fn find_configured(app: &App, call: &Call, name: &str) -> Result<Found, ApiError> {
-    find_or(app, call.reference(name)?, |reference| no_config(app, reference))
+    find_or(app, call.reference(name)?, |reference| {
+        no_config(app, reference)
+    })
 }
 
 fn qualifier(reference: &FunctionRef) -> &str {
@@ -113,7 +126,9 @@ fn qualifier(reference: &FunctionRef) -> &str {
 fn read(app: &App, found: &Found) -> Result<EventConfig, ApiError> {
     let record = found.function.record();
     let config = record.event_configs.get(qualifier(&found.reference));
-    config.cloned().ok_or_else(|| no_config(app, &found.reference))
+    config
+        .cloned()
+        .ok_or_else(|| no_config(app, &found.reference))
 }
 
 async fn change(
@@ -192,7 +207,9 @@ fn destinations(
         }
     }
     for text in [&on_success, &on_failure].into_iter().flatten() {
-        let named = text.starts_with("arn:").then(|| FunctionRef::parse(text, None).ok());
+        let named = text
+            .starts_with("arn:")
+            .then(|| FunctionRef::parse(text, None).ok());
         let refused = match (destination::parse(app, text), named.flatten()) {
             (Ok(_), Some(named)) if named.name == found.function.name => {
                 "You can't specify the function as a destination for itself.".to_owned()

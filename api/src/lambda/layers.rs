@@ -330,6 +330,16 @@ fn outside(values: &[String], member: &str, known: &[&str]) -> Option<String> {
     Some(violation(unknown, member, &constraint))
 }
 
+/// The same of a list, which the error repeats whole.
+fn list_outside(values: &[String], member: &str, known: &[&str]) -> Option<String> {
+    if values.iter().all(|value| known.contains(&value.as_str())) {
+        return None;
+    }
+    let constraint = format!("Member must satisfy enum value set: [{}]", known.join(", "));
+    let shown = format!("[{}]", values.join(", "));
+    Some(violation(&shown, member, &constraint))
+}
+
 fn check(request: &PublishLayerVersionRequest) -> Result<(), ApiError> {
     let mut violations = Vec::new();
     if request.content.is_none() {
@@ -349,13 +359,19 @@ fn check(request: &PublishLayerVersionRequest) -> Result<(), ApiError> {
     if runtimes.len() > RUNTIMES_MAX {
         violations.push(too_long("compatibleRuntimes", RUNTIMES_MAX));
     }
-    violations.extend(outside(runtimes, "compatibleRuntimes", &RUNTIMES));
+    violations.extend(list_outside(runtimes, "compatibleRuntimes", &RUNTIMES));
     let kinds = request.compatible_architectures.as_deref();
     let kinds = kinds.unwrap_or_default();
     if kinds.len() > validate::ARCHITECTURES.len() {
-        violations.push(too_long("compatibleArchitectures", validate::ARCHITECTURES.len()));
+        violations.push(too_long(
+            "compatibleArchitectures",
+            validate::ARCHITECTURES.len(),
+        ));
     }
-    violations.extend(outside(kinds, "compatibleArchitectures", &validate::ARCHITECTURES));
+    violations.extend(validate::unknown_architectures(
+        "compatibleArchitectures",
+        kinds,
+    ));
     validate::finish(&violations)
 }
 

@@ -14,10 +14,17 @@ const SYSTEM_LEVELS: [&str; 3] = ["DEBUG", "INFO", "WARN"];
 pub(super) fn check(request: &LoggingConfigRequest, violations: &mut Vec<String>) {
     for (member, value, known) in [
         ("logFormat", &request.log_format, FORMATS.as_slice()),
-        ("applicationLogLevel", &request.application_log_level, &APPLICATION_LEVELS),
+        (
+            "applicationLogLevel",
+            &request.application_log_level,
+            &APPLICATION_LEVELS,
+        ),
         ("systemLogLevel", &request.system_log_level, &SYSTEM_LEVELS),
     ] {
-        if let Some(value) = value.as_ref().filter(|value| !known.contains(&value.as_str())) {
+        if let Some(value) = value
+            .as_ref()
+            .filter(|value| !known.contains(&value.as_str()))
+        {
             let constraint = format!("Member must satisfy enum value set: [{}]", known.join(", "));
             let member = format!("loggingConfig.{member}");
             violations.push(violation(value, &member, &constraint));
@@ -86,12 +93,21 @@ mod tests {
         let json = request(r#"{"LogFormat":"JSON","SystemLogLevel":"WARN"}"#);
         let logging = merge(Logging::default(), Some(&json)).unwrap();
         let levels = logging.json.clone().unwrap();
-        assert_eq!((levels.application.as_str(), levels.system.as_str()), ("INFO", "WARN"));
+        assert_eq!(
+            (levels.application.as_str(), levels.system.as_str()),
+            ("INFO", "WARN")
+        );
         let group = request(r#"{"LogGroup":"g"}"#);
         let logging = merge(logging, Some(&group)).unwrap();
-        assert_eq!((logging.json, logging.group_of("f")), (Some(levels), "g".to_owned()));
-        let text = merge(Logging::default(), Some(&request(r#"{"LogFormat":"Text"}"#))).unwrap();
-        assert_eq!((text.json, text.group_of("f").as_str()), (None, "/aws/lambda/f"));
+        assert_eq!(logging.group_of("f"), "g");
+        assert_eq!(logging.json, Some(levels));
+        let text = merge(
+            Logging::default(),
+            Some(&request(r#"{"LogFormat":"Text"}"#)),
+        )
+        .unwrap();
+        assert_eq!(text.group_of("f"), "/aws/lambda/f");
+        assert_eq!(text.json, None);
         let refused = request(r#"{"ApplicationLogLevel":"INFO"}"#);
         let error = merge(Logging::default(), Some(&refused)).unwrap_err();
         assert!(error.message.starts_with("LogLevel is not supported"));

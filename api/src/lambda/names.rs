@@ -21,7 +21,8 @@ const PATTERN: &str = r"Member must satisfy regular expression pattern: (arn:(aw
 const NEW_PATTERN: &str = r"Member must satisfy regular expression pattern: (arn:(aws[a-zA-Z-]*)?:lambda:)?((eusc-)?[a-z]{2}((-gov)|(-iso([a-z]?)))?-[a-z]+-\d{1}:)?(\d{12}:)?(function:)?([a-zA-Z0-9-_]+)(:(\$LATEST|[a-zA-Z0-9-_]+))?";
 
 /// The model's pattern of qualifiers.
-const QUALIFIER_PATTERN: &str = r"Member must satisfy regular expression pattern: \$(LATEST(\.PUBLISHED)?)|[a-zA-Z0-9-_$]+";
+const QUALIFIER_PATTERN: &str =
+    r"Member must satisfy regular expression pattern: \$(LATEST(\.PUBLISHED)?)|[a-zA-Z0-9-_$]+";
 
 /// The one qualifier of functions that are not looked for by version or alias.
 const LATEST_PUBLISHED: &str = "$LATEST.PUBLISHED";
@@ -270,7 +271,9 @@ mod tests {
         let long = FunctionRef::parse(&"x".repeat(257), Some("a?")).unwrap_err();
         assert!(
             long.message.starts_with("2 validation errors detected: ")
-                && long.message.contains("less than or equal to 256; Value 'a?' at 'qualifier'")
+                && long
+                    .message
+                    .contains("less than or equal to 256; Value 'a?' at 'qualifier'")
         );
         assert_eq!(FunctionRef::parse("a.b", None).unwrap().name, "a.b");
     }
@@ -285,7 +288,12 @@ mod tests {
         let long = FunctionRef::parse_new(&"x".repeat(65)).unwrap_err();
         assert_eq!(long.code, "InvalidParameterValueException");
         assert!(long.message.ends_with("less than or equal to 64"));
-        for text in ["a.b", "f:a b", "f:$latest", &format!("{arn}{}", "x".repeat(140))] {
+        for text in [
+            "a.b",
+            "f:a b",
+            "f:$latest",
+            &format!("{arn}{}", "x".repeat(140)),
+        ] {
             let error = FunctionRef::parse_new(text).unwrap_err();
             assert_eq!(error.code, "ValidationException", "{text}");
         }

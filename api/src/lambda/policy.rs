@@ -204,7 +204,12 @@ fn principal(name: &str) -> Result<Value, ApiError> {
 
 /// Whether a service can have this name: AWS has them all under domains of its own.
 fn is_service(name: &str) -> bool {
-    let domains = [".amazonaws.com", ".amazonaws.com.cn", ".amazon.com", ".aws.internal"];
+    let domains = [
+        ".amazonaws.com",
+        ".amazonaws.com.cn",
+        ".amazon.com",
+        ".aws.internal",
+    ];
     domains.iter().any(|domain| name.ends_with(domain))
 }
 

@@ -10,11 +10,9 @@ use thaw_api_types::lambda::{
 
 use super::account::{UNRESERVED_MIN, unreserved};
 use super::errors::{ApiError, violation};
-use super::paging::Page;
 use super::names::FunctionRef;
-use super::{
-    Answer, Call, Found, change_function, empty, find_alias_or_version, json, validate,
-};
+use super::paging::Page;
+use super::{Answer, Call, Found, change_function, empty, find_alias_or_version, json, validate};
 use crate::clock;
 use crate::record::{Function, Provisioned, VersionId};
 use crate::state::{App, LiveFunction, PoolSlot};
@@ -152,9 +150,7 @@ fn check(app: &App, record: &Function, qualifier: &str, requested: u32) -> Resul
             true => {
                 "Alias can't be used for Provisioned Concurrency configuration on an already Provisioned version"
             }
-            false => {
-                "Version is pointed by a Provisioned Concurrency alias"
-            }
+            false => "Version is pointed by a Provisioned Concurrency alias",
         }));
     }
     if record

@@ -45,6 +45,10 @@ pub(super) async fn zip(app: &App, code: FunctionCode) -> Result<Bytes, ApiError
         .await
         .map_err(|error| match error {
             S3Error::Unreachable { .. } | S3Error::Tls { .. } => ApiError::service(chain(&error)),
+            // What is larger packed than it may be unpacked.
+            S3Error::TooLarge(limit) => ApiError::invalid_parameter(format!(
+                "Unzipped size must be smaller than {limit} bytes"
+            )),
             other => ApiError::invalid_parameter(other.to_string()),
         })
 }

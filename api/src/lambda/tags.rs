@@ -75,7 +75,8 @@ fn resource_of(app: &App, resource: &str) -> Result<Arc<LiveFunction>, ApiError>
     let malformed = || ApiError::validation(&[violation(resource, "resource", PATTERN)]);
     let parts: Vec<&str> = resource.split(':').collect();
     let kind = match parts.as_slice() {
-        ["arn", _, "lambda", _, _, "function", _] | ["arn", _, "lambda", _, _, "function", _, _] => {
+        ["arn", _, "lambda", _, _, "function", _]
+        | ["arn", _, "lambda", _, _, "function", _, _] => {
             let reference = FunctionRef::parse(resource, None).map_err(|_| malformed())?;
             if reference.qualifier.is_some() {
                 return Err(ApiError::invalid_parameter(

@@ -9,9 +9,7 @@ use thaw_api_types::lambda::{
 
 use super::errors::{ApiError, violation};
 use super::paging::Page;
-use super::{
-    Answer, Call, Found, change_function, empty, find_or, function_or, json, validate,
-};
+use super::{Answer, Call, Found, change_function, empty, find_or, function_or, json, validate};
 use crate::clock;
 use crate::function_url;
 use crate::record::{Function, UrlAuth, UrlConfig};
@@ -124,12 +122,7 @@ fn no_function() -> ApiError {
 }
 
 /// The function or the alias; versions have no URLs.
-fn find(
-    app: &App,
-    call: &Call,
-    name: &str,
-    missing: fn() -> ApiError,
-) -> Result<Found, ApiError> {
+fn find(app: &App, call: &Call, name: &str, missing: fn() -> ApiError) -> Result<Found, ApiError> {
     let mut reference = call.reference(name)?;
     // What stands in the name may be $LATEST, which is what a function's own URL calls.
     let is_latest = reference.qualifier.as_deref() == Some("$LATEST");

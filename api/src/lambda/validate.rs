@@ -150,15 +150,25 @@ pub fn check_architectures(architectures: Option<&[String]>) -> Result<(), ApiEr
 /// What the model does not know as a list of instruction sets.
 fn malformed_architectures(architectures: Option<&[String]>) -> Option<String> {
     let architectures = architectures?;
-    let constraint = if architectures.len() > 1 {
-        "Member must have length less than or equal to 1"
-    } else if architectures.iter().all(|one| ARCHITECTURES.contains(&one.as_str())) {
+    if architectures.len() > 1 {
+        let shown = format!("[{}]", architectures.join(", "));
+        let constraint = "Member must have length less than or equal to 1";
+        return Some(violation(&shown, "architectures", constraint));
+    }
+    unknown_architectures("architectures", architectures)
+}
+
+/// A list of instruction sets with one that the model does not know.
+pub(super) fn unknown_architectures(member: &str, list: &[String]) -> Option<String> {
+    if list.iter().all(|one| ARCHITECTURES.contains(&one.as_str())) {
         return None;
-    } else {
-        "Member must satisfy constraint: [Member must satisfy enum value set: [x86_64, arm64], Member must not be null]"
-    };
-    let shown = format!("[{}]", architectures.join(", "));
-    Some(violation(&shown, "architectures", constraint))
+    }
+    let constraint = "Member must satisfy constraint: [Member must satisfy enum value set: [x86_64, arm64], Member must not be null]";
+    Some(violation(
+        &format!("[{}]", list.join(", ")),
+        member,
+        constraint,
+    ))
 }
 
 /// The zip of an upload.
@@ -384,7 +394,10 @@ fn check_unsupported(change: &FunctionSettings) -> Result<(), ApiError> {
         return refuse("ImageConfig");
     }
     let targets = change.dead_letter_config.as_ref();
-    if targets.and_then(|config| config.get("TargetArn")).is_some_and(is_given) {
+    if targets
+        .and_then(|config| config.get("TargetArn"))
+        .is_some_and(is_given)
+    {
         return refuse("DeadLetterConfig");
     }
     if change.file_system_configs.as_ref().is_some_and(is_given) {

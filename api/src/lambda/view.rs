@@ -7,6 +7,7 @@ use thaw_api_types::lambda::{
     LayerReference, LoggingConfig, RuntimeVersionConfig, SnapStartResponse, TracingConfig,
 };
 
+use crate::auth::sigv4::hex_digest;
 use crate::clock;
 use crate::record::{LastUpdate, LayerUse, State, Version, VersionId};
 use crate::state::App;
@@ -92,10 +93,10 @@ pub fn configuration(
     view
 }
 
-/// Names the one build of a runtime that this gateway has.
-#[must_use]
-pub fn runtime_arn(region: &str, runtime: &str) -> String {
-    format!("arn:aws:lambda:{region}::runtime:{runtime}")
+/// Names the one build of a runtime that this gateway has, as AWS does: by a digest.
+fn runtime_arn(region: &str, runtime: &str) -> String {
+    let digest = hex_digest(runtime.as_bytes());
+    format!("arn:aws:lambda:{region}::runtime:{digest}")
 }
 
 fn logging(function: &Version) -> LoggingConfig {

@@ -141,8 +141,20 @@ def test_a_taken_name_is_a_conflict(client, hello):
 
 @pytest.fixture(scope="module")
 def sizes(deploy):
-    code = "def handler(event, context): return 'x' * event if isinstance(event, int) else len(event['filler'])"
-    return deploy("sizes", zip_of(app=code))
+    code = """
+import logging
+def handler(event, context):
+    logging.getLogger().warning("sized")
+    return 'x' * event if isinstance(event, int) else len(event['filler'])
+"""
+    return deploy("sizes", zip_of(app=code), LoggingConfig={"LogFormat": "JSON"})
+
+
+def test_a_log_of_json_is_json_line_by_line(sizes, invoke):
+    _, answer = invoke(sizes, 1, LogType="Tail")
+    lines = [json.loads(line) for line in base64.b64decode(answer["LogResult"]).decode().splitlines()]
+    assert [line.get("type", line.get("message")) for line in lines] == ["platform.start", "sized", "platform.report"]
+    assert lines[1]["level"] == "WARNING" and lines[1]["requestId"] == lines[0]["record"]["requestId"]
 
 
 def test_a_request_over_6_mb_is_refused_and_one_below_it_passes(sizes, invoke):

@@ -20,8 +20,7 @@ def versioned(client, deploy):
     """A function with the versions 1 and 2."""
     name = deploy("versioned", answers("one"))
     first = client.publish_version(FunctionName=name, Description="the first")
-    assert first["Version"] == "1" and first["Description"] == "the first" and first["State"] == "Pending"
-    client.get_waiter("published_version_active").wait(FunctionName=name, Qualifier="1")
+    assert first["Version"] == "1" and first["Description"] == "the first" and first["State"] == "Active"
     second = client.update_function_code(FunctionName=name, ZipFile=answers("two"), Publish=True)
     assert second["Version"] == "2"
     client.get_waiter("function_updated_v2").wait(FunctionName=name)
@@ -133,8 +132,9 @@ def test_settings_are_changed_for_latest_alone_and_a_stale_revision_is_refused(c
     assert checked["CodeSha256"] == client.get_function_configuration(FunctionName=versioned)["CodeSha256"]
     stale = client.update_function_code(FunctionName=versioned, ZipFile=code)["RevisionId"]
     client.get_waiter("function_updated_v2").wait(FunctionName=versioned)
+    current = client.get_function_configuration(FunctionName=versioned)["RevisionId"]
     changed = client.update_function_configuration(
-        FunctionName=versioned, RevisionId=stale, MemorySize=192, Environment={"Variables": {"WORD": "changed"}}
+        FunctionName=versioned, RevisionId=current, MemorySize=192, Environment={"Variables": {"WORD": "changed"}}
     )
     assert changed["LastUpdateStatus"] == "InProgress" and changed["MemorySize"] == 192
     client.get_waiter("function_updated_v2").wait(FunctionName=versioned)
@@ -184,3 +184,26 @@ def test_what_deployment_tools_read_of_every_function(client, versioned):
     assert client.get_runtime_management_config(FunctionName=versioned)["UpdateRuntimeOn"] == "Auto"
     assert client.list_event_source_mappings(FunctionName=versioned)["EventSourceMappings"] == []
     assert client.list_code_signing_configs()["CodeSigningConfigs"] == []
+    assert client.put_runtime_management_config(FunctionName=versioned, UpdateRuntimeOn="Auto")["UpdateRuntimeOn"] == "Auto"
+    client.put_function_recursion_config(FunctionName=versioned, RecursiveLoop="Allow")
+    assert client.get_function_recursion_config(FunctionName=versioned)["RecursiveLoop"] == "Allow"
+
+
+def test_there_are_no_mappings_and_no_signing_configurations(client, versioned):
+    mapping = {"UUID": "00000000-0000-4000-8000-000000000000"}
+    signing = {"CodeSigningConfigArn": "arn:aws:lambda:us-east-1:000000000000:code-signing-config:csc-0123456789abcdef0"}
+    missing = client.exceptions.ResourceNotFoundException
+    for ask in [
+        lambda: client.get_event_source_mapping(**mapping),
+        lambda: client.update_event_source_mapping(**mapping),
+        lambda: client.delete_event_source_mapping(**mapping),
+        lambda: client.get_code_signing_config(**signing),
+        lambda: client.update_code_signing_config(**signing),
+        lambda: client.delete_code_signing_config(**signing),
+        lambda: client.list_functions_by_code_signing_config(**signing),
+    ]:
+        with pytest.raises(missing):
+            ask()
+    with pytest.raises(client.exceptions.CodeSigningConfigNotFoundException):
+        client.put_function_code_signing_config(FunctionName=versioned, **signing)
+    client.delete_function_code_signing_config(FunctionName=versioned)

@@ -251,7 +251,6 @@ async fn event_invoke_configs_are_put_merged_listed_and_deleted() {
         "ftp://h.example/",
         "http://",
         "https://",
-        "f",
     ] {
         let config = json!({"DestinationConfig": {"OnFailure": {"Destination": nowhere}}});
         refused(
@@ -260,6 +259,39 @@ async fn event_invoke_configs_are_put_merged_listed_and_deleted() {
             "InvalidParameterValueException",
         );
     }
+    let said = async |destination: &str| {
+        let config = json!({"DestinationConfig": {"OnSuccess": {"Destination": destination}}});
+        let answer = configure(&server, &config).await;
+        let code = answer.header("x-amzn-errortype").unwrap().to_owned();
+        refused(&answer, 400, &code)
+    };
+    assert!(
+        said("f")
+            .await
+            .contains("'destinationConfig.onSuccess.destination'")
+    );
+    assert_eq!(
+        said(&format!("{ARN}:f")).await,
+        "You can't specify the function as a destination for itself."
+    );
+    let nope = format!("{ARN}:nope");
+    assert_eq!(
+        said(&nope).await,
+        format!("The destination ARN {nope} is invalid.")
+    );
+    let role = "arn:aws:iam:us-east-1:000000000000:role/r";
+    assert_eq!(
+        said(role).await,
+        format!(
+            "The provided destination config DestinationConfig(onSuccess=OnSuccess(destination={role}), onFailure=null) is invalid."
+        )
+    );
+    let nothing = refused(
+        &configure(&server, &json!({})).await,
+        400,
+        "InvalidParameterValueException",
+    );
+    assert!(nothing.starts_with("You must specify at least one"));
     assert_eq!(server.send("DELETE", CONFIG, &[], b"").await.status, 204);
     refused(&server.get(CONFIG).await, 404, "ResourceNotFoundException");
     server.stop().await;

@@ -150,7 +150,7 @@ async fn what_makes_no_layer_is_refused_in_lambdas_words() {
     let cobol = json!({"Content": good, "CompatibleRuntimes": ["cobol"]});
     let text = publish("lib", cobol, 400, validation).await;
     assert!(
-        text.contains("Value 'cobol' at 'compatibleRuntimes'"),
+        text.contains("Value '[cobol]' at 'compatibleRuntimes'"),
         "{text}"
     );
     let broken = json!({"Content": {"ZipFile": "bm8gemlw"}});

@@ -40,6 +40,9 @@ pub struct CreateFunctionRequest {
     /// Tags of the function.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tags: Option<BTreeMap<String, String>>,
+    /// Whose signatures its code must have.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub code_signing_config_arn: Option<String>,
 }
 
 /// Settings of a function that a client may name on creation and change afterwards; `None` is "not named".

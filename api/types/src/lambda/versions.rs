@@ -171,6 +171,15 @@ pub struct RecursionConfig {
     pub recursive_loop: Option<String>,
 }
 
+/// Body of PutFunctionCodeSigningConfig.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct FunctionCodeSigningRequest {
+    /// Required.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub code_signing_config_arn: Option<String>,
+}
+
 /// Body of PutRuntimeManagementConfig.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
@@ -256,7 +265,7 @@ pub struct AccountLimit {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
 pub struct AccountUsage {
-    /// Bytes of all zips, of published versions too.
+    /// Bytes of all zips, of published versions and of layers too.
     pub total_code_size: u64,
     /// Functions.
     pub function_count: u64,
