@@ -122,25 +122,47 @@ pub async fn serve(
         return granted;
     }
     let headers = cors.is_some().then(|| request.headers().clone());
-    let request_id = Uuid::new_v4().to_string();
-    let mut response = answer(&app, &destination, streams, request, &request_id, arrived).await;
+    let incoming = Identified {
+        trace_id: timing::trace_id(request.headers()),
+        request,
+        id: Uuid::new_v4().to_string(),
+        arrived,
+    };
+    let (id, trace) = (incoming.id.clone(), incoming.trace_id.clone());
+    let mut response = answer(&app, &destination, streams, incoming).await;
     if let (Some(cors), Some(headers)) = (&cors, &headers) {
         cors::allow(cors, headers, &mut response);
     }
-    if let Ok(id) = HeaderValue::from_str(&request_id) {
-        response.headers_mut().insert("x-amzn-requestid", id);
+    let headers = response.headers_mut();
+    if let Ok(id) = HeaderValue::from_str(&id) {
+        headers.insert("x-amzn-requestid", id);
+    }
+    if let Some(trace) = timing::trace_header(&trace) {
+        headers.insert(timing::TRACE_HEADER, trace);
     }
     response
+}
+
+/// A request with what it is known by.
+struct Identified {
+    request: HttpRequest,
+    id: String,
+    trace_id: String,
+    arrived: Instant,
 }
 
 async fn answer(
     app: &Arc<App>,
     destination: &Destination,
     streams: bool,
-    request: HttpRequest,
-    request_id: &str,
-    arrived: Instant,
+    incoming: Identified,
 ) -> Response<Body> {
+    let Identified {
+        request,
+        id: request_id,
+        trace_id,
+        arrived,
+    } = incoming;
     let name = destination.name();
     let reference = FunctionRef::parse(&destination.target, None);
     let Some(found) = reference
@@ -167,7 +189,6 @@ async fn answer(
         Err(BodyError::TooLarge(_)) => return too_large(),
         Err(error) => return message(StatusCode::BAD_REQUEST, &error.to_string()),
     };
-    let trace_id = timing::trace_id(&parts.headers);
     let event = event::build(&Incoming {
         function: &destination.target,
         method: parts.method.as_str(),
@@ -180,7 +201,7 @@ async fn answer(
         caller: caller.as_ref(),
         account_id: &app.account_id,
         local: app.address,
-        request_id,
+        request_id: &request_id,
         trace_id: &trace_id,
         unix_ms: crate::clock::unix_ms(),
     });
@@ -191,7 +212,7 @@ async fn answer(
         Err(error) => return message(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
     };
     let request = Request {
-        request_id: request_id.to_owned(),
+        request_id,
         function_arn: found.arn(app),
         payload,
         client_context: None,

@@ -77,8 +77,8 @@ pub fn trace_id(headers: &HeaderMap) -> String {
 
 /// A trace id for the response.
 #[must_use]
-pub fn trace_header(trace_id: Option<&str>) -> Option<HeaderValue> {
-    HeaderValue::from_str(trace_id?).ok()
+pub fn trace_header(trace_id: &str) -> Option<HeaderValue> {
+    HeaderValue::from_str(trace_id).ok()
 }
 
 #[cfg(test)]

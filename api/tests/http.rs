@@ -421,6 +421,8 @@ async fn a_function_url_speaks_format_2() {
         .await;
     assert_eq!(answer.status, 200);
     let event = answer.json();
+    let trace = event["headers"]["x-amzn-trace-id"].as_str();
+    assert_eq!(answer.header("x-amzn-trace-id"), trace);
     assert_eq!(event["rawPath"], "/a%20b/c");
     assert_eq!(event["rawQueryString"], "x=1&x=2");
     assert_eq!(event["queryStringParameters"]["x"], "1,2");

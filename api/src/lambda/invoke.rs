@@ -76,7 +76,7 @@ pub(super) async fn invoke(app: &Arc<App>, call: Call, name: &str) -> Answer {
     let live = found.pick();
     let key = text(&call.headers, "amz-sdk-invocation-id")
         .and_then(|id| Key::new(id, &request.function_arn, &request.payload));
-    let trace = timing::trace_header(request.trace_id.as_deref());
+    let trace = request.trace_id.as_deref().and_then(timing::trace_header);
     let answer = match key {
         Some(key) => {
             let (app, function, live) = (app.clone(), found.function.clone(), live.clone());

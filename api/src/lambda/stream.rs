@@ -32,7 +32,7 @@ pub(super) async fn invoke(app: &Arc<App>, call: Call, name: &str) -> Answer {
         measure: Measure::Off,
         payload: payload(&call.headers, call.body, PAYLOAD_BYTES_MAX).await?,
     };
-    let trace = timing::trace_header(request.trace_id.as_deref());
+    let trace = request.trace_id.as_deref().and_then(timing::trace_header);
     let live = found.pick();
     let mut running = Running::start(app, &found.function, &live, request);
     // Until the function answers, a refusal still has a status of its own.
