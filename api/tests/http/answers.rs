@@ -334,7 +334,16 @@ async fn settings_are_kept_and_shown() {
     body["Publish"] = true.into();
     let made = server.post(FUNCTIONS, &body).await.json();
     assert_eq!(made["FunctionArn"], format!("{ARN}:f"));
-    assert_eq!(made["Version"], "1");
+    assert_eq!(
+        (&made["Version"], &made["State"]),
+        (&json!("1"), &json!("Pending"))
+    );
+    let first = server
+        .get(&format!("{FUNCTIONS}/f/configuration?Qualifier=1"))
+        .await
+        .json();
+    assert_eq!(first["State"], "Active");
+    assert_ne!(first["RevisionId"], made["RevisionId"]);
     assert_eq!(made["Environment"], json!({"Variables": {}}));
     server.deployed("f").await;
     let path = format!("{FUNCTIONS}/f/configuration");
