@@ -263,15 +263,19 @@ pub async fn settled(app: &App, live: &Live) -> Arc<Version> {
     if !record.is_promised() {
         return record;
     }
-    let mut cursor = live.progress.subscribe();
+    let (mut cursor, mut pool) = (live.progress.subscribe(), live.pool.subscribe());
     let frozen = async {
-        // Neither another deployment nor the function's end is waited for.
-        while live
-            .progress
-            .next(&mut cursor)
-            .await
-            .is_some_and(|event| !event.done)
-        {}
+        loop {
+            tokio::select! {
+                event = live.progress.next(&mut cursor) => {
+                    if event.is_none_or(|event| event.done) {
+                        return;
+                    }
+                }
+                // It is there, or the version was deleted.
+                _ = pool.changed() => return,
+            }
+        }
     };
     let limit = app.limits.init_limit + app.limits.queue_wait_max;
     let _ = tokio::time::timeout(limit, frozen).await;

@@ -189,10 +189,11 @@ async fn serve(
 ) -> Result<Answer, Refusal> {
     let record = deploy::settled(app, live).await;
     let Some(serving) = &record.serving else {
-        return Err(Refusal::Inactive(match &record.state {
-            State::Active => State::Pending,
-            state => state.clone(),
-        }));
+        return Err(match &record.state {
+            _ if !app.is_current(live) => Refusal::Gone,
+            State::Active => Refusal::Inactive(State::Pending),
+            state => Refusal::Inactive(state.clone()),
+        });
     };
     let mut late_log = None;
     let answer = match &serving.outcome {

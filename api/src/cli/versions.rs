@@ -68,6 +68,12 @@ pub async fn run(global: &Global, command: &VersionsCommand) -> anyhow::Result<E
         }
         VersionsCommand::Rm(args) => {
             for version in &args.versions {
+                // DeleteFunction says nothing of a version that is not there.
+                let path = format!(
+                    "{FUNCTIONS}/{}/configuration?Qualifier={version}",
+                    args.name
+                );
+                let _: FunctionConfiguration = client.call(Method::GET, &path, None).await?;
                 client
                     .delete(&format!("{}?Qualifier={version}", args.name))
                     .await?;

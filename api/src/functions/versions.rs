@@ -47,11 +47,7 @@ pub async fn publish(
             current: current.clone(),
         });
     }
-    // Lambda's are Active at once, but for those that it takes a snapshot of.
-    let state = match latest.target.settings.snap_start {
-        true => State::Pending,
-        false => State::Active,
-    };
+    let state = at_once(&latest.target.settings);
     let before = function.record().last_number;
     let version = publish_target(app, &function, wanted.description, state).await?;
     if function.record().last_number != before {
@@ -64,13 +60,27 @@ pub async fn publish(
     Ok(version)
 }
 
-/// Publishes what a client has just made the target of `$LATEST`, in one request.
+/// Lambda's published versions are Active at once, but for those that it takes a snapshot of.
+#[must_use]
+pub fn at_once(settings: &Settings) -> State {
+    match settings.snap_start {
+        true => State::Pending,
+        false => State::Active,
+    }
+}
+
+/// Publishes what a client has just made the target of `$LATEST`, in one request. `state` is what is told of the version until
+/// it is frozen.
 ///
 /// # Errors
 /// See [`ChangeError`]; `$LATEST` stays changed.
-pub async fn publish_at_once(app: &Arc<App>, name: &str) -> Result<Arc<Version>, ChangeError> {
+pub async fn publish_at_once(
+    app: &Arc<App>,
+    name: &str,
+    state: State,
+) -> Result<Arc<Version>, ChangeError> {
     let (_claim, function) = claim_found(app, name)?;
-    publish_target(app, &function, None, State::Pending).await
+    publish_target(app, &function, None, state).await
 }
 
 async fn publish_target(

@@ -43,13 +43,14 @@ pub(super) async fn create(app: &Arc<App>, call: Call) -> Answer {
     let function = functions::create(app, &reference.name, settings, tags, zip)
         .await
         .map_err(refused)?;
-    let view = if request.publish == Some(true) {
-        let version = versions::publish_at_once(app, &function.name)
+    let mut view = view::unqualified(app, &function.latest.record());
+    if request.publish == Some(true) {
+        let state = versions::at_once(&function.latest.record().target.settings);
+        let version = versions::publish_at_once(app, &function.name, state)
             .await
             .map_err(refused)?;
-        view::unqualified(app, &version)
-    } else {
-        view::unqualified(app, &function.latest.record())
-    };
+        // As on AWS: the function that was made, under the version's number.
+        view.version = version.id.to_string();
+    }
     json(StatusCode::CREATED, &view)
 }

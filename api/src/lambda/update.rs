@@ -11,6 +11,7 @@ use super::{
 };
 use crate::code;
 use crate::functions::{self, Change, ChangeError, versions};
+use crate::record::State;
 use crate::state::App;
 
 pub(super) async fn code(app: &Arc<App>, call: Call, name: &str) -> Answer {
@@ -36,7 +37,7 @@ pub(super) async fn code(app: &Arc<App>, call: Call, name: &str) -> Answer {
         .await
         .map_err(refused)?;
     let view = if request.publish == Some(true) {
-        let version = versions::publish_at_once(app, &live.name)
+        let version = versions::publish_at_once(app, &live.name, State::Pending)
             .await
             .map_err(refused)?;
         view::version(app, &version)

@@ -297,6 +297,28 @@ async fn a_published_version_is_active_at_once_and_its_invocations_wait_for_it()
         server.machine.release_freezes();
     };
     tokio::join!(answered, released);
+    // One that is deleted meanwhile is not waited for.
+    server.machine.hold_freezes();
+    let change = json!({"Description": "other"});
+    let path = format!("{FUNCTIONS}/f/configuration");
+    with_body(&server, "PUT", &path, &change).await;
+    server.machine.release_freezes();
+    server.deployed("f").await;
+    server.machine.hold_freezes();
+    server
+        .post(&format!("{FUNCTIONS}/f/versions"), &json!({}))
+        .await;
+    let path = format!("{FUNCTIONS}/f/invocations?Qualifier=2");
+    let ended = async { server.send("POST", &path, &[], b"{}").await };
+    let deleted = async {
+        server.until(|server| server.machine.freezes() == 4).await;
+        let path = format!("{FUNCTIONS}/f?Qualifier=2");
+        with_body(&server, "DELETE", &path, &Value::Null).await
+    };
+    let (ended, deleted) = tokio::join!(ended, deleted);
+    assert_eq!(deleted.status, 204);
+    refused(&ended, 404, MISSING);
+    server.machine.release_freezes();
     let path = format!("{FUNCTIONS}/f/configuration?Qualifier=1");
     let after = server.get(&path).await.json();
     assert_eq!(after["RevisionId"], published["RevisionId"]);
@@ -312,7 +334,16 @@ async fn settings_are_kept_and_shown() {
     body["Publish"] = true.into();
     let made = server.post(FUNCTIONS, &body).await.json();
     assert_eq!(made["FunctionArn"], format!("{ARN}:f"));
-    assert_eq!(made["Version"], "1");
+    assert_eq!(
+        (&made["Version"], &made["State"]),
+        (&json!("1"), &json!("Pending"))
+    );
+    let first = server
+        .get(&format!("{FUNCTIONS}/f/configuration?Qualifier=1"))
+        .await
+        .json();
+    assert_eq!(first["State"], "Active");
+    assert_ne!(first["RevisionId"], made["RevisionId"]);
     assert_eq!(made["Environment"], json!({"Variables": {}}));
     server.deployed("f").await;
     let path = format!("{FUNCTIONS}/f/configuration");
