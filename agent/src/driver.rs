@@ -107,6 +107,8 @@ pub struct Driver<W, M> {
     /// Of the sandbox's end.
     end_limit: Option<Instant>,
     output_due: Option<Instant>,
+    /// When the runtime's hooks for restored clones began to run.
+    hooks_began: Option<Instant>,
 }
 
 enum Event {
@@ -166,6 +168,7 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
             init_limit: None,
             end_limit: None,
             output_due: None,
+            hooks_began: None,
         })
     }
 
@@ -281,7 +284,14 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
         call: Call,
         reply: oneshot::Sender<Answer>,
     ) -> Result<Next, DriverError> {
-        let effects = self.life.call(call);
+        let mut effects = match self.hooks_began {
+            Some(began) if call == Call::Next => {
+                self.hooks_began = None;
+                self.life.hooks_done(began.elapsed())
+            }
+            _ => Vec::new(),
+        };
+        effects.extend(self.life.call(call));
         self.carry_out(effects, Some(reply)).await
     }
 
@@ -309,6 +319,7 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
                     self.queue_output_so_far().await?;
                     self.writer.send(message).await?;
                 }
+                Effect::Queue(message) => self.writer.queue(message)?,
                 Effect::Start(configure) => effects.extend(self.start(configure)?),
                 Effect::StartRuntime => {
                     if let Err(reason) = self.start_runtime() {
@@ -359,6 +370,7 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
         // Queued, not sent: an invocation that came with the thaw goes first, see `live`. Should the runtime not fetch it,
         // the word goes alone.
         self.output_due = Instant::now().checked_add(FIRST_OUTPUT_DELAY);
+        self.hooks_began = self.life.is_restoring().then(Instant::now);
         self.writer.queue(AgentMessage::Thawed {
             unique_after_ns,
             extensions: self.life.has_extensions(),
