@@ -112,6 +112,8 @@ pub struct Driver<W, M> {
     end_limit: Option<Instant>,
     output_due: Option<Instant>,
     telemetry: Telemetry,
+    /// When the runtime's hooks for restored clones began to run.
+    hooks_began: Option<Instant>,
 }
 
 enum Event {
@@ -172,6 +174,7 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
             end_limit: None,
             output_due: None,
             telemetry: Telemetry::new(),
+            hooks_began: None,
         })
     }
 
@@ -290,7 +293,14 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
         if matches!(call, Call::Extension(_)) {
             self.forget_lost_calls();
         }
-        let effects = self.life.call(call);
+        let mut effects = match self.hooks_began {
+            Some(began) if call == Call::Next => {
+                self.hooks_began = None;
+                self.life.hooks_done(began.elapsed())
+            }
+            _ => Vec::new(),
+        };
+        effects.extend(self.life.call(call));
         self.carry_out(effects, Some(reply)).await
     }
 
@@ -323,6 +333,7 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
                     self.telemetry.sending(&message);
                     self.writer.send(message).await?;
                 }
+                Effect::Queue(message) => self.writer.queue(message)?,
                 Effect::Start(configure) => effects.extend(self.start(configure)?),
                 Effect::StartRuntime => {
                     if let Err(reason) = self.start_runtime() {
@@ -408,6 +419,7 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
         // Queued, not sent: an invocation that came with the thaw goes first, see `live`. Should the runtime not fetch it,
         // the word goes alone.
         self.output_due = Instant::now().checked_add(FIRST_OUTPUT_DELAY);
+        self.hooks_began = self.life.is_restoring().then(Instant::now);
         self.writer.queue(AgentMessage::Thawed {
             unique_after_ns,
             extensions: self.life.has_extensions(),

@@ -17,6 +17,8 @@
 mod beside;
 mod words;
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use thaw_agent_protocol::{
     AgentMessage, Configure, Generation, HostMessage, InitError, InvocationError, Invoke,
@@ -63,7 +65,7 @@ pub struct Life {
     parked: Option<Parked>,
     answered: Option<String>,
     restore_error: Option<InitError>,
-    /// The runtime was told that it is restored, and has not asked for an invocation since.
+    /// The runtime was told that it is restored, and has not asked for work since: its hooks run.
     is_restoring: bool,
     extensions: Extensions,
     /// An extension failed while nothing ran that could be answered with it.
@@ -293,6 +295,7 @@ impl Life {
         if self.parked == Some(Parked::RestoreNext) {
             self.parked = None;
             self.is_restoring = true;
+            effects.push(Effect::Queue(AgentMessage::Restoring));
             effects.push(Effect::Wake(Answer::Restored));
         }
         Ok(effects)
@@ -340,6 +343,24 @@ impl Life {
             self.phase = Phase::Assigned(invocation);
             Ok(beside)
         }
+    }
+
+    /// The runtime's hooks for restored clones run: the invocation's own time has not begun.
+    pub fn is_restoring(&self) -> bool {
+        self.is_restoring
+    }
+
+    /// The runtime asks for its first invocation after its hooks, which took so long: the deadline is later by that.
+    pub fn hooks_done(&mut self, took: Duration) -> Vec<Effect> {
+        if !std::mem::take(&mut self.is_restoring) {
+            return Vec::new();
+        }
+        if let Phase::Assigned(invocation) = &mut self.phase {
+            let took = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
+            let deadline = &mut invocation.head.deadline_unix_ms;
+            *deadline = deadline.saturating_add(took);
+        }
+        vec![Effect::Queue(AgentMessage::Restored)]
     }
 
     fn next(&mut self) -> Vec<Effect> {

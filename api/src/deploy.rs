@@ -17,7 +17,7 @@ use thaw_runtime::{FreezeError, Learn, PoolSpec};
 use crate::engine::{Artifact, EngineError, EngineStep, FreezeJob, Sandboxes, chain};
 use crate::environment;
 use crate::events;
-use crate::invocation::fault;
+use crate::invocation::{self, fault};
 use crate::record::{
     InitCause, InitFailure, LastUpdate, Outcome, Revision, Serving, State, Version, VersionId,
 };
@@ -39,6 +39,9 @@ const INIT_LOG_BYTES_MAX: usize = 64 * 1024;
 /// First and longest wait between two attempts to prepare the images.
 const PREPARE_RETRY_FIRST: Duration = Duration::from_secs(2);
 const PREPARE_RETRY_MAX: Duration = Duration::from_secs(60);
+
+/// Shortest limit of an initialisation that is snapshotted on Lambda.
+const SNAP_START_INIT_LIMIT: Duration = Duration::from_secs(130);
 
 type Pool = Arc<dyn Sandboxes>;
 
@@ -292,9 +295,21 @@ pub fn begin(app: &Arc<App>, live: &Arc<Live>) {
 async fn deploy(app: Arc<App>, live: Arc<Live>) {
     let revision = live.record().target.clone();
     match freeze(&app, &live, &revision).await {
+        Ok((Outcome::InitFailed(failure), _)) if is_optimised(&live, &revision) => {
+            let (kind, text) = (failure.cause.error_type(), failure.cause.message());
+            let reason =
+                format!("An error occurred during function initialization. {kind}: {text}");
+            invocation::keep_log(&app, &live, failure.log.into()).await;
+            fail(&app, &live, State::InitFailed(reason)).await;
+        }
         Ok((outcome, pool)) => finish(&app, &live, revision, outcome, pool).await,
-        Err(reason) => fail(&app, &live, reason).await,
+        Err(reason) => fail(&app, &live, State::Failed(reason)).await,
     }
+}
+
+/// A version with SnapStart, which is of no use when its initialisation fails: on Lambda such a version is `Failed`.
+fn is_optimised(live: &Live, revision: &Revision) -> bool {
+    revision.settings.snap_start && live.id != VersionId::Latest
 }
 
 /// Freezes one revision and opens its pool. The error is this machine's, in words for people.
@@ -343,8 +358,18 @@ fn job(app: &App, live: &Live, revision: &Revision) -> FreezeJob {
         bootstrap: environment::bootstrap(&settings.runtime),
         environment: environment::variables(&live.name, live.id, &app.region, settings),
         account_id: Some(app.account_id.clone()),
-        init_limit: app.limits.init_limit,
+        init_limit: match is_optimised(live, revision) {
+            true => snap_start_init_limit(settings.timeout_seconds, app.limits.init_limit),
+            false => app.limits.init_limit,
+        },
     }
+}
+
+/// Lambda's limit for an initialisation that is snapshotted, hooks before the snapshot included: 130 s, or the function's own
+/// time-out if that is longer (AWS Lambda Developer Guide, "Lambda SnapStart runtime hooks").
+fn snap_start_init_limit(timeout_seconds: u32, ordinary: Duration) -> Duration {
+    let own = Duration::from_secs(timeout_seconds.into());
+    ordinary.max(SNAP_START_INIT_LIMIT).max(own)
 }
 
 async fn open_pool(app: &App, live: &Live, artifact: &Artifact) -> Result<Pool, String> {
@@ -440,11 +465,20 @@ fn serve(record: &mut Version, serving: Serving) -> Option<Option<Serving>> {
     Some(record.serving.replace(serving))
 }
 
-/// Commits that this machine could not deploy the target; an older revision keeps serving.
-async fn fail(app: &Arc<App>, live: &Arc<Live>, reason: String) {
-    tracing::error!(function = %live.label, %reason, "deployment failed");
+/// Commits that the target could not be deployed; an older revision keeps serving, and `state` is for want of one.
+async fn fail(app: &Arc<App>, live: &Arc<Live>, state: State) {
+    let reason = state.reason().unwrap_or_default().to_owned();
+    match state {
+        State::InitFailed(_) => {
+            tracing::warn!(function = %live.label, %reason, "the function cannot be initialised");
+        }
+        _ => tracing::error!(function = %live.label, %reason, "deployment failed"),
+    }
     let text = reason.clone();
-    match app.change(live, |record| Some(give_up(record, text))).await {
+    match app
+        .change(live, |record| Some(give_up(record, text, state)))
+        .await
+    {
         Ok(Some(Some(abandoned))) => discard(app.folder(&live.name).join(abandoned)).await,
         Ok(_) => {}
         Err(error) => {
@@ -456,7 +490,7 @@ async fn fail(app: &Arc<App>, live: &Arc<Live>, reason: String) {
 }
 
 /// Notes that the target cannot be deployed; answers the revision that nothing refers to any more.
-fn give_up(record: &mut Version, reason: String) -> Option<String> {
+fn give_up(record: &mut Version, reason: String, state: State) -> Option<String> {
     record.revise();
     record.last_update = Some(LastUpdate::Failed(reason.clone()));
     match &record.serving {
@@ -465,7 +499,7 @@ fn give_up(record: &mut Version, reason: String) -> Option<String> {
             (abandoned.id != record.target.id).then_some(abandoned.id)
         }
         None => {
-            record.state = State::Failed(reason);
+            record.state = state;
             None
         }
     }

@@ -278,7 +278,7 @@ fn refused(refusal: &Refusal, name: &str) -> Response<Body> {
         }
         Refusal::TooLarge => too_large(),
         Refusal::Gone => unknown(name),
-        Refusal::Inactive(State::Failed(reason)) => {
+        Refusal::Inactive(State::Failed(reason) | State::InitFailed(reason)) => {
             let text = format!("The function could not be deployed: {reason}");
             let mut response = message(StatusCode::SERVICE_UNAVAILABLE, &text);
             error_type(&mut response, "ResourceConflictException");

@@ -65,13 +65,22 @@ pub struct Answer {
     pub result: FunctionResult,
     /// SnapStart's hooks after the restore failed, and the function did not run. Hooks of a function without SnapStart are its
     /// own, and so are their errors.
-    pub restore_failed: bool,
+    pub restore: Option<RestoreFault>,
     /// START, output, END, REPORT.
     pub log: Bytes,
     /// With [`Measure::On`], when the guest answered.
     pub timings: Option<InvocationTimings>,
     /// How its sandbox was had; `None` when the function's initialisation had failed, and nothing ran.
     pub start: Option<Start>,
+}
+
+/// How SnapStart's hooks after the restore failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RestoreFault {
+    /// One of them raised.
+    Error,
+    /// They took longer than they may.
+    TimedOut,
 }
 
 /// A function's answer or error.
@@ -226,7 +235,8 @@ async fn serve(
     Ok(answer)
 }
 
-async fn keep_log(app: &Arc<App>, live: &Arc<Live>, text: Bytes) {
+/// Writes to a function's log.
+pub(crate) async fn keep_log(app: &Arc<App>, live: &Arc<Live>, text: Bytes) {
     match live.log.push(text) {
         Write::Others => {}
         Write::Now => write_log(Arc::clone(live)).await,
@@ -352,7 +362,11 @@ fn sort(
     let id = &request.request_id;
     let settings = &serving.revision.settings;
     let limit = Duration::from_secs(settings.timeout_seconds.into());
-    let restore_failed = settings.snap_start && matches!(outcome.end, End::RestoreError { .. });
+    let restore = match outcome.end {
+        End::RestoreError { .. } if settings.snap_start => Some(RestoreFault::Error),
+        End::RestoreTimedOut if settings.snap_start => Some(RestoreFault::TimedOut),
+        _ => None,
+    };
     let (result, note, status) = match outcome.end {
         End::Response { payload, .. } if payload.len() > RESPONSE_BYTES_MAX => {
             (too_large(), None, None)
@@ -379,8 +393,11 @@ fn sort(
             };
             (result, None, None)
         }
-        End::TimedOut => {
-            let fault = fault::timed_out(limit);
+        ref end @ (End::TimedOut | End::RestoreTimedOut) => {
+            let fault = match end {
+                End::RestoreTimedOut => fault::restore_timed_out(),
+                _ => fault::timed_out(limit),
+            };
             let stamp = clock::log_stamp(clock::unix_ms());
             let note = format!("{stamp} {id} {}\n", fault.text);
             (platform(&fault, id), Some(note), Some("timeout"))
@@ -428,7 +445,7 @@ fn sort(
     Ok(Answer {
         version,
         result,
-        restore_failed,
+        restore,
         log: report.text().into(),
         timings: outcome.timings,
         start: Some(outcome.start),
@@ -490,7 +507,7 @@ fn init_failed(
             error_type: error_type.clone(),
             document,
         },
-        restore_failed: false,
+        restore: None,
         log: report.text().into(),
         timings: None,
         start: None,

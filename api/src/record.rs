@@ -405,6 +405,8 @@ pub enum State {
     Active,
     /// Could not be created, and why.
     Failed(String),
+    /// The function's own initialisation failed while a version with SnapStart was created, and how.
+    InitFailed(String),
 }
 
 impl State {
@@ -414,7 +416,16 @@ impl State {
         match self {
             Self::Pending => "Pending",
             Self::Active => "Active",
-            Self::Failed(_) => "Failed",
+            Self::Failed(_) | Self::InitFailed(_) => "Failed",
+        }
+    }
+
+    /// Why it is not there.
+    #[must_use]
+    pub fn reason(&self) -> Option<&str> {
+        match self {
+            Self::Failed(reason) | Self::InitFailed(reason) => Some(reason),
+            Self::Pending | Self::Active => None,
         }
     }
 }

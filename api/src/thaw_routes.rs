@@ -221,13 +221,15 @@ fn ended(live: &Live) -> Option<ProgressEvent> {
     }
     match (&record.state, &record.serving) {
         (record::State::Active, Some(serving)) => Some(deploy::done_event(&serving.outcome)),
-        (record::State::Failed(reason), _) => Some(ProgressEvent {
-            step: Step::Failed,
-            message: "deployment failed".to_owned(),
-            done: true,
-            error: Some(reason.clone()),
-            ..ProgressEvent::default()
-        }),
+        (record::State::Failed(reason) | record::State::InitFailed(reason), _) => {
+            Some(ProgressEvent {
+                step: Step::Failed,
+                message: "deployment failed".to_owned(),
+                done: true,
+                error: Some(reason.clone()),
+                ..ProgressEvent::default()
+            })
+        }
         _ => None,
     }
 }
@@ -262,7 +264,9 @@ fn summary(app: &App, live: &Live) -> FunctionSummary {
         handler: settings.handler.clone(),
         state: record.state.word().to_owned(),
         state_reason: match &record.state {
-            record::State::Failed(reason) => Some(reason.clone()),
+            record::State::Failed(reason) | record::State::InitFailed(reason) => {
+                Some(reason.clone())
+            }
             record::State::Pending => Some("The function is being created.".to_owned()),
             record::State::Active => None,
         },

@@ -123,6 +123,9 @@ pub enum End {
         /// The error document as the function's runtime wrote it, JSON.
         document: Bytes,
     },
+    /// Hooks for restored clones were not done within [`crate::RuntimeConfig::hooks_limit`]; the handler never saw the request,
+    /// and the VM is gone.
+    RestoreTimedOut,
     /// No answer within [`Invocation::timeout`]; the VM is gone.
     TimedOut,
     /// The function's process ended.

@@ -169,6 +169,17 @@ impl Moment {
     }
 }
 
+/// Longest times of an invocation's parts.
+#[derive(Clone, Copy, Debug)]
+struct Limits {
+    /// Until the guest runs.
+    claim: Duration,
+    /// From there until its hooks have run, where there are any.
+    hooks: Duration,
+    /// From there until it answers.
+    function: Duration,
+}
+
 /// An invocation's moments on the host's side.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Moments {
@@ -317,7 +328,11 @@ impl Sandbox {
             Begin::Continue => {}
         }
         let mut life = Life::new(invocation.request_id.clone(), begin);
-        let limits = (config.restore_limit, invocation.timeout);
+        let limits = Limits {
+            claim: config.restore_limit,
+            hooks: config.hooks_limit,
+            function: invocation.timeout,
+        };
         let lived = self.live(&mut life, answer, begin, limits, begun).await;
         let (end, duration) = lived.map_err(|error| match error {
             NotRun::Perhaps(InvokeError::Host(error))
@@ -401,19 +416,23 @@ impl Sandbox {
         Ok(())
     }
 
-    /// The guest's life until the invocation's end, and how long it ran.
+    /// The guest's life until the invocation's end, and how long it ran, its hooks not counted.
     async fn live(
         &mut self,
         life: &mut Life,
         answer: &mut Answer,
         begin: Begin,
-        (claim_limit, timeout): (Duration, Duration),
+        limits: Limits,
         begun: &mut (dyn FnMut() + Send),
     ) -> Result<(End, Duration), NotRun> {
         let mut started = Instant::now();
         // A claim has its own time; the function's begins with the guest.
         let mut is_claiming = begin == Begin::Claim;
-        let mut deadline = after(if is_claiming { claim_limit } else { timeout });
+        let mut deadline = after(if is_claiming {
+            limits.claim
+        } else {
+            limits.function
+        });
         let mut grace: Option<Instant> = None;
         loop {
             let until = grace.map_or(deadline, |grace| grace.min(deadline));
@@ -427,12 +446,12 @@ impl Sandbox {
                 event = self.vm.next() => Input::Vm(event),
             };
             if is_claiming && matches!(input, Input::Deadline) {
-                return Err(self.vm.monitor.silent("restore", claim_limit).into());
+                return Err(self.vm.monitor.silent("restore", limits.claim).into());
             }
             let step = life.step(input);
             if is_claiming && life.has_begun() {
                 is_claiming = false;
-                (started, deadline) = (Instant::now(), after(timeout));
+                (started, deadline) = (Instant::now(), after(limits.function));
                 begun();
             }
             match step {
@@ -446,6 +465,8 @@ impl Sandbox {
                     }
                     Taken::Abandoned => return Err(NotRun::Perhaps(InvokeError::Abandoned)),
                 },
+                Step::Restoring => deadline = started + limits.hooks,
+                Step::Restored => (started, deadline) = (Instant::now(), after(limits.function)),
                 Step::Orphaned => grace = Some(Instant::now() + ORPHAN_LIMIT),
                 Step::Ended(result) => return Ok((result?, started.elapsed())),
             }

@@ -38,6 +38,9 @@ pub struct RuntimeConfig {
     pub restore_concurrency_max: usize,
     /// Longest time for making a shell, and for a restore.
     pub restore_limit: Duration,
+    /// Longest time from a guest's begin until a runtime has run its hooks for restored clones. The invocation's own time begins
+    /// only then. AWS gives 10 s (AWS Lambda Developer Guide, "Lambda SnapStart runtime hooks").
+    pub hooks_limit: Duration,
     /// Longest time for a monitor's answer to anything but boot, restore and save.
     pub reply_limit: Duration,
     /// Longest time for writing a snapshot.
@@ -57,6 +60,7 @@ impl Default for RuntimeConfig {
             recycle: Recycle::Rewind,
             restore_concurrency_max: 2,
             restore_limit: Duration::from_secs(30),
+            hooks_limit: Duration::from_secs(10),
             reply_limit: Duration::from_secs(10),
             save_limit: Duration::from_secs(120),
             close_limit: Duration::from_secs(10),

@@ -137,6 +137,31 @@ async fn a_run_over_its_time_is_ended_even_while_the_guest_talks() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn hooks_have_their_own_time_and_leave_the_function_its_whole() {
+    let stage = Stage::new("runs-hooks");
+    let pool = stage.pool().await;
+    let mut invocation = invocation(b"{}");
+    invocation.timeout = Duration::from_secs(1);
+    let go = stage.path("runs-hooks").with_extension("go");
+    let hooks = async {
+        tokio::time::sleep(2 * invocation.timeout).await;
+        std::fs::write(go, "").unwrap();
+    };
+    let (outcome, ()) = tokio::join!(pool.invoke(invocation.clone()), hooks);
+    let outcome = outcome.unwrap();
+    assert!(matches!(outcome.end, End::Response { .. }), "{outcome:?}");
+    assert!(outcome.duration < invocation.timeout, "{outcome:?}");
+    stage.strike().await;
+
+    let limit = Duration::from_millis(200);
+    let stage = Stage::with("hangs-in-hooks", |config| config.hooks_limit = limit);
+    let pool = stage.pool().await;
+    let outcome = pool.invoke(self::invocation(b"{}")).await.unwrap();
+    assert_eq!(outcome.end, End::RestoreTimedOut);
+    stage.strike().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_guests_end_is_told_with_its_reason_and_console() {
     for (script, expected, shown) in [
         ("panics-in-run", ExitReason::Panic, "Kernel panic"),

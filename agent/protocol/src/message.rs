@@ -3,7 +3,7 @@
 //! Order of a sandbox's life as seen on the channel:
 //! `Hello` ← · `Configure` → · `Log`* ← · `Ready` ← (the snapshot is taken here) or `InitError`/`RuntimeExit` ← ·
 //! then, in each clone: `Thaw` → · `Invoke` → · `Thawed` ← · `Log`* ← · `Response`, `InvocationError`, `RestoreError` or
-//! `RuntimeExit` ←. A streamed response is `ResponseBegin` ← · `ResponseChunk`* ← · `ResponseEnd` ←, with `Log`s between.
+//! `RuntimeExit` ←. A runtime that has hooks for restored clones: `Restoring` ← after `Thawed`, `Restored` ← when they are done. A streamed response is `ResponseBegin` ← · `ResponseChunk`* ← · `ResponseEnd` ←, with `Log`s between.
 //! With extensions, `Log`* ← · `Settled` ← follow. `Shutdown` → is said to a clone with extensions whose time is over.
 
 use std::collections::BTreeMap;
@@ -200,6 +200,10 @@ pub enum AgentMessage {
         /// Extensions take part in this sandbox: a [`Self::Settled`] follows its answer, or its failure.
         extensions: bool,
     },
+    /// The runtime runs its hooks for restored clones, before it takes the invocation. Follows [`Self::Thawed`].
+    Restoring,
+    /// It has run them, and takes the invocation. Follows [`Self::Restoring`], not necessarily at once.
+    Restored,
     /// Output of the runtime and of extensions, at most 64 KiB a message; the bytes are the body of the frame.
     Log {
         /// Where it came from.
@@ -271,6 +275,8 @@ const RESPONSE_BEGIN: u8 = 75;
 const RESPONSE_CHUNK: u8 = 76;
 const RESPONSE_END: u8 = 77;
 const SETTLED: u8 = 78;
+const RESTORING: u8 = 79;
+const RESTORED: u8 = 80;
 
 #[derive(Serialize, Deserialize)]
 struct HelloHead {
@@ -424,6 +430,8 @@ impl Message for AgentMessage {
             }
             Self::RuntimeExit(exit) => frame(RUNTIME_EXIT, generation, &exit, Vec::new()),
             Self::Settled => frame(SETTLED, generation, &Empty {}, Vec::new()),
+            Self::Restoring => frame(RESTORING, generation, &Empty {}, Vec::new()),
+            Self::Restored => frame(RESTORED, generation, &Empty {}, Vec::new()),
             Self::Fatal { message } => frame(FATAL, generation, &FatalHead { message }, Vec::new()),
         }
     }
@@ -487,6 +495,8 @@ impl Message for AgentMessage {
             }
             RUNTIME_EXIT => Ok(Self::RuntimeExit(head(&frame)?)),
             SETTLED => head::<Empty>(&frame).map(|_| Self::Settled),
+            RESTORING => head::<Empty>(&frame).map(|_| Self::Restoring),
+            RESTORED => head::<Empty>(&frame).map(|_| Self::Restored),
             FATAL => head::<FatalHead>(&frame).map(|h| Self::Fatal { message: h.message }),
             kind => Err(MessageError::Kind(kind)),
         }
@@ -532,6 +542,8 @@ mod tests {
             extensions: true,
         });
         round_trip(AgentMessage::Settled);
+        round_trip(AgentMessage::Restoring);
+        round_trip(AgentMessage::Restored);
         round_trip(AgentMessage::InitError(InitError {
             error_type: "Runtime.ImportModuleError".into(),
             payload: b"{}".to_vec(),

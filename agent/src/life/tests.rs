@@ -268,6 +268,7 @@ proptest! {
         let mut generation = first;
         let mut open: Option<String> = None;
         let mut streaming = false;
+        let mut hooks = 0;
         for input in inputs {
             let was_frozen = life.is_frozen();
             let ended = matches!(input, Input::Ended);
@@ -292,7 +293,14 @@ proptest! {
                     }
                     effects
                 }
-                Input::Call(call) => life.call(call),
+                Input::Call(call) => {
+                    let mut effects = match call {
+                        Call::Next => life.hooks_done(Duration::from_millis(1)),
+                        _ => Vec::new(),
+                    };
+                    effects.extend(life.call(call));
+                    effects
+                }
                 Input::Lost => { life.parked_call_lost(); Vec::new() }
                 Input::Ended => life.runtime_ended(RuntimeExitCause::Code(1), false),
                 Input::InitLimit => life.init_timed_out(),
@@ -345,6 +353,15 @@ proptest! {
                             streaming = false;
                         }
                     }
+                    Effect::Queue(message) => {
+                        prop_assert!(generation > first);
+                        hooks += 1;
+                        let expected = match hooks {
+                            1 => AgentMessage::Restoring,
+                            _ => AgentMessage::Restored,
+                        };
+                        prop_assert!(hooks <= 2 && *message == expected, "{message:?}");
+                    }
                     Effect::Start(_) | Effect::Kill | Effect::PowerOff => {}
                     Effect::StartRuntime | Effect::ParkExtension(_) | Effect::WakeExtension(..) | Effect::Subscribe(..) | Effect::Within(_) => {
                         prop_assert!(false, "without extensions: {effect:?}");
@@ -354,4 +371,26 @@ proptest! {
             prop_assert_eq!(answers, usize::from(is_call), "a call is answered or parked exactly once: {:?}", input);
         }
     }
+}
+
+#[test]
+fn hooks_are_told_to_the_host_and_their_time_is_not_the_functions() {
+    let mut life = configured();
+    life.call(Call::RestoreNext);
+    let effects = life.host(Generation(1), thaw()).unwrap();
+    let (restoring, restored) = (AgentMessage::Restoring, AgentMessage::Restored);
+    assert_eq!(
+        effects.get(1..).unwrap(),
+        [Effect::Queue(restoring), Effect::Wake(Answer::Restored)]
+    );
+    life.host(Generation(1), invoke("a")).unwrap();
+    let took = Duration::from_millis(1500);
+    assert_eq!(life.hooks_done(took), [Effect::Queue(restored)]);
+    assert!(matches!(
+        &life.call(Call::Next)[..],
+        [Effect::Answer(Answer::Invocation(i))] if i.head.deadline_unix_ms == 1500
+    ));
+    assert_eq!(life.hooks_done(took), [], "once");
+    let mut without = thawed();
+    assert_eq!(without.hooks_done(took), []);
 }

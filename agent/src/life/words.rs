@@ -97,6 +97,8 @@ pub enum Effect {
     Wake(Answer),
     /// Tell the host, after all output written so far.
     Send(AgentMessage),
+    /// Tell the host, not at once: with what is said next.
+    Queue(AgentMessage),
     /// Start the extensions; then [`Life::extensions_launched`].
     Start(Configure),
     /// Start the runtime.

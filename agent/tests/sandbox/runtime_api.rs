@@ -274,8 +274,10 @@ fn a_snap_start_runtime_is_frozen_in_restore_next() {
     let reply = client.finish();
     assert_eq!((reply.status, reply.body.len()), (200, 0));
     sandbox.hear_thawed();
+    assert_eq!(sandbox.message(), AgentMessage::Restoring);
     let reply = client.get(NEXT);
     assert_eq!(reply.headers["lambda-runtime-aws-request-id"], "r1");
+    assert_eq!(sandbox.message(), AgentMessage::Restored);
 }
 
 #[test]
@@ -288,6 +290,7 @@ fn a_failing_restore_hook_fails_the_invocation() {
         assert_eq!(sandbox.message(), AgentMessage::Ready);
         sandbox.thaw(5);
         sandbox.hear_thawed();
+        assert_eq!(sandbox.message(), AgentMessage::Restoring);
         assert_eq!(client.finish().status, 200);
         let path = format!("/2018-06-01/runtime/{path}");
         let kind = "Lambda-Runtime-Function-Error-Type: Runtime.AfterRestoreError\r\n";

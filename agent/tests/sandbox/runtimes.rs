@@ -249,7 +249,9 @@ fn python_hooks_run_around_the_freeze_and_generators_are_reseeded_before_the_fun
 fn python_client_speaks_snap_start_by_itself() {
     let mut sandbox = snap_start(HOOKS);
     thaw(&mut sandbox);
+    assert_eq!(sandbox.message(), AgentMessage::Restoring);
     sandbox.invoke(1, "r1", b"1");
+    assert_eq!(sandbox.message(), AgentMessage::Restored);
     assert_eq!(
         response(&mut sandbox),
         json!(["init", "before", "after, the same", 1])
@@ -266,8 +268,11 @@ def after():
 def handler(event, context):
     print('handled')
 ";
-    for mut sandbox in [python(app, "app.handler"), snap_start(app)] {
+    for (mut sandbox, by_itself) in [(python(app, "app.handler"), false), (snap_start(app), true)] {
         thaw(&mut sandbox);
+        if by_itself {
+            assert_eq!(sandbox.message(), AgentMessage::Restoring);
+        }
         sandbox.invoke(1, "r1", b"{}");
         let AgentMessage::RestoreError(error) = sandbox.message() else {
             panic!("no error: {}", sandbox.log_text());
@@ -280,6 +285,38 @@ def handler(event, context):
         assert_eq!(document["errorMessage"], "no new connection");
         assert!(!sandbox.log_text().contains("handled"));
         sandbox.shutdown().unwrap();
+    }
+}
+
+#[test]
+fn python_hooks_of_a_version_with_snap_start_have_a_time_that_is_not_the_functions() {
+    let hook = "
+from snapshot_restore_py import register_after_restore
+@register_after_restore
+def after():
+    time.sleep(0.3)
+";
+    let variables = [
+        ("_HANDLER", "app.handler"),
+        ("AWS_LAMBDA_INITIALIZATION_TYPE", "snap-start"),
+    ];
+    for hook in [hook, ""] {
+        let app = format!(
+            "import time\n{hook}\ndef handler(event, context):\n    return time.time() * 1000 + context.get_remaining_time_in_millis()\n"
+        );
+        let mut sandbox = start_python("thaw_runtime", &app, &variables);
+        thaw(&mut sandbox);
+        if !hook.is_empty() {
+            assert_eq!(sandbox.message(), AgentMessage::Restoring);
+        }
+        sandbox.invoke(1, "r1", b"{}");
+        if !hook.is_empty() {
+            assert_eq!(sandbox.message(), AgentMessage::Restored);
+        }
+        let deadline = response(&mut sandbox).as_f64().unwrap();
+        let given = 4_000_000_000_000.0;
+        let is_later = deadline > given + 250.0;
+        assert_eq!(is_later, !hook.is_empty(), "{deadline}");
     }
 }
 
@@ -375,7 +412,13 @@ def handler(event, context):
         ];
         let mut sandbox = start_python("thaw_runtime", app, &variables);
         thaw(&mut sandbox);
+        if kind == "snap-start" {
+            assert_eq!(sandbox.message(), AgentMessage::Restoring);
+        }
         sandbox.invoke(1, "r1", b"{}");
+        if kind == "snap-start" {
+            assert_eq!(sandbox.message(), AgentMessage::Restored);
+        }
         assert_eq!(response(&mut sandbox), json!([kind, "after", kind]));
     }
 }

@@ -146,7 +146,7 @@ mod tests {
         Answer {
             version: VersionId::Latest,
             result: FunctionResult::Response(Bytes::from(vec![0; bytes])),
-            restore_failed: false,
+            restore: None,
             log: Bytes::new(),
             timings: None,
             start: None,

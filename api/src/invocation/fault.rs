@@ -79,6 +79,16 @@ pub fn timed_out(limit: Duration) -> PlatformFault {
     }
 }
 
+/// Its hooks after the restore took too long.
+#[must_use]
+pub fn restore_timed_out() -> PlatformFault {
+    let limit = thaw_runtime::RuntimeConfig::default().hooks_limit;
+    PlatformFault {
+        error_type: "Sandbox.Timedout",
+        text: format!("Restore timed out after {:.2} seconds", limit.as_secs_f64()),
+    }
+}
+
 /// Its initialisation took too long.
 #[must_use]
 pub fn init_timed_out(limit: Duration) -> PlatformFault {

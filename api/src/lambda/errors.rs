@@ -124,7 +124,7 @@ impl ApiError {
     /// 409, it cannot be invoked or published.
     pub fn inactive(state: &State) -> Self {
         let why = match state {
-            State::Failed(reason) => format!(" ({reason})"),
+            State::Failed(reason) | State::InitFailed(reason) => format!(" ({reason})"),
             State::Pending | State::Active => String::new(),
         };
         Self::conflict(format!(
@@ -202,6 +202,15 @@ impl ApiError {
                 "The afterRestore() runtime hook encountered an error: {}",
                 String::from_utf8_lossy(document)
             ),
+        )
+    }
+
+    /// 408, the version's hooks after the restore were not done in time.
+    pub fn snap_start_timeout() -> Self {
+        Self::new(
+            StatusCode::REQUEST_TIMEOUT,
+            "SnapStartTimeoutException",
+            "Lambda couldn't restore the snapshot within the timeout limit.",
         )
     }
 

@@ -18,7 +18,9 @@ use crate::clock;
 use crate::engine::chain;
 use crate::events::{self, AcceptError, EVENT_BYTES_MAX, Event};
 use crate::invocation::duplicates::Key;
-use crate::invocation::{self, FunctionResult, PAYLOAD_BYTES_MAX, Refusal, Request, report};
+use crate::invocation::{
+    self, FunctionResult, PAYLOAD_BYTES_MAX, Refusal, Request, RestoreFault, report,
+};
 use crate::record::{State, VersionId};
 use crate::state::{App, Live};
 use crate::timing;
@@ -89,10 +91,11 @@ pub(super) async fn invoke(app: &Arc<App>, call: Call, name: &str) -> Answer {
     .map_err(|refusal| refused(&refusal, &live, &found.arn(app)))?;
     let (body, failed) = match answer.result {
         FunctionResult::Response(payload) => (payload, false),
-        FunctionResult::Error { document, .. } if answer.restore_failed => {
-            return Err(ApiError::snap_start(&document));
-        }
-        FunctionResult::Error { document, .. } => (document, true),
+        FunctionResult::Error { document, .. } => match answer.restore {
+            Some(RestoreFault::Error) => return Err(ApiError::snap_start(&document)),
+            Some(RestoreFault::TimedOut) => return Err(ApiError::snap_start_timeout()),
+            None => (document, true),
+        },
     };
     let mut response = Response::new(Body::from(body));
     let headers = response.headers_mut();

@@ -17,7 +17,7 @@ use super::errors::ApiError;
 use super::invoke::{client_context, payload, refused, version, wants_tail};
 use super::{Answer, Call};
 use crate::invocation::running::{Ended, Running};
-use crate::invocation::{FunctionResult, PAYLOAD_BYTES_MAX, Request, report};
+use crate::invocation::{FunctionResult, PAYLOAD_BYTES_MAX, Request, RestoreFault, report};
 use crate::state::App;
 use crate::timing;
 
@@ -88,9 +88,10 @@ fn complete(ended: &Ended, tail: bool) -> Result<Bytes, ApiError> {
     match ended {
         Ok(answer) => {
             if let FunctionResult::Error { document: why, .. } = &answer.result {
-                let code = match answer.restore_failed {
-                    true => "SnapStartException",
-                    false => "Unhandled",
+                let code = match answer.restore {
+                    Some(RestoreFault::Error) => "SnapStartException",
+                    Some(RestoreFault::TimedOut) => "SnapStartTimeoutException",
+                    None => "Unhandled",
                 };
                 document["ErrorCode"] = code.into();
                 document["ErrorDetails"] = String::from_utf8_lossy(why).into();

@@ -135,6 +135,7 @@ fn state(function: &Version, view: &mut FunctionConfiguration) {
         State::Active => (None, None),
         State::Pending => (Some("The function is being created."), Some("Creating")),
         State::Failed(reason) => (Some(reason.as_str()), Some("InternalError")),
+        State::InitFailed(reason) => (Some(reason.as_str()), Some("FunctionError")),
     };
     view.state_reason = reason.map(str::to_owned);
     view.state_reason_code = code.map(str::to_owned);
@@ -146,7 +147,15 @@ fn state(function: &Version, view: &mut FunctionConfiguration) {
         LastUpdate::Successful => (None, None),
         // Lambda's own words for it.
         LastUpdate::InProgress => (Some("The function is being created."), Some("Creating")),
-        LastUpdate::Failed(reason) => (Some(reason.as_str()), Some("InternalError")),
+        LastUpdate::Failed(reason) => {
+            let by_function = matches!(function.state, State::InitFailed(_));
+            let code = if by_function {
+                "FunctionError"
+            } else {
+                "InternalError"
+            };
+            (Some(reason.as_str()), Some(code))
+        }
     };
     view.last_update_status_reason = reason.map(str::to_owned);
     view.last_update_status_reason_code = code.map(str::to_owned);

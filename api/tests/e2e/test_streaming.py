@@ -78,14 +78,16 @@ def test_a_function_that_fails_ends_its_stream_with_the_error(client, deploy):
 
 
 HOOKS = """
-import os
+import os, time
 from snapshot_restore_py import register_after_restore, register_before_snapshot
 seen = []
 register_before_snapshot(lambda: seen.append("before"))
 def after():
     seen.append("after")
-    if os.environ.get("FAIL"):
+    if os.environ.get("FAIL") == "raise":
         raise ValueError("no network yet")
+    if os.environ.get("FAIL") == "hang":
+        time.sleep(600)
 register_after_restore(after)
 def handler(event, context):
     return [seen, os.environ["AWS_LAMBDA_INITIALIZATION_TYPE"], os.statvfs("/tmp").f_blocks * os.statvfs("/tmp").f_frsize >> 20]
@@ -107,9 +109,18 @@ def test_snapstart_runs_its_hooks_around_the_snapshot_of_a_version(client, deplo
     assert invoke(name)[0][1] == "on-demand"
 
 
-def test_a_hook_that_fails_after_the_restore_is_snapstarts_error(client, deploy):
-    name = deploy("badhooks", zip_of(app=HOOKS), SnapStart={"ApplyOn": "PublishedVersions"}, Environment={"Variables": {"FAIL": "1"}})
+def test_a_hook_that_fails_or_hangs_after_the_restore_is_snapstarts_error(client, deploy):
+    environment = {"Variables": {"FAIL": "raise"}}
+    name = deploy("badhooks", zip_of(app=HOOKS), SnapStart={"ApplyOn": "PublishedVersions"}, Environment=environment)
     client.publish_version(FunctionName=name)
-    client.get_waiter("published_version_active").wait(FunctionName=name, Qualifier="1")
+    client.update_function_configuration(FunctionName=name, Environment={"Variables": {"FAIL": "hang"}}, Timeout=1)
+    client.get_waiter("function_updated_v2").wait(FunctionName=name)
+    client.publish_version(FunctionName=name)
+    for version in "12":
+        client.get_waiter("published_version_active").wait(FunctionName=name, Qualifier=version)
     with pytest.raises(client.exceptions.SnapStartException, match="no network yet"):
         client.invoke(FunctionName=name, Qualifier="1")
+    began = time.monotonic()
+    with pytest.raises(client.exceptions.SnapStartTimeoutException, match="within the timeout limit"):
+        client.invoke(FunctionName=name, Qualifier="2")
+    assert time.monotonic() - began > 9, "hooks have 10 s, whatever the function has"

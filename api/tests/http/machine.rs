@@ -399,6 +399,7 @@ fn end(payload: Bytes) -> Result<End, InvokeError> {
                 br#"{"errorMessage":"no network yet","errorType":"Runtime.AfterRestoreError"}"#,
             ),
         },
+        "slow restore" => End::RestoreTimedOut,
         "time-out" => End::TimedOut,
         "exit" => exit(RuntimeExitCause::Code(7), false),
         "memory" => exit(RuntimeExitCause::Signal(9), true),

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use super::machine::READY_MAX;
 use super::server::{Answer, Server, zip};
-use super::{FUNCTIONS, good, refused};
+use super::{FUNCTIONS, create, good, refused};
 
 const ARN: &str = "arn:aws:lambda:us-east-1:000000000000:function";
 
@@ -554,8 +554,47 @@ async fn failed_hooks_after_a_restore_are_told_as_snapstarts_error() {
     let answer = server.send("POST", &invoke, &[], b"\"restore\"").await;
     let message = refused(&answer, 400, "SnapStartException");
     assert!(message.contains("no network yet"), "{message}");
+    let answer = server.send("POST", &invoke, &[], b"\"slow restore\"").await;
+    let message = refused(&answer, 408, "SnapStartTimeoutException");
+    assert!(message.contains("within the timeout limit"), "{message}");
     let log = server.get("/thaw/v1/functions/f/logs").await.text();
     assert!(log.contains("said"), "what the hook wrote is kept: {log}");
+    assert!(
+        log.contains("Restore timed out after 10.00 seconds"),
+        "{log}"
+    );
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_version_with_snapstart_that_cannot_be_initialised_is_failed_by_the_function() {
+    let server = Server::start().await;
+    let mut body = create("f", &zip(&[("broken-import.py", b"")]));
+    body["SnapStart"] = json!({"ApplyOn": "PublishedVersions"});
+    body["Publish"] = true.into();
+    server.post(FUNCTIONS, &body).await;
+    assert_eq!(server.deployed("f").await["step"], "active");
+    assert_eq!(server.version_deployed("f", "1").await["step"], "failed");
+    let server = Server::start_in(server.stop().await).await;
+    server.until_healthy().await;
+    for (version, state) in [("$LATEST", "Active"), ("1", "Failed")] {
+        let path = format!("{FUNCTIONS}/f/configuration?Qualifier={version}");
+        let view = server.get(&path).await.json();
+        assert_eq!(view["State"], state, "{view}");
+    }
+    let path = format!("{FUNCTIONS}/f/configuration?Qualifier=1");
+    let view = server.get(&path).await.json();
+    let reason = view["StateReason"].as_str().unwrap();
+    assert!(reason.contains("Runtime.ImportModuleError"), "{reason}");
+    for code in ["StateReasonCode", "LastUpdateStatusReasonCode"] {
+        assert_eq!(view[code], "FunctionError", "{view}");
+    }
+    let invoke = format!("{FUNCTIONS}/f:1/invocations");
+    let answer = server.send("POST", &invoke, &[], b"1").await;
+    let message = refused(&answer, 409, "ResourceConflictException");
+    assert!(message.contains("Failed"), "{message}");
+    let log = server.get("/thaw/v1/functions/f/logs").await.text();
+    assert!(log.contains("Traceback"), "{log}");
     server.stop().await;
 }
 

@@ -38,7 +38,7 @@ impl Unsettled {
             | End::FunctionError { .. }
             | End::RestoreError { .. }
             | End::RuntimeExit(_) => (false, left.saturating_add(SHUTDOWN_LIMIT)),
-            End::TimedOut => (true, SHUTDOWN_LIMIT),
+            End::TimedOut | End::RestoreTimedOut => (true, SHUTDOWN_LIMIT),
             End::GuestDied { .. } => return None,
         };
         Some(Self {

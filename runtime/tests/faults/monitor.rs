@@ -238,6 +238,15 @@ impl Monitor {
                 while self.agent.write_all(&chunk).is_ok() {}
             }
             "begins-and-hangs" => self.begin_stream(&invoke, generation),
+            "runs-hooks" | "hangs-in-hooks" => {
+                self.thawed(generation);
+                self.say(AgentMessage::Restoring, generation);
+                if self.script == "runs-hooks" {
+                    self.wait_for("go");
+                    self.say(AgentMessage::Restored, generation);
+                    self.say(reply(invoke), generation);
+                }
+            }
             "settles-when-told" | "never-settles" => {
                 self.thawed_with_extensions(generation);
                 self.say(reply(invoke), generation);
@@ -305,6 +314,14 @@ impl Monitor {
         self.say(reply(invoke), generation);
     }
 
+    fn thawed(&mut self, generation: u64) {
+        let thawed = AgentMessage::Thawed {
+            unique_after_ns: None,
+            extensions: false,
+        };
+        self.say(thawed, generation);
+    }
+
     fn thawed_with_extensions(&mut self, generation: u64) {
         let thawed = AgentMessage::Thawed {
             unique_after_ns: None,
@@ -322,14 +339,7 @@ impl Monitor {
     }
 
     fn begin_stream(&mut self, invoke: &Invoke, generation: u64) {
-        let unique_after_ns = None;
-        self.say(
-            AgentMessage::Thawed {
-                unique_after_ns,
-                extensions: false,
-            },
-            generation,
-        );
+        self.thawed(generation);
         let begin = StreamBegin {
             request_id: invoke.request_id.clone(),
             content_type: Some("text/event-stream".into()),

@@ -338,6 +338,7 @@ fn print(format: Format, outcome: &Outcome) -> anyhow::Result<ExitCode> {
             error_type,
             document,
         } => (document, Some(error_type.clone())),
+        End::RestoreTimedOut => bail!("the function's hooks were not done in time\n{log}"),
         End::TimedOut => bail!("the function did not answer in time\n{log}"),
         End::RuntimeExit(exit) => bail!("the function's process ended: {:?}\n{log}", exit.cause),
         End::GuestDied { reason, detail, .. } => bail!("the VM ended: {reason:?} {detail}\n{log}"),

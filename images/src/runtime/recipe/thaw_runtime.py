@@ -3,7 +3,8 @@
 The client brings the whole SnapStart protocol: hooks before the snapshot, restore/next, hooks after the restore. Its own
 restore/next is a second request to the agent, through another HTTP client, after the thaw. Here the client's first
 invocation/next stands for it: the snapshot is taken while the native client waits in there, and what it brings is kept
-until the hooks have run. The handler is called only if all of them succeeded.
+until the hooks have run. The handler is called only if all of them succeeded. A version with SnapStart and hooks of its own
+goes the client's way, for these hooks have a time limit of their own, and only so the agent sees where they end.
 """
 
 import os
@@ -13,7 +14,10 @@ import time
 from awslambdaric import bootstrap
 from awslambdaric.lambda_config import LambdaConfigProvider
 from awslambdaric.lambda_runtime_client import LambdaRuntimeClient
-from snapshot_restore_py import register_after_restore
+from snapshot_restore_py import get_after_restore, register_after_restore
+
+
+SNAP_START = bootstrap.INIT_TYPE_SNAP_START
 
 
 def reseed():
@@ -40,6 +44,8 @@ class Client(LambdaRuntimeClient):
 
     def restore_next(self):
         self.rehearse()
+        if os.environ.get(bootstrap.AWS_LAMBDA_INITIALIZATION_TYPE) == SNAP_START and len(get_after_restore()) > 1:
+            return super().restore_next()
         self.first = super().wait_next_invocation()
         self.thawed_ns = time.monotonic_ns()
 
