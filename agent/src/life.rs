@@ -391,10 +391,7 @@ impl Life {
                 vec![Effect::Park]
             }
             // The answer was lost with its connection; the clone is unique all the same.
-            Phase::Idle { .. } | Phase::Assigned(_) => {
-                self.is_restoring = true;
-                vec![Effect::Answer(Answer::Restored)]
-            }
+            Phase::Idle { .. } | Phase::Assigned(_) => vec![Effect::Answer(Answer::Restored)],
             _ => self.not_allowed("RestoreReady"),
         }
     }

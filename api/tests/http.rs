@@ -6,6 +6,8 @@
 mod answers;
 #[path = "http/auth.rs"]
 mod auth;
+#[path = "http/concurrency.rs"]
+mod concurrency;
 #[path = "http/events.rs"]
 mod events;
 #[path = "http/https.rs"]
