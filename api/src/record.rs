@@ -326,6 +326,30 @@ pub struct Settings {
     /// How its log is written.
     #[serde(default)]
     pub logging: Logging,
+    /// What X-Ray is told; recorded only, as there is none here: no trace that Thaw begins is sampled.
+    #[serde(default)]
+    pub tracing: Tracing,
+}
+
+/// Whose decision it is that an invocation is traced.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Tracing {
+    /// The caller's.
+    #[default]
+    PassThrough,
+    /// The function's.
+    Active,
+}
+
+impl Tracing {
+    /// As the Lambda API spells it.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::PassThrough => "PassThrough",
+            Self::Active => "Active",
+        }
+    }
 }
 
 /// How a function's log is written.

@@ -31,6 +31,7 @@ pub fn version(name: &str) -> Version {
                 layers: Vec::new(),
                 ephemeral_mib: crate::engine::EPHEMERAL_MIB_DEFAULT,
                 logging: crate::record::Logging::default(),
+                tracing: crate::record::Tracing::default(),
             },
             code: Code {
                 bytes: 10,

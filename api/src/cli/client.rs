@@ -62,6 +62,7 @@ impl Deployment {
             layers: Vec::new(),
             ephemeral_mib: thaw_api::engine::EPHEMERAL_MIB_DEFAULT,
             logging: thaw_api::record::Logging::default(),
+            tracing: thaw_api::record::Tracing::default(),
         };
         Self {
             name: name.to_owned(),

@@ -89,6 +89,7 @@ impl Settings {
                 .ephemeral_storage
                 .unwrap_or(thaw_api::engine::EPHEMERAL_MIB_DEFAULT),
             logging: thaw_api::record::Logging::default(),
+            tracing: thaw_api::record::Tracing::default(),
         }
     }
 }

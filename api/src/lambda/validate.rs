@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
-use thaw_api_types::lambda::{CreateFunctionRequest, FunctionCode, FunctionSettings};
+use thaw_api_types::lambda::{
+    CreateFunctionRequest, FunctionCode, FunctionSettings, TracingConfig,
+};
 use thaw_images::RuntimeName;
 
 use super::errors::{ApiError, violation};
@@ -13,7 +15,7 @@ use super::layers::RUNTIMES;
 use super::logging;
 use crate::engine::EPHEMERAL_MIB_DEFAULT;
 use crate::environment::RESERVED;
-use crate::record::{Logging, Settings};
+use crate::record::{Logging, Settings, Tracing};
 
 /// Largest zip, bytes.
 pub const ZIP_BYTES_MAX: usize = 52_428_800;
@@ -105,6 +107,7 @@ pub fn create(request: &CreateFunctionRequest) -> Result<Settings, ApiError> {
         layers: Vec::new(),
         ephemeral_mib: EPHEMERAL_MIB_DEFAULT,
         logging: Logging::default(),
+        tracing: Tracing::default(),
     };
     merge(default, &request.settings)
 }
@@ -288,6 +291,12 @@ fn check_settings(settings: &FunctionSettings, violations: &mut Vec<String>) {
             constraint,
         ));
     }
+    if let Some(tracing) = &settings.tracing_config
+        && tracing_of(tracing).is_none()
+    {
+        let constraint = "Member must satisfy enum value set: [Active, PassThrough]";
+        violations.push(violation(&tracing.mode, "tracingConfig.mode", constraint));
+    }
     if let Some(logging) = &settings.logging_config {
         logging::check(logging, violations);
     }
@@ -322,6 +331,11 @@ fn is_variable(key: &str) -> bool {
             && bytes.all(|byte| byte.is_ascii_alphanumeric() || byte == b'_'))
 }
 
+fn tracing_of(config: &TracingConfig) -> Option<Tracing> {
+    let known = [Tracing::PassThrough, Tracing::Active];
+    known.into_iter().find(|known| known.word() == config.mode)
+}
+
 /// Lays the named members over `current`.
 fn merge(current: Settings, change: &FunctionSettings) -> Result<Settings, ApiError> {
     check_unsupported(change)?;
@@ -350,6 +364,11 @@ fn merge(current: Settings, change: &FunctionSettings) -> Result<Settings, ApiEr
             current.ephemeral_mib,
         ),
         logging: logging::merge(current.logging, change.logging_config.as_ref())?,
+        tracing: change
+            .tracing_config
+            .as_ref()
+            .and_then(tracing_of)
+            .unwrap_or(current.tracing),
         environment,
         layers: current.layers,
         snap_start: change
@@ -399,6 +418,9 @@ fn check_unsupported(change: &FunctionSettings) -> Result<(), ApiError> {
         .is_some_and(is_given)
     {
         return refuse("DeadLetterConfig");
+    }
+    if change.kms_key_arn.as_ref().is_some_and(is_given) {
+        return refuse("KMSKeyArn");
     }
     if change.file_system_configs.as_ref().is_some_and(is_given) {
         return refuse("FileSystemConfigs");

@@ -73,7 +73,9 @@ pub fn configuration(
             .environment
             .clone()
             .map(|variables| Environment { variables }),
-        tracing_config: TracingConfig::default(),
+        tracing_config: TracingConfig {
+            mode: settings.tracing.word().to_owned(),
+        },
         revision_id: function.revision_id.clone(),
         package_type: "Zip".to_owned(),
         architectures: vec!["x86_64".to_owned()],

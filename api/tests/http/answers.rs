@@ -191,6 +191,20 @@ async fn names_and_values_are_refused_in_the_models_words() {
         (
             "PUT",
             format!("{FUNCTIONS}/f/configuration"),
+            &json!({"KMSKeyArn": "arn:aws:kms:us-east-1:000000000000:key/k"}),
+            INVALID,
+            "KMSKeyArn is not supported",
+        ),
+        (
+            "PUT",
+            format!("{FUNCTIONS}/f/configuration"),
+            &json!({"TracingConfig": {"Mode": "active"}}),
+            VALIDATION,
+            "1 validation error detected: Value 'active' at 'tracingConfig.mode'",
+        ),
+        (
+            "PUT",
+            format!("{FUNCTIONS}/f/configuration"),
             &json!({"LoggingConfig": {"SystemLogLevel": "INFO"}}),
             INVALID,
             "LogLevel is not supported when LogFormat",
@@ -330,6 +344,7 @@ async fn settings_are_kept_and_shown() {
     let server = Server::start().await;
     let mut body = good("f");
     body["LoggingConfig"] = json!({"LogFormat": "JSON", "SystemLogLevel": "WARN"});
+    body["TracingConfig"] = json!({"Mode": "Active"});
     body["Environment"] = json!({"Variables": {}});
     body["Publish"] = true.into();
     let made = server.post(FUNCTIONS, &body).await.json();
@@ -358,6 +373,7 @@ async fn settings_are_kept_and_shown() {
     let change = json!({"LoggingConfig": {"LogFormat": "Text", "LogGroup": "mine"}});
     let changed = with_body(&server, "PUT", &path, &change).await.json();
     assert_eq!(changed["LastUpdateStatusReasonCode"], "Creating");
+    assert_eq!(changed["TracingConfig"], json!({"Mode": "Active"}));
     assert_eq!(
         changed["LoggingConfig"],
         json!({"LogFormat": "Text", "LogGroup": "mine"})

@@ -79,6 +79,12 @@ pub struct FunctionSettings {
     /// How its log is written.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub logging_config: Option<LoggingConfigRequest>,
+    /// What X-Ray is told.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tracing_config: Option<TracingConfig>,
+    /// A key of a key management service.
+    #[serde(rename = "KMSKeyArn", skip_serializing_if = "Option::is_none")]
+    pub kms_key_arn: Option<serde_json::Value>,
     /// Where events go that failed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dead_letter_config: Option<serde_json::Value>,
@@ -208,7 +214,7 @@ pub struct FunctionConfiguration {
     /// Environment of the function, when it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub environment: Option<Environment>,
-    /// Always `PassThrough`.
+    /// What X-Ray is told.
     pub tracing_config: TracingConfig,
     /// Changes with every change of the function.
     pub revision_id: String,
