@@ -153,7 +153,8 @@ pub async fn start_all(app: Arc<App>) {
         if record.serving.is_some() {
             app.tasks.spawn(reopen(Arc::clone(&app), Arc::clone(&live)));
         }
-        if record.is_deploying() {
+        // What a client deployed since this gateway started has begun.
+        if record.is_deploying() && live.progress.is_empty() {
             begin(&app, &live);
         }
     }

@@ -289,6 +289,20 @@ async fn whatever_changes_a_function_changes_its_revision() {
 }
 
 #[tokio::test]
+async fn what_is_deployed_before_the_images_are_there_is_frozen_once() {
+    let server = Server::without_images().await;
+    server.machine.hold_freezes();
+    assert_eq!(server.post(FUNCTIONS, &good("f")).await.status, 201);
+    server.until(|server| server.machine.freezes() == 1).await;
+    server.machine.release_images();
+    server.until_healthy().await;
+    server.machine.release_freezes();
+    server.deployed("f").await;
+    assert_eq!(server.machine.freezes(), 1);
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn a_published_version_is_active_at_once_and_its_invocations_wait_for_it() {
     let server = Server::start().await;
     deployed(&server, "f").await;

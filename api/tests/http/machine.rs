@@ -18,6 +18,7 @@ use thaw_runtime::{
 use tokio::sync::{mpsc, watch};
 
 pub struct Machine {
+    images_held: watch::Sender<bool>,
     held: watch::Sender<bool>,
     answers: watch::Sender<Answers>,
     invoked: Arc<Mutex<Vec<Invocation>>>,
@@ -40,6 +41,7 @@ struct Answers {
 impl Machine {
     pub fn new() -> Self {
         Self {
+            images_held: watch::Sender::new(false),
             held: watch::Sender::new(false),
             answers: watch::Sender::default(),
             invoked: Arc::default(),
@@ -57,6 +59,15 @@ impl Machine {
     /// The only file of each layer of the newest freeze.
     pub fn layers(&self) -> Vec<Vec<u8>> {
         self.layers.lock().unwrap().clone()
+    }
+
+    /// Images are not there until they are released.
+    pub fn hold_images(&self) {
+        self.images_held.send_replace(true);
+    }
+
+    pub fn release_images(&self) {
+        self.images_held.send_replace(false);
     }
 
     /// Freezes stop half-way from now on.
@@ -125,7 +136,11 @@ fn only_file(zip: &std::path::Path) -> Vec<u8> {
 
 impl Engine for Machine {
     fn prepare(&self) -> BoxFuture<'_, Result<(), EngineError>> {
-        async { Ok(()) }.boxed()
+        async {
+            let _ = self.images_held.subscribe().wait_for(|held| !held).await;
+            Ok(())
+        }
+        .boxed()
     }
 
     fn freeze<'a>(

@@ -68,12 +68,13 @@ pub async fn try_start_as(
     address: &str,
     auth: AuthMode,
 ) -> Result<(Gateway, Arc<Machine>), StartError> {
-    try_start_shaped(home, address, |config| config.auth = auth).await
+    try_start_shaped(home, address, Machine::new(), |config| config.auth = auth).await
 }
 
 async fn try_start_shaped(
     home: &Path,
     address: &str,
+    machine: Machine,
     shape: impl FnOnce(&mut GatewayConfig),
 ) -> Result<(Gateway, Arc<Machine>), StartError> {
     let listener = TcpListener::bind(address).await.unwrap();
@@ -85,7 +86,7 @@ async fn try_start_shaped(
     );
     config.limits.event_retries = Retries([Duration::from_millis(1); 2]);
     shape(&mut config);
-    let machine = Arc::new(Machine::new());
+    let machine = Arc::new(machine);
     let engine: Arc<Machine> = Arc::clone(&machine);
     Ok((Gateway::start_on(config, engine).await?, machine))
 }
@@ -102,18 +103,30 @@ impl Server {
     }
 
     pub async fn start_as(home: TempDir, auth: AuthMode) -> Self {
-        Self::start_shaped(home, |config| config.auth = auth).await
+        Self::start_shaped(home, Machine::new(), |config| config.auth = auth).await
     }
 
     /// One whose configuration differs from the others'.
     pub async fn shaped(shape: impl FnOnce(&mut GatewayConfig)) -> Self {
-        let server = Self::start_shaped(tempfile::tempdir().unwrap(), shape).await;
+        let home = tempfile::tempdir().unwrap();
+        let server = Self::start_shaped(home, Machine::new(), shape).await;
         server.until_healthy().await;
         server
     }
 
-    async fn start_shaped(home: TempDir, shape: impl FnOnce(&mut GatewayConfig)) -> Self {
-        let started = try_start_shaped(home.path(), "127.0.0.1:0", shape).await;
+    /// One that serves and has no images yet.
+    pub async fn without_images() -> Self {
+        let machine = Machine::new();
+        machine.hold_images();
+        Self::start_shaped(tempfile::tempdir().unwrap(), machine, |_config| {}).await
+    }
+
+    async fn start_shaped(
+        home: TempDir,
+        machine: Machine,
+        shape: impl FnOnce(&mut GatewayConfig),
+    ) -> Self {
+        let started = try_start_shaped(home.path(), "127.0.0.1:0", machine, shape).await;
         let (gateway, machine) = started.unwrap();
         let address = gateway.address();
         let (stop, stopped) = oneshot::channel::<()>();
