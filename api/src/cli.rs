@@ -31,6 +31,8 @@ mod versions;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use anyhow::Context as _;
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
@@ -127,6 +129,32 @@ enum Command {
     },
 }
 
+impl Command {
+    /// It has no processes or files of its own that its sudden end would leave behind.
+    fn only_prints(&self) -> bool {
+        match self {
+            Self::Doctor
+            | Self::Invoke(_)
+            | Self::Logs(_)
+            | Self::Ls
+            | Self::Versions(_)
+            | Self::Alias(_)
+            | Self::Layers(_)
+            | Self::Url(_)
+            | Self::Keys(_)
+            | Self::Completions { .. } => true,
+            Self::Up(_)
+            | Self::Init(_)
+            | Self::Deploy(_)
+            | Self::Dev(_)
+            | Self::Rm(_)
+            | Self::Snapshot(_)
+            | Self::Bench(_)
+            | Self::Lab(_) => false,
+        }
+    }
+}
+
 impl Global {
     /// The folder that holds all state, absolute.
     fn home(&self) -> anyhow::Result<PathBuf> {
@@ -175,6 +203,9 @@ pub fn main() -> ExitCode {
 
 fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
     let global = &cli.global;
+    if cli.command.only_prints() {
+        end_with_the_reader()?;
+    }
     match &cli.command {
         Command::Up(args) => up::run(global, args),
         Command::Doctor => doctor::run(global),
@@ -198,6 +229,15 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         Command::Bench(args) => bench::run(global, args),
         Command::Lab(args) => lab::run(global, args),
     }
+}
+
+/// Whoever reads what a command prints may have had enough (`thaw ls | head`): the command ends as others do, by SIGPIPE. Rust
+/// ignores that signal, for which printing then panics.
+fn end_with_the_reader() -> anyhow::Result<()> {
+    let always = Arc::new(AtomicBool::new(true));
+    signal_hook::flag::register_conditional_default(signal_hook::consts::SIGPIPE, always)
+        .context("cannot prepare for a reader that leaves")?;
+    Ok(())
 }
 
 /// Runs a command that speaks to a gateway.

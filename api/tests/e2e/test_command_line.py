@@ -23,6 +23,13 @@ def named(gateway):
     gateway.cli("rm", *made)
 
 
+def test_a_reader_that_has_had_enough_ends_what_prints():
+    command = [THAW, "completions", "bash"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(timeout=60) == -signal.SIGPIPE
+
+
 def edit(path, old, new):
     text = path.read_text()
     assert old in text
