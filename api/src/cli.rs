@@ -4,6 +4,7 @@
 
 mod bench;
 mod client;
+mod confine;
 mod credentials;
 mod deploy;
 mod dev;

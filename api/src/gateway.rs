@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::serve::ListenerExt as _;
-use thaw_runtime::{Runtime, RuntimeConfig};
+use thaw_runtime::{Jailer, JailerError, Owner, Reach, Runtime, RuntimeConfig};
 use thiserror::Error;
 use tokio::net::TcpListener;
 
@@ -35,6 +35,8 @@ pub struct GatewayConfig {
     pub exposure: Exposure,
     /// The `thaw-vmm` executable.
     pub vmm: PathBuf,
+    /// What keeps its processes apart from this machine.
+    pub confinement: Confinement,
     /// The agent: a static executable, init of every guest.
     pub agent: PathBuf,
     /// Sandboxes kept restored for each function, at least.
@@ -72,6 +74,7 @@ impl GatewayConfig {
             listener,
             exposure: Exposure::Loopback,
             vmm,
+            confinement: Confinement::Jail,
             agent,
             ready_count: 2,
             keep_alive: Duration::from_secs(60),
@@ -85,6 +88,15 @@ impl GatewayConfig {
             limits: Limits::default(),
         }
     }
+}
+
+/// What keeps monitors apart from this machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Confinement {
+    /// A jail, as complete as this machine and its user allow.
+    Jail,
+    /// Nothing: for a program that plays the monitor and has no guest.
+    Nothing,
 }
 
 /// Who can reach a listener, as far as its address does not say it.
@@ -179,6 +191,9 @@ pub enum StartError {
     /// The runtime.
     #[error("cannot start the runtime")]
     Runtime(#[from] thaw_runtime::StartError),
+    /// What keeps sandboxes apart from this machine.
+    #[error("cannot find out how sandboxes can be kept apart here")]
+    Jail(#[from] JailerError),
 }
 
 /// Why a gateway stopped serving before it was told to.
@@ -202,6 +217,7 @@ pub struct Gateway {
     tls: Option<Arc<Tls>>,
     app: Arc<App>,
     router: Router,
+    reach: Option<Reach>,
     /// Held until the end: one gateway for a state folder.
     _lock: File,
 }
@@ -212,8 +228,19 @@ impl Gateway {
     /// # Errors
     /// See [`StartError`].
     pub async fn start(config: GatewayConfig) -> Result<Self, StartError> {
+        let lock = lock(&config)?;
+        let (jailer, reach) = match config.confinement {
+            Confinement::Nothing => (None, None),
+            // Under the lock: what an earlier gateway's monitors left is removed.
+            Confinement::Jail => {
+                let owner = Owner::Gateway(&config.home);
+                let (jailer, reach) = Jailer::survey(&config.vmm, owner)?;
+                (Some(jailer), Some(reach))
+            }
+        };
         let runtime = Runtime::new(RuntimeConfig {
             vmm: config.vmm.clone(),
+            jailer,
             memory_budget_mib: Some(config.budget.memory_mib),
             vcpu_budget: Some(config.budget.vcpus),
             keep_alive: config.keep_alive,
@@ -225,7 +252,8 @@ impl Gateway {
             // In the lab, whose processor is emulated and whose changes outside the home are lost.
             engine = engine.ordering_images();
         }
-        Self::start_on(config, Arc::new(engine)).await
+        let started = Self::start_locked(config, lock, Arc::new(engine)).await;
+        started.map(|gateway| Self { reach, ..gateway })
     }
 
     /// The same on an engine of the caller's.
@@ -236,6 +264,15 @@ impl Gateway {
         config: GatewayConfig,
         engine: Arc<dyn Engine>,
     ) -> Result<Self, StartError> {
+        let lock = lock(&config)?;
+        Self::start_locked(config, lock, engine).await
+    }
+
+    async fn start_locked(
+        config: GatewayConfig,
+        lock: File,
+        engine: Arc<dyn Engine>,
+    ) -> Result<Self, StartError> {
         let address = config.listener.local_addr().map_err(StartError::Listener)?;
         let is_guarded = config.auth == AuthMode::Required
             || config.exposure == Exposure::ForwardedLoopback
@@ -243,12 +280,6 @@ impl Gateway {
         if !is_guarded {
             return Err(StartError::NotLoopback { address });
         }
-        fs::create_dir_all(&config.home).map_err(|source| StartError::Home {
-            act: "make",
-            path: config.home.clone(),
-            source,
-        })?;
-        let lock = lock(&config)?;
         let database = config.home.join(GatewayConfig::DATABASE);
         keys::make_private(&database).map_err(|source| StartError::Home {
             act: "make private",
@@ -267,6 +298,7 @@ impl Gateway {
             tls,
             app,
             router,
+            reach: None,
             _lock: lock,
         })
     }
@@ -275,6 +307,12 @@ impl Gateway {
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// How far the jail of each sandbox's monitor reaches here; `None` without one.
+    #[must_use]
+    pub fn reach(&self) -> Option<&Reach> {
+        self.reach.as_ref()
     }
 
     /// Ends when functions can be invoked, or the gateway stops.
@@ -301,6 +339,7 @@ impl Gateway {
             tls,
             app,
             router,
+            reach: _,
             _lock,
         } = self;
         let served = match tls {
@@ -316,8 +355,13 @@ impl Gateway {
     }
 }
 
-/// Takes the state folder's lock; the kernel gives it back at any death.
+/// Makes the state folder and takes its lock; the kernel gives it back at any death.
 fn lock(config: &GatewayConfig) -> Result<File, StartError> {
+    fs::create_dir_all(&config.home).map_err(|source| StartError::Home {
+        act: "make",
+        path: config.home.clone(),
+        source,
+    })?;
     let path = config.home.join("lock");
     let file = OpenOptions::new()
         .create(true)

@@ -30,11 +30,17 @@ const ARROWS: &[(&str, &[&str])] = &[
     ),
     ("thaw-bench-guest", &[]),
     ("thaw-images", &[]),
+    ("thaw-jail", &[]),
     ("thaw-lab", &[]),
     ("thaw-loadtest", &[]),
     (
         "thaw-runtime",
-        &["thaw-agent-protocol", "thaw-snapshot", "thaw-vmm-control"],
+        &[
+            "thaw-agent-protocol",
+            "thaw-jail",
+            "thaw-snapshot",
+            "thaw-vmm-control",
+        ],
     ),
     ("thaw-snapshot", &[]),
     (
@@ -44,7 +50,12 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("thaw-snapshot-store", &["thaw-snapshot"]),
     (
         "thaw-vmm",
-        &["thaw-snapshot", "thaw-snapshot-pager", "thaw-vmm-control"],
+        &[
+            "thaw-jail",
+            "thaw-snapshot",
+            "thaw-snapshot-pager",
+            "thaw-vmm-control",
+        ],
     ),
     ("thaw-vmm-control", &[]),
     ("thaw-vmm-test-guest", &[]),
@@ -52,6 +63,7 @@ const ARROWS: &[(&str, &[&str])] = &[
 /// Crates that must not have these, directly: what a crate exists to forbid.
 const FORBIDDEN: &[(&str, &[&str])] = &[
     ("thaw-vmm", &["tokio", "axum", "reqwest"]),
+    ("thaw-jail", &["kvm-ioctls", "tokio", "vm-memory"]),
     ("thaw-snapshot", &["kvm-ioctls", "tokio", "vm-memory"]),
     ("thaw-snapshot-pager", &["kvm-ioctls", "tokio", "vm-memory"]),
     ("thaw-snapshot-store", &["kvm-ioctls", "vm-memory"]),
@@ -67,6 +79,7 @@ const UNSAFE_ALLOWED: &[&str] = &[
     "agent",
     "runtime/bench",
     "runtime/bench/guest",
+    "runtime/jail",
     "runtime/lab",
     "runtime/vmm",
     "runtime/vmm/tests/guest",

@@ -31,6 +31,9 @@ pub enum HostError {
         #[source]
         source: io::Error,
     },
+    /// What keeps the monitor apart from this machine could not be made.
+    #[error("cannot make a jail for a monitor")]
+    Jail(#[source] thaw_jail::JailerError),
     /// The monitor refused or failed a request.
     #[error("monitor failed to {request}")]
     Refused {

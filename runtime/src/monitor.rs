@@ -1,5 +1,6 @@
 //! One monitor process: its start, requests and replies, its end.
 
+use std::convert::Infallible;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -8,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use command_fds::{CommandFdExt as _, FdMapping};
+use thaw_jail::{Cell, JAIL_ARGUMENT, Jailer, JailerError, Limits};
 use thaw_vmm_control::wire::{self, Read, Receiver, WireError};
 use thaw_vmm_control::{
     AGENT_FD, CONTROL_FD, Event, Exit, FromMonitor, Reply, Request, Rewound, Saved, Status,
@@ -16,64 +18,110 @@ use thaw_vmm_control::{
 use tokio::io::{AsyncReadExt as _, Interest};
 use tokio::net::UnixStream;
 use tokio::process::{Child, ChildStderr, Command};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 
 use crate::HostError;
 use crate::channel::AgentChannel;
+use crate::schedule::Shape;
 use crate::tail::Tail;
+use crate::vm::chain;
 
-/// Most starts waiting for the spawner's thread; more wait in their own tasks.
-const SPAWN_QUEUE_MAX: usize = 16;
 /// Bytes of a monitor's standard error kept for error messages.
 const STDERR_BYTES_MAX: usize = 4096;
+/// Memory of a monitor beside its guest's and its disk's, bytes: heap, stacks, page tables, vCPUs in the kernel.
+const OVERHEAD_BYTES: u64 = 64 << 20;
+/// What a guest can write to its disk unless its function asks for more: Lambda's 512 MiB of ephemeral storage.
+const USUAL_DISK_BYTES: u64 = 512 << 20;
+/// Threads of a monitor: vCPUs, devices, fetching.
+const TASKS_MAX: u64 = 32;
+/// What one VM may read, and write, of the disk per second: an NVMe drive's whole rate, so that no neighbour loses all of an array's.
+const IO_BYTES_PER_SECOND: u64 = 2 << 30;
 /// How long the last words of a dead monitor are waited for.
 const LAST_WORDS_LIMIT: Duration = Duration::from_millis(500);
 /// Longest wait for a killed process to be gone; tear-down of a large VM takes tens of milliseconds.
 const REAP_LIMIT: Duration = Duration::from_secs(30);
 
-/// Starts monitors, all from one thread: a monitor asks the kernel to be killed when its parent ends, and the kernel
-/// takes the *thread* that forked it for the parent (`PR_SET_PDEATHSIG`, prctl(2)). Tokio's threads come and go.
+/// Stack of a thread that starts a monitor and waits for its end.
+const HOLDER_STACK_BYTES: usize = 128 * 1024;
+
+/// Starts monitors, each from a thread of its own, which lives as long as the monitor: that asks the kernel to be killed when its
+/// parent ends, and the kernel takes the *thread* that forked it for the parent (`PR_SET_PDEATHSIG`, prctl(2)). Tokio's threads
+/// come and go. A thread also is what a process's PID namespace is made by ([`Jailer::turn_thread`]).
 #[derive(Debug)]
 pub(crate) struct Spawner {
-    jobs: mpsc::Sender<Job>,
+    vmm: PathBuf,
+    /// Without one, monitors reach what this process reaches.
+    jailer: Option<Jailer>,
+    tokio: tokio::runtime::Handle,
     alive: Arc<watch::Sender<usize>>,
 }
 
-/// One monitor to start. It counts as alive already, so that nobody finds it gone who asks before it is made.
-#[derive(Debug)]
-struct Job {
-    counted: Counted,
-    reply: oneshot::Sender<Result<(Monitor, AgentChannel), HostError>>,
+/// What one monitor is made for: what it may use follows from it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Size {
+    pub(crate) vcpus: u8,
+    pub(crate) memory_mib: u32,
+    /// What the guest can write to its copy-on-write disk, which is memory.
+    pub(crate) disk_bytes: u64,
+}
+
+impl Size {
+    /// Of a shell, whose disk is not known yet.
+    pub(crate) fn of_shell(shape: Shape) -> Self {
+        Self {
+            vcpus: shape.vcpus,
+            memory_mib: shape.memory_mib,
+            disk_bytes: USUAL_DISK_BYTES,
+        }
+    }
+
+    fn memory_bytes(self) -> u64 {
+        (u64::from(self.memory_mib) << 20) + self.disk_bytes + OVERHEAD_BYTES
+    }
+
+    fn limits(self) -> Limits {
+        Limits {
+            memory_bytes: self.memory_bytes(),
+            tasks: TASKS_MAX,
+            // Its devices run beside its processors.
+            cpu_thousandths: 1000 * (u64::from(self.vcpus) + 1),
+            io_bytes_per_second: IO_BYTES_PER_SECOND,
+        }
+    }
 }
 
 impl Spawner {
-    /// A spawner of `vmm`. Its thread ends with it.
-    pub(crate) fn start(vmm: PathBuf, tokio: tokio::runtime::Handle) -> io::Result<Self> {
-        let (jobs, mut queue) = mpsc::channel::<Job>(SPAWN_QUEUE_MAX);
+    pub(crate) fn new(vmm: PathBuf, jailer: Option<Jailer>, tokio: tokio::runtime::Handle) -> Self {
         let alive = Arc::new(watch::Sender::new(0));
-        std::thread::Builder::new()
-            .name("thaw-spawner".into())
-            .spawn(move || {
-                let _context = tokio.enter();
-                while let Some(Job { counted, reply }) = queue.blocking_recv() {
-                    if !reply.is_closed() {
-                        // Nobody waiting any more: what was started is dropped, and so killed.
-                        let _ = reply.send(Monitor::spawn(&vmm, counted));
-                    }
-                }
-            })?;
-        Ok(Self { jobs, alive })
+        Self {
+            vmm,
+            jailer,
+            tokio,
+            alive,
+        }
     }
 
     /// A fresh monitor, without a VM, and its agent channel.
-    pub(crate) async fn spawn(&self) -> Result<(Monitor, AgentChannel), HostError> {
+    pub(crate) async fn spawn(&self, size: Size) -> Result<(Monitor, AgentChannel), HostError> {
         let (reply, answer) = oneshot::channel();
         let counted = Counted::new(&self.alive);
-        self.jobs
-            .send(Job { counted, reply })
-            .await
-            .map_err(|_| HostError::ShutDown)?;
+        let (vmm, jailer, tokio) = (self.vmm.clone(), self.jailer.clone(), self.tokio.clone());
+        let hold = move || {
+            let _context = tokio.enter();
+            let (held, until_gone) = std::sync::mpsc::channel();
+            let made = Monitor::spawn(&vmm, jailer.as_ref(), size, counted, held);
+            // Nobody waiting any more: what was started is dropped, and so killed.
+            let _ = reply.send(made);
+            // An error: the process's owner has dropped the other end.
+            let _ = until_gone.recv();
+        };
+        let thread = std::thread::Builder::new().name("thaw-holder".into());
+        let thread = thread.stack_size(HOLDER_STACK_BYTES).spawn(hold);
+        thread.map_err(|source| HostError::Spawn {
+            path: self.vmm.clone(),
+            source,
+        })?;
         answer.await.map_err(|_| HostError::ShutDown)?
     }
 
@@ -81,6 +129,9 @@ impl Spawner {
     pub(crate) async fn all_gone(&self) {
         // Fails only without the sender, which is ours.
         let _ = self.alive.subscribe().wait_for(|count| *count == 0).await;
+        if let Some(jailer) = &self.jailer {
+            jailer.close();
+        }
     }
 }
 
@@ -104,7 +155,10 @@ impl Drop for Counted {
 #[derive(Debug)]
 struct Process {
     child: Child,
+    cell: Option<Cell>,
     counted: Counted,
+    /// Its thread ends with this.
+    _held: std::sync::mpsc::Sender<Infallible>,
 }
 
 impl Process {
@@ -116,6 +170,12 @@ impl Process {
             Ok(Err(error)) => tracing::warn!(%error, "cannot wait for a monitor"),
             Err(_) => {
                 tracing::error!(pid = self.child.id(), "killed monitor does not end");
+            }
+        }
+        if let Some(cell) = self.cell.take() {
+            let closed = tokio::task::spawn_blocking(move || cell.close()).await;
+            if let Ok(Err(error)) = closed {
+                tracing::warn!(error = chain(&error), "cannot remove a monitor's cell");
             }
         }
         drop(self.counted);
@@ -138,14 +198,25 @@ pub(crate) struct Monitor {
 }
 
 impl Monitor {
-    fn spawn(vmm: &Path, counted: Counted) -> Result<(Self, AgentChannel), HostError> {
+    fn spawn(
+        vmm: &Path,
+        jailer: Option<&Jailer>,
+        size: Size,
+        counted: Counted,
+        held: std::sync::mpsc::Sender<Infallible>,
+    ) -> Result<(Self, AgentChannel), HostError> {
         let failed = |source| HostError::Spawn {
             path: vmm.to_owned(),
             source,
         };
         let (control, control_theirs) = socket_pair().map_err(failed)?;
         let (agent, agent_theirs) = socket_pair().map_err(failed)?;
+        let cell = jailer.map(|jailer| jailer.cell(&size.limits()));
+        let cell = cell.transpose().map_err(HostError::Jail)?;
         let mut command = Command::new(vmm);
+        if let Some(cell) = &cell {
+            command.args([JAIL_ARGUMENT, &cell.orders.to_argument()]);
+        }
         command
             // The gateway's environment may hold secrets; a monitor needs nothing of it.
             .env_clear()
@@ -163,6 +234,9 @@ impl Monitor {
                 mapping(agent_theirs, AGENT_FD),
             ])
             .map_err(|error| failed(io::Error::other(error)))?;
+        if let Some(jailer) = jailer {
+            jailer.turn_thread();
+        }
         let mut child = command.spawn().map_err(failed)?;
         let stderr = Arc::new(Mutex::new(Tail::new(STDERR_BYTES_MAX)));
         let stderr_reader = child
@@ -172,7 +246,12 @@ impl Monitor {
         let monitor = Self {
             control,
             receiver: Receiver::new(),
-            process: Some(Process { child, counted }),
+            process: Some(Process {
+                child,
+                cell,
+                counted,
+                _held: held,
+            }),
             stderr,
             stderr_reader,
             exit: None,
@@ -373,10 +452,21 @@ impl Monitor {
     }
 
     fn reason(&self) -> String {
+        let cell = self.process.as_ref().and_then(|p| p.cell.as_ref());
+        if cell.is_some_and(Cell::ran_out_of_memory) {
+            return ": it has used all of the memory that its VM, its disk and the monitor itself may use".into();
+        }
         self.stderr
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .as_reason()
+    }
+
+    /// Lets it use what a VM of this size may use.
+    pub(crate) fn resize(&self, size: Size) -> Result<(), HostError> {
+        let cell = self.process.as_ref().and_then(|p| p.cell.as_ref());
+        cell.map_or(Ok(()), |cell| cell.limit_memory(size.memory_bytes()))
+            .map_err(|error| HostError::Jail(JailerError::Cgroup(error)))
     }
 
     async fn died(&mut self) -> HostError {

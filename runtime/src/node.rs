@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use self::desk::{Deed, Desk};
-use crate::monitor::Spawner;
+use crate::monitor::{Size, Spawner};
 use crate::sandbox::{Sandbox, SnapshotFiles};
 use crate::schedule::{FunctionId, Input, Rules, Shape, Ticket, Time, Turn, VmId};
 use crate::vm::chain;
@@ -251,7 +251,7 @@ impl Node {
     }
 
     async fn try_prepare(&self, held: &mut Option<Sandbox>, shape: Shape) -> Result<(), HostError> {
-        let shell = held.insert(Sandbox::spawn(&self.spawner).await?);
+        let shell = held.insert(Sandbox::spawn(&self.spawner, Size::of_shell(shape)).await?);
         shell.prepare(shape, &self.config).await
     }
 
@@ -279,7 +279,10 @@ impl Node {
     ) -> Result<(), HostError> {
         let sandbox = match held {
             Some(shell) => shell,
-            none => none.insert(Sandbox::spawn(&self.spawner).await?),
+            none => {
+                let size = Size::of_shell(member.shape);
+                none.insert(Sandbox::spawn(&self.spawner, size).await?)
+            }
         };
         sandbox.claim(&member.files(), &self.config).await
     }

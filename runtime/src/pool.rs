@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use thaw_agent_protocol::{FrameError, PAYLOAD_BYTES_MAX};
-use thaw_snapshot::Snapshot;
+use thaw_snapshot::{SectionKind, Snapshot};
 use thaw_vmm_control::Paging;
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -148,6 +148,7 @@ impl Pool {
             paging: verified.paging,
             rootfs: open(&spec.rootfs).await?,
             code: open(&spec.code).await?,
+            disk_bytes: verified.disk_bytes,
         };
         let member = Arc::new(Member {
             id: node.fresh_function(),
@@ -337,6 +338,8 @@ struct Verified {
     paging: Paging,
     /// Size of its VM.
     shape: Shape,
+    /// Of its disk.
+    disk_bytes: u64,
     learning: Learning,
 }
 
@@ -376,6 +379,11 @@ async fn verified(path: PathBuf, base: Option<PathBuf>) -> Result<Verified, Open
         if shape.vcpus == 0 || shape.memory_mib == 0 {
             return Err(unusable("its metadata tells no size of the VM".into()));
         }
+        let disks = snapshot.sections().filter_map(|(kind, bytes)| match kind {
+            SectionKind::Disk(_) => Some(bytes),
+            _ => None,
+        });
+        let disk_bytes = disks.sum();
         let file = snapshot.file().try_clone();
         let file = file.map_err(|source| {
             OpenPoolError::Host(HostError::File {
@@ -393,6 +401,7 @@ async fn verified(path: PathBuf, base: Option<PathBuf>) -> Result<Verified, Open
             base: base_file,
             paging,
             shape,
+            disk_bytes,
             learning: learning(&snapshot, paging).map_err(|error| unusable(error.into()))?,
         })
     };

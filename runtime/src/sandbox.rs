@@ -21,7 +21,7 @@ use self::answer::{Answer, Taken};
 use self::life::{Begin, Input, Life, Step};
 use self::settle::Unsettled;
 use crate::channel::AgentChannel;
-use crate::monitor::{Spawner, socket_pair};
+use crate::monitor::{Size, Spawner, socket_pair};
 use crate::node::Lesson;
 use crate::schedule::{Shape, Start};
 use crate::vm::{Vm, after};
@@ -74,6 +74,8 @@ pub(crate) struct SnapshotFiles {
     pub(crate) base: Option<std::fs::File>,
     /// How guests' memory is brought in.
     pub(crate) paging: Paging,
+    /// What a guest can write to its copy-on-write disk.
+    pub(crate) disk_bytes: u64,
     pub(crate) rootfs: std::fs::File,
     pub(crate) code: std::fs::File,
 }
@@ -85,6 +87,7 @@ impl SnapshotFiles {
             snapshot,
             base,
             paging: _,
+            disk_bytes: _,
             rootfs,
             code,
         } = self;
@@ -99,6 +102,7 @@ impl SnapshotFiles {
             snapshot: again(&self.snapshot)?,
             base: self.base.as_ref().map(again).transpose()?,
             paging: self.paging,
+            disk_bytes: self.disk_bytes,
             rootfs: again(&self.rootfs)?,
             code: again(&self.code)?,
         })
@@ -110,6 +114,8 @@ impl SnapshotFiles {
 #[derive(Debug)]
 pub(crate) struct Sandbox {
     vm: Vm,
+    /// What it was made for.
+    size: Size,
     stage: Stage,
     /// The generation of its newest life.
     generation: Generation,
@@ -190,10 +196,11 @@ pub(crate) struct Moments {
 
 impl Sandbox {
     /// A monitor without a VM.
-    pub(crate) async fn spawn(spawner: &Spawner) -> Result<Self, HostError> {
-        let (monitor, channel) = spawner.spawn().await?;
+    pub(crate) async fn spawn(spawner: &Spawner, size: Size) -> Result<Self, HostError> {
+        let (monitor, channel) = spawner.spawn(size).await?;
         Ok(Self {
             vm: Vm::new(monitor, channel),
+            size,
             stage: Stage::Shell,
             generation: Generation(0),
             lesson: None,
@@ -222,6 +229,7 @@ impl Sandbox {
         files: &SnapshotFiles,
         config: &RuntimeConfig,
     ) -> Result<(), HostError> {
+        self.fit(files)?;
         let monitor = &mut self.vm.monitor;
         monitor
             .command(
@@ -231,6 +239,15 @@ impl Sandbox {
             )
             .await?;
         self.stage = Stage::Pristine;
+        Ok(())
+    }
+
+    /// Lets it use what this snapshot's guests may use: a shell is made for the usual disk.
+    fn fit(&mut self, files: &SnapshotFiles) -> Result<(), HostError> {
+        if files.disk_bytes > self.size.disk_bytes {
+            self.size.disk_bytes = files.disk_bytes;
+            self.vm.monitor.resize(self.size)?;
+        }
         Ok(())
     }
 
@@ -318,6 +335,9 @@ impl Sandbox {
         };
         self.stage = Stage::Used;
         self.hand_over(invocation).map_err(NotRun::Perhaps)?;
+        if begin == Begin::Claim {
+            self.fit(files)?;
+        }
         let monitor = &mut self.vm.monitor;
         match begin {
             Begin::Claim => {

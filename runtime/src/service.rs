@@ -7,6 +7,8 @@ use std::time::Duration;
 use thiserror::Error;
 use tokio::runtime::Handle;
 
+use thaw_jail::Jailer;
+
 use crate::freeze::freeze;
 use crate::monitor::Spawner;
 use crate::node::Node;
@@ -23,6 +25,8 @@ const GONE_LIMIT: Duration = Duration::from_secs(30);
 pub struct RuntimeConfig {
     /// The `thaw-vmm` executable.
     pub vmm: PathBuf,
+    /// What keeps monitors apart from this machine and from each other; `None`: nothing but what a process does by itself.
+    pub jailer: Option<Jailer>,
     /// Memory that all monitors together may come to use, MiB; `None` for no limit. A VM that runs or has run counts with
     /// its whole memory. What guests write to their copy-on-write disks is not counted: leave room for it.
     pub memory_budget_mib: Option<u64>,
@@ -53,6 +57,7 @@ impl Default for RuntimeConfig {
     fn default() -> Self {
         Self {
             vmm: PathBuf::from("thaw-vmm"),
+            jailer: None,
             memory_budget_mib: None,
             vcpu_budget: None,
             keep_alive: Duration::from_secs(60),
@@ -77,9 +82,6 @@ pub enum StartError {
     /// [`Runtime::new`] was called outside a tokio runtime with I/O and time.
     #[error("no tokio runtime here")]
     NoTokio,
-    /// The thread that starts monitors could not be made.
-    #[error("cannot start the spawner thread")]
-    Thread(#[source] std::io::Error),
 }
 
 /// The machine's sandboxes at one moment.
@@ -107,7 +109,7 @@ impl Runtime {
     /// A runtime; call it inside a tokio runtime with I/O and time.
     ///
     /// # Errors
-    /// Impossible limits, no tokio runtime, no thread.
+    /// Impossible limits, no tokio runtime.
     pub fn new(config: RuntimeConfig) -> Result<Self, StartError> {
         if config.restore_concurrency_max == 0 {
             return Err(StartError::Limits("restore_concurrency_max is 0"));
@@ -116,8 +118,7 @@ impl Runtime {
             return Err(StartError::Limits("vcpu_budget is 0"));
         }
         let tokio = Handle::try_current().map_err(|_| StartError::NoTokio)?;
-        let spawner =
-            Spawner::start(config.vmm.clone(), tokio.clone()).map_err(StartError::Thread)?;
+        let spawner = Spawner::new(config.vmm.clone(), config.jailer.clone(), tokio.clone());
         Ok(Self {
             node: Node::new(config, spawner, tokio),
         })

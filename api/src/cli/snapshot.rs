@@ -17,6 +17,7 @@ use thaw_images::{ImageStore, RuntimeName};
 use thaw_runtime::{Runtime, RuntimeConfig};
 use thaw_snapshot::{BaseRef, Snapshot, WorkingSet};
 
+use super::confine;
 use super::deploy::Settings;
 use super::installation::Installation;
 use super::output::{self, Format};
@@ -127,6 +128,7 @@ fn build(global: &Global, home: &Path, args: &BuildArgs) -> anyhow::Result<ExitC
             return InLab::this_command(home, &installation).run(&mut steps);
         }
     }
+    confine::enter_own_namespace();
     let path = super::wait(freeze(home, &installation, args, steps))?;
     if global.format() == Format::Json {
         output::json(&describe(&Found {
@@ -149,6 +151,7 @@ async fn freeze(
     let folder = home.join("snapshots").join(&args.name);
     let runtime = Runtime::new(RuntimeConfig {
         vmm: installation.vmm.clone(),
+        jailer: Some(confine::jailer(home, installation)?),
         ..RuntimeConfig::default()
     })?;
     let engine = HostEngine::new(runtime, home.to_owned(), installation.agent.clone());

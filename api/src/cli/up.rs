@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail, ensure};
 use clap::Args;
 use thaw_api::auth::keys::{self, ROOT_FILE};
-use thaw_api::gateway::{Exposure, Gateway, GatewayConfig};
+use thaw_api::gateway::{Confinement, Exposure, Gateway, GatewayConfig};
 use thaw_api::s3::S3;
 use thaw_api::tls::{Tls, Trust};
 use thaw_api::{AuthMode, Budget};
@@ -21,6 +21,7 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::client::{Client, Deployment};
+use super::confine;
 use super::credentials;
 use super::installation::Installation;
 use super::progress::Steps;
@@ -327,6 +328,7 @@ fn serve(
     args: &UpArgs,
     trust: Trust,
 ) -> anyhow::Result<ExitCode> {
+    confine::enter_own_namespace();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -338,6 +340,9 @@ fn serve(
             .await
             .context("the gateway cannot start")?;
         say_who_is_let_in(home, args);
+        if let Some(reach) = gateway.reach() {
+            eprintln!("thaw: jail around each sandbox: {reach}");
+        }
         let announcement = match tls {
             None => {
                 let url = format!("http://{}", args.listen);
@@ -392,6 +397,9 @@ async fn configure(
         installation.agent.clone(),
     );
     config.exposure = exposure;
+    if args.vmm.is_some() {
+        config.confinement = Confinement::Nothing;
+    }
     config.auth = args.auth();
     config.tls = tls;
     config.s3 = args.s3(&trust)?;

@@ -16,7 +16,7 @@ use super::{
     FreezeError, FreezeRequest, FreezeStep, FreezeTimings, Frozen, GUEST_COMMAND_LINE,
     INIT_LOG_BYTES_MAX, InitFailure, base,
 };
-use crate::monitor::Spawner;
+use crate::monitor::{Size, Spawner};
 use crate::sandbox::DISK_IDS;
 use crate::tail::Tail;
 use crate::vm::{Vm, VmEvent, after};
@@ -78,6 +78,21 @@ enum Goal {
     Function,
 }
 
+/// What its monitor may use.
+async fn size(request: &FreezeRequest) -> Result<Size, HostError> {
+    let overlay = tokio::fs::metadata(&request.overlay).await;
+    let overlay = overlay.map_err(|source| HostError::File {
+        act: "cannot open",
+        path: request.overlay.clone(),
+        source,
+    })?;
+    Ok(Size {
+        vcpus: request.vcpu_count,
+        memory_mib: request.memory_mib,
+        disk_bytes: overlay.len(),
+    })
+}
+
 /// Tries again when the guest dies before anything of the function has run.
 async fn attempts(
     spawner: &Spawner,
@@ -86,9 +101,10 @@ async fn attempts(
     goal: Goal,
     progress: Progress<'_>,
 ) -> Result<Option<Frozen>, FreezeError> {
+    let size = size(request).await?;
     let mut attempt = 1;
     loop {
-        let (monitor, channel) = spawner.spawn().await?;
+        let (monitor, channel) = spawner.spawn(size).await?;
         let mut freeze = Freeze {
             vm: Vm::new(monitor, channel),
             log: Tail::new(INIT_LOG_BYTES_MAX),

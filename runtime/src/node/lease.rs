@@ -5,6 +5,7 @@ use std::sync::Arc;
 use tokio::sync::watch;
 
 use super::{Lesson, Member, Node};
+use crate::monitor::Size;
 use crate::sandbox::answer::Answer;
 use crate::sandbox::settle::Left;
 use crate::sandbox::{Moment, NotRun, Sandbox};
@@ -90,7 +91,7 @@ impl Lease {
         } = &mut self.parts;
         let sandbox = match sandbox {
             Some(sandbox) => sandbox,
-            none => match Sandbox::spawn(&self.node.spawner).await {
+            none => match Sandbox::spawn(&self.node.spawner, Size::of_shell(member.shape)).await {
                 Ok(fresh) => none.insert(fresh),
                 Err(error) => {
                     let error = Arc::new(error);

@@ -6,6 +6,7 @@ use thaw_snapshot::WorkingSet;
 use thaw_vmm_control::Paging;
 
 use super::Pool;
+use crate::monitor::Size;
 use crate::node::touched;
 use crate::sandbox::answer::Answer;
 use crate::sandbox::{Moment, NotRun, Sandbox};
@@ -35,7 +36,9 @@ impl Pool {
             })
         })?;
         files.paging = Paging::Recorded;
-        let mut sandbox = Sandbox::spawn(&node.spawner).await.map_err(host)?;
+        let mut sandbox = Sandbox::spawn(&node.spawner, Size::of_shell(member.shape))
+            .await
+            .map_err(host)?;
         let asked = Moment::now();
         let ran = sandbox
             .run(

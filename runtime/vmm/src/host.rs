@@ -9,6 +9,7 @@ use thiserror::Error;
 use crate::arch::x86_64::cpuid::{CpuidEntryV1, DeadlineTimer, Topology, guest};
 use crate::arch::x86_64::vcpu_state::HostVcpuLimits;
 use crate::arch::x86_64::{layout, msr};
+use crate::belongings;
 use crate::fault::{Blame, Fault};
 use crate::memory::{GuestMemory, MemoryError};
 
@@ -79,7 +80,7 @@ pub fn shadows_page_tables() -> bool {
 /// This host's KVM.
 #[derive(Debug)]
 pub struct Host {
-    kvm: Kvm,
+    kvm: &'static Kvm,
     supported: Vec<CpuidEntryV1>,
     deadline_timer: DeadlineTimer,
 }
@@ -103,7 +104,7 @@ impl Host {
     /// # Errors
     /// No KVM, or one that lacks what we need.
     pub fn open() -> Result<Self, HostError> {
-        let kvm = Kvm::new().map_err(HostError::Open)?;
+        let kvm = belongings::kvm().map_err(HostError::Open)?;
         if let Some((_, name)) = REQUIRED.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
             return Err(HostError::Lacks(name));
         }

@@ -8,8 +8,10 @@
 //! snapshot never panic the process; architecture code lives under [`arch`] alone.
 
 pub mod arch;
+pub mod belongings;
 pub mod boot;
 mod bytes;
+pub mod confine;
 pub mod control_loop;
 pub mod devices;
 pub mod end;

@@ -18,6 +18,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::arch::x86_64::acpi::VirtioWindow;
 use crate::arch::x86_64::interrupts::{self, InterruptError};
 use crate::arch::x86_64::vcpu_state::{self, HostVcpuLimits, VcpuStateError};
+use crate::confine::{self, Role};
 use crate::devices::{
     DeviceBuildError, DevicePauseError, DeviceStartError, DeviceThread, Devices, MmioWindow,
     SERIAL_GSI,
@@ -253,7 +254,10 @@ impl Machine {
         let forward = end_sender.clone();
         std::thread::Builder::new()
             .name("device-faults".into())
-            .spawn(move || end::forward_device_faults(&fault_receiver, &forward))
+            .spawn(move || {
+                confine::thread(Role::Faults);
+                end::forward_device_faults(&fault_receiver, &forward);
+            })
             .map_err(AssembleError::FaultThread)?;
         let first_instruction_ns = Arc::new(AtomicU64::new(0));
         let context = VcpuContext {

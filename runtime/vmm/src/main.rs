@@ -4,15 +4,16 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 
+use anyhow::Context as _;
 use rustix::fs::{FileType, fstat};
-use rustix::process::{DumpableBehavior, Signal};
+use thaw_jail::{JAIL_ARGUMENT, Orders, SURVEY_ARGUMENT};
 use thaw_vmm::control_loop::Monitor;
 use thaw_vmm::fault::chain;
 use thaw_vmm_control::{AGENT_FD, CONTROL_FD};
 use tracing_subscriber::EnvFilter;
 
-const USAGE: &str = "usage: thaw-vmm is started by thaw, with its control socket as descriptor 3 and its agent channel as \
-                     descriptor 4; it takes no arguments\n";
+const USAGE: &str = "usage: thaw-vmm [--jail ORDERS] is started by thaw, with its control socket as descriptor 3 and its agent \
+                     channel as descriptor 4\n";
 
 /// Takes an inherited socket, once.
 fn inherited(fd: RawFd) -> Option<UnixStream> {
@@ -29,16 +30,6 @@ fn inherited(fd: RawFd) -> Option<UnixStream> {
     Some(UnixStream::from(owned))
 }
 
-/// What a process that holds a guest owes its host: it dies with its parent, gains no privileges, and shows its memory to nobody.
-fn harden() -> rustix::io::Result<()> {
-    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
-    rustix::thread::set_no_new_privs(true)?;
-    if !cfg!(debug_assertions) {
-        rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
-    }
-    Ok(())
-}
-
 /// Ctrl-C and terminal stops are the gateway's business: it ends its monitors in order.
 fn ignore_terminal_signals() {
     for signal in [libc::SIGINT, libc::SIGTTOU] {
@@ -47,10 +38,48 @@ fn ignore_terminal_signals() {
     }
 }
 
+/// What the command line asks for.
+enum Asked {
+    /// A monitor, in a jail by these orders; with none, it only gives up what every process can.
+    Monitor(Orders),
+    /// To tell which walls of a jail can be had.
+    Survey(Orders),
+}
+
+fn asked() -> Option<Asked> {
+    let arguments: Vec<_> = std::env::args().skip(1).collect();
+    match arguments.as_slice() {
+        [] => Some(Asked::Monitor(Orders::default())),
+        [what, orders] => {
+            let orders = Orders::from_argument(orders).ok()?;
+            match what.as_str() {
+                JAIL_ARGUMENT => Some(Asked::Monitor(orders)),
+                SURVEY_ARGUMENT => Some(Asked::Survey(orders)),
+                _ => None,
+            }
+        }
+        _ => None,
+    }
+}
+
+/// Everything that takes rights, then none of them.
+fn confine(orders: &Orders) -> anyhow::Result<()> {
+    thaw_vmm::belongings::take();
+    thaw_jail::enter(orders).context("no jail")?;
+    thaw_vmm::vcpu::install_kick_handler().context("signals could not be set")?;
+    thaw_vmm::confine::process().context("system calls could not be restricted")
+}
+
 fn main() -> ExitCode {
-    let sockets = (std::env::args_os().len() == 1)
-        .then(|| inherited(CONTROL_FD).zip(inherited(AGENT_FD)))
-        .flatten();
+    let (orders, sockets) = match asked() {
+        Some(Asked::Survey(orders)) => {
+            let missing = thaw_jail::survey(&orders);
+            println!("{}", serde_json::json!(missing));
+            return ExitCode::SUCCESS;
+        }
+        Some(Asked::Monitor(orders)) => (orders, inherited(CONTROL_FD).zip(inherited(AGENT_FD))),
+        None => (Orders::default(), None),
+    };
     let Some((control, agent)) = sockets else {
         eprint!("{USAGE}");
         return ExitCode::from(2);
@@ -61,12 +90,11 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .init();
     ignore_terminal_signals();
-    if let Err(error) = harden() {
-        tracing::error!(error = %error, "process could not be hardened");
-        return ExitCode::FAILURE;
-    }
-    if let Err(error) = thaw_vmm::vcpu::install_kick_handler() {
-        tracing::error!(error = chain(&error), "signals could not be set");
+    if let Err(error) = confine(&orders) {
+        tracing::error!(
+            error = format!("{error:#}"),
+            "monitor could not be confined"
+        );
         return ExitCode::FAILURE;
     }
     match Monitor::new(control, agent).serve() {

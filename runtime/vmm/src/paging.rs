@@ -20,12 +20,14 @@ use std::time::Duration;
 use thaw_snapshot::{Access, MemoryReader, PageRun, Snapshot, Touch, VerifyError};
 use thaw_snapshot_pager::{
     Failure, Mode, OpenStoreError, Pager, PagerConfig, SnapshotSource, Source, StartError,
-    Userfault, UserfaultError, stored_memory,
+    UserfaultError, stored_memory,
 };
 use thaw_vmm_control::{Exit, ExitReason, Paging, Prefetch};
 use thiserror::Error;
 use vm_memory::Bytes as _;
 
+use crate::belongings;
+use crate::confine::{self, Role};
 use crate::end::{EndSender, MachineEnd};
 use crate::fault::{Blame, Fault, chain};
 use crate::memory::{GuestMemory, MemoryError, PAGE_BYTES};
@@ -148,7 +150,7 @@ pub fn serve(
     let Some(Plan { source, mode }) = plan(snapshot, paging, store, prefetch)? else {
         return Ok(None);
     };
-    let userfault = Userfault::open().map_err(PagingError::Userfault)?;
+    let userfault = belongings::userfault().map_err(PagingError::Userfault)?;
     // A page that a rehearsal left would be taken for the snapshot's.
     memory.empty().map_err(PagingError::Memory)?;
     let is_recorded = mode == Mode::Record;
@@ -156,6 +158,10 @@ pub fn serve(
     let lost = Arc::clone(&slot);
     let on_failure = move |failure| end_with(&lost, failure, &ends, last_word);
     let start = NonNull::new(memory.host_pointer()).expect("a mapping is nowhere near null");
+    let config = PagerConfig {
+        on_thread: || confine::thread(Role::Fetching),
+        ..PagerConfig::default()
+    };
     // SAFETY: guest memory is one private anonymous mapping, just emptied, which is never unmapped (the invariant of
     // `GuestMemory`) and, as a machine is restored once, never mapped over again. Once the pager is dropped, which its failure
     // alone does, the machine has ended: what still touches memory may get SIGSEGV.
@@ -166,7 +172,7 @@ pub fn serve(
             memory.bytes(),
             source,
             mode,
-            PagerConfig::default(),
+            config,
             on_failure,
         )
     }

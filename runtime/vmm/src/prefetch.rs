@@ -10,7 +10,6 @@
 //! the file's own was written. A page that is the file's was read, or lies beside one that was: the kernel maps up to 16 pages
 //! around a fault if they are in the page cache, where fetching them costs nothing.
 
-use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -23,6 +22,8 @@ use rustix::mm::{Advice, madvise};
 use thaw_snapshot::{Access, Snapshot, Touch, TouchedRun, VerifyError};
 use thaw_vmm_control::{WORKING_SET_RUNS_MAX, WorkingSet, WorkingSetRun};
 
+use crate::belongings;
+use crate::confine::{self, Role};
 use crate::memory::{GuestMemory, PAGE_BYTES};
 use crate::prefault;
 
@@ -162,6 +163,7 @@ impl Prefetcher {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let body = move || {
+            confine::thread(Role::Fetching);
             let pieces = pieces.into_iter();
             pieces
                 .take_while(|_| !stopped.load(Ordering::Relaxed))
@@ -240,7 +242,7 @@ impl Recorder {
     /// # Errors
     /// This process may not read its own pagemap.
     pub fn look(&mut self, memory: &GuestMemory) -> io::Result<WorkingSet> {
-        let pagemap = File::open("/proc/self/pagemap")?;
+        let pagemap = belongings::pagemap()?;
         let (first, pages) = (
             memory.host_address() / PAGE_BYTES,
             memory.bytes() / PAGE_BYTES,

@@ -4,7 +4,7 @@
 //!
 //! A shell whose rehearsal fails is none: whatever would fail every claim is found before there is a request.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::os::unix::net::UnixStream;
 
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -16,6 +16,7 @@ use thiserror::Error;
 
 use crate::arch::x86_64::interrupts::{self, InterruptError};
 use crate::arch::x86_64::vcpu_state::{self, VcpuStateError};
+use crate::belongings;
 use crate::devices::{DeviceRestoreError, DiskFiles};
 use crate::machine::Machine;
 use crate::save::{self, SaveError};
@@ -62,7 +63,7 @@ pub enum RehearsalError {
 /// Maps the pages of this program and its libraries, which lie in the page cache, all at once.
 fn map_program() {
     // What cannot be read or mapped ahead is mapped when it is needed, which is slower and otherwise the same.
-    let Ok(maps) = fs::read_to_string("/proc/self/maps") else {
+    let Ok(maps) = belongings::maps() else {
         return;
     };
     for line in maps.lines() {

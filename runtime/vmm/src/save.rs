@@ -15,6 +15,7 @@ use vm_memory::Bytes;
 
 use crate::arch::x86_64::interrupts::{self, InterruptError};
 use crate::arch::x86_64::vcpu_state::{self, VcpuStateError};
+use crate::belongings;
 use crate::devices::{Devices, DiskAccess};
 use crate::fault::{Blame, Fault};
 use crate::machine::{DiskBase, Machine};
@@ -202,7 +203,7 @@ struct MemorySource<'a> {
     runs: &'a [PageRun],
     /// `/proc/self/pagemap` (Documentation/admin-guide/mm/pagemap.rst), if this process may read it: otherwise every page is
     /// looked at.
-    pagemap: Option<File>,
+    pagemap: Option<&'static File>,
 }
 
 /// A page is in memory or in swap: bits 63 and 62 of its pagemap entry.
@@ -215,7 +216,7 @@ impl<'a> MemorySource<'a> {
         Self {
             memory,
             runs,
-            pagemap: File::open("/proc/self/pagemap").ok(),
+            pagemap: belongings::pagemap().ok(),
         }
     }
 

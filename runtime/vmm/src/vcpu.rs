@@ -28,6 +28,7 @@ use thaw_vmm_control::ExitReason;
 use thiserror::Error;
 
 use crate::arch::x86_64::layout;
+use crate::confine::{self, Role};
 use crate::devices::Devices;
 use crate::end::{EndSender, MachineEnd};
 
@@ -283,7 +284,10 @@ impl Vcpu {
         let body = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
             .name(format!("vcpu-{number}"))
-            .spawn(move || thread_main(&body, &context))
+            .spawn(move || {
+                confine::thread(Role::Vcpu);
+                thread_main(&body, &context);
+            })
             .map_err(|source| VcpuError::Thread {
                 vcpu: number,
                 source,

@@ -24,7 +24,7 @@ pub const WORKERS_MAX: usize = 16;
 const TOUCHES_MAX: usize = 1 << 20;
 
 /// How to serve.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub struct PagerConfig {
     /// Threads that fetch, at most [`WORKERS_MAX`].
     pub workers: NonZeroUsize,
@@ -34,6 +34,8 @@ pub struct PagerConfig {
     pub attempts: u32,
     /// Between two tries; multiplied by the number of tries so far.
     pub pause: Duration,
+    /// What each thread does first: giving up rights that it does not need, for instance.
+    pub on_thread: fn(),
 }
 
 impl Default for PagerConfig {
@@ -43,6 +45,7 @@ impl Default for PagerConfig {
             fault_limit: Duration::from_secs(10),
             attempts: 3,
             pause: Duration::from_millis(20),
+            on_thread: || {},
         }
     }
 }
@@ -259,7 +262,10 @@ impl Pager {
     fn spawn(&self, name: String, run: fn(&Shared)) -> Result<(), StartError> {
         let shared = Arc::clone(&self.shared);
         let thread = thread::Builder::new().name(name);
-        let thread = thread.spawn(move || run(&shared));
+        let thread = thread.spawn(move || {
+            (shared.config.on_thread)();
+            run(&shared);
+        });
         thread.map(drop).map_err(StartError::Threads)
     }
 

@@ -24,6 +24,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use crate::cli::client::{Client, Deployment};
+use crate::cli::confine;
 use crate::cli::installation::Installation;
 use crate::cli::progress::Steps;
 use crate::cli::up::{stop_signal, wait_healthy};
@@ -150,6 +151,7 @@ impl Stage<'_> {
         let client = Client::new(&format!("http://{}", listener.local_addr()?))?;
         let runtime = Runtime::new(RuntimeConfig {
             vmm: self.installation.vmm.clone(),
+            jailer: Some(confine::jailer(self.home, self.installation)?),
             recycle,
             memory_budget_mib: primed.then_some(ROOM_MIB),
             ..RuntimeConfig::default()

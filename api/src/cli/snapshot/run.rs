@@ -15,6 +15,7 @@ use thaw_runtime::{End, Invocation, Learn, Measure, Outcome, PoolSpec, Runtime, 
 use thaw_snapshot::{PendingFile, Snapshot, WorkingSet, set_working_set};
 use thaw_snapshot_store::{LocalFolder, Store};
 
+use super::super::confine;
 use super::{Found, describe_working_set, find, open_with_base, working_set_line};
 use crate::cli::Global;
 use crate::cli::installation::Installation;
@@ -237,9 +238,10 @@ fn base_of(home: &Path, path: &Path) -> anyhow::Result<Option<PathBuf>> {
     super::base_file(home, path, &named).map(Some)
 }
 
-fn runtime(installation: &Installation) -> anyhow::Result<Runtime> {
+fn runtime(home: &Path, installation: &Installation) -> anyhow::Result<Runtime> {
     Ok(Runtime::new(RuntimeConfig {
         vmm: installation.vmm.clone(),
+        jailer: Some(confine::jailer(home, installation)?),
         shells_per_class: 0,
         ..RuntimeConfig::default()
     })?)
@@ -257,7 +259,10 @@ fn where_kvm_is(
             let code = InLab::this_command(home, installation).run(steps);
             code.map(Some)
         }
-        _ => Ok(None),
+        _ => {
+            confine::enter_own_namespace();
+            Ok(None)
+        }
     }
 }
 
@@ -276,7 +281,7 @@ pub fn run(global: &Global, home: &Path, args: &RunArgs) -> anyhow::Result<ExitC
         return Ok(code);
     }
     let outcome = crate::cli::wait(async {
-        let runtime = runtime(&installation)?;
+        let runtime = runtime(home, &installation)?;
         let pool = runtime.open_pool(parts.spec()).await?;
         let outcome = pool.invoke(invocation).await;
         runtime.shutdown(END_LIMIT).await;
@@ -294,7 +299,7 @@ pub fn record(global: &Global, home: &Path, args: &RecordArgs) -> anyhow::Result
         return Ok(code);
     }
     let (outcome, set) = crate::cli::wait(async {
-        let runtime = runtime(&installation)?;
+        let runtime = runtime(home, &installation)?;
         let pool = runtime.open_pool(parts.spec()).await?;
         let recorded = pool.record(&invocation).await;
         runtime.shutdown(END_LIMIT).await;

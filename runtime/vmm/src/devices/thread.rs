@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::confine::{self, Role};
+
 use super::fault::DeviceFault;
 use super::slot::{Backend, Slot, Turn};
 use super::{Devices, MMIO_WINDOWS_MAX, lock};
@@ -213,6 +215,7 @@ pub(super) fn start(devices: &Arc<Devices>) -> Result<DeviceThread, DeviceStartE
     }
     let shared = devices.clone();
     let body = move || {
+        confine::thread(Role::Devices);
         let _guard = EndGuard(&shared.control);
         if let Err(error) = run(&shared) {
             shared.faults.report(DeviceFault::Thread(error));

@@ -1,0 +1,340 @@
+//! Which system calls each of a monitor's threads may make, and why.
+//!
+//! The main thread's filter is set before there is another, and the others inherit it, so it allows what any of them needs;
+//! each then sets a tighter one of its own. No table has a call that opens a file by a name from the root (which is
+//! empty), starts a program, makes a socket or memory that can be executed, or changes a signal's handler.
+
+use std::sync::OnceLock;
+
+use thaw_jail::seccomp::{self, Filter, Only, Rule, SeccompError, any, only};
+
+/// `KVMIO`, the letter of KVM's ioctls (include/uapi/linux/kvm.h).
+const KVM: Only = Only::Driver(0xae);
+/// `UFFDIO`, that of userfaultfd's (include/uapi/linux/userfaultfd.h).
+const USERFAULTFD: Only = Only::Driver(0xaa);
+/// `FIONBIO` (include/uapi/asm-generic/ioctls.h) and `FICLONE` (include/uapi/linux/fs.h).
+const OF_FILES: Only = Only::Values(1, &[0x5421, 0x4004_9409]);
+const F_DUPFD_CLOEXEC: u32 = libc::F_DUPFD_CLOEXEC.unsigned_abs();
+const DESCRIPTOR_COMMANDS: Only = Only::Values(
+    1,
+    &[
+        F_DUPFD_CLOEXEC,
+        libc::F_GETFD.unsigned_abs(),
+        libc::F_SETFD.unsigned_abs(),
+        libc::F_GETFL.unsigned_abs(),
+        libc::F_SETFL.unsigned_abs(),
+    ],
+);
+/// The signal with which glibc changes the user of all threads (sysdeps/nptl/pthreadP.h).
+const SIGSETXID: u32 = 33;
+/// What the kernel told the process at its start (include/uapi/linux/prctl.h); asked for by rustix.
+const PR_GET_AUXV: u32 = 0x4155_5856;
+const NAMES: Only = Only::Values(
+    0,
+    &[
+        libc::PR_SET_NAME.unsigned_abs(),
+        libc::PR_GET_NAME.unsigned_abs(),
+        libc::PR_SET_VMA.unsigned_abs(),
+        PR_GET_AUXV,
+    ],
+);
+
+/// What a thread of Rust and of the C library does by itself.
+const EVERY: &[Rule] = &[
+    any(libc::SYS_futex, "mutexes, condition variables, joining"),
+    any(libc::SYS_sched_yield, "locks that spin a moment"),
+    only(
+        libc::SYS_mmap,
+        Only::NotExecutable,
+        "heap, stacks, guest memory",
+    ),
+    only(
+        libc::SYS_mprotect,
+        Only::NotExecutable,
+        "the heap's growth, guard pages",
+    ),
+    any(libc::SYS_munmap, "heap, stacks"),
+    any(libc::SYS_mremap, "large vectors that grow"),
+    any(
+        libc::SYS_madvise,
+        "the heap; pages fetched ahead, given back or never dumped",
+    ),
+    any(libc::SYS_brk, "the heap"),
+    any(libc::SYS_getrandom, "seeds of hash maps"),
+    any(
+        libc::SYS_clock_gettime,
+        "time, where the kernel's page for it is off",
+    ),
+    any(libc::SYS_clock_nanosleep, "pauses between attempts"),
+    any(
+        libc::SYS_restart_syscall,
+        "a wait that a signal interrupted",
+    ),
+    any(libc::SYS_rt_sigreturn, "the end of a signal's handler"),
+    any(
+        libc::SYS_rt_sigprocmask,
+        "threads that begin and end; abort(3)",
+    ),
+    any(
+        libc::SYS_sigaltstack,
+        "the stack on which overflows are noticed",
+    ),
+    any(libc::SYS_rseq, "a new thread's registration"),
+    any(libc::SYS_set_robust_list, "the same"),
+    any(libc::SYS_gettid, "panics and abort(3) name their thread"),
+    any(libc::SYS_getpid, "abort(3)"),
+    any(
+        libc::SYS_tgkill,
+        "vCPUs are kicked out of their guest; abort(3)",
+    ),
+    only(
+        libc::SYS_prctl,
+        NAMES,
+        "names of threads and mappings; where the kernel's page for time is",
+    ),
+    any(libc::SYS_write, "wake-ups by eventfd, the log"),
+    any(libc::SYS_read, "wake-ups by eventfd"),
+    any(libc::SYS_close, "descriptors that are done with"),
+    any(libc::SYS_exit, "a thread's end"),
+    any(libc::SYS_exit_group, "the process's end"),
+];
+
+/// The main thread: requests, and all that makes, saves, restores and rewinds a machine.
+const CONTROL: &[Rule] = &[
+    any(
+        libc::SYS_poll,
+        "waits for requests and for the machine's end",
+    ),
+    any(libc::SYS_ppoll, "the same"),
+    any(libc::SYS_recvmsg, "requests with descriptors"),
+    any(libc::SYS_sendmsg, "replies"),
+    any(
+        libc::SYS_recvfrom,
+        "bytes of the agent's channel before the guest runs",
+    ),
+    any(
+        libc::SYS_sendto,
+        "what the guest had said when it was saved",
+    ),
+    any(
+        libc::SYS_shutdown,
+        "an agent's channel that a rewind replaces",
+    ),
+    any(libc::SYS_socketpair, "the rehearsal's request"),
+    any(libc::SYS_memfd_create, "the rehearsal's snapshot"),
+    any(
+        libc::SYS_getsockopt,
+        "what kind of descriptor the agent's channel is",
+    ),
+    only(
+        libc::SYS_rt_sigaction,
+        Only::Values(0, &[SIGSETXID]),
+        "the C library, with its first thread",
+    ),
+    any(libc::SYS_clone3, "threads"),
+    any(
+        libc::SYS_clone,
+        "threads, on a C library that does not know clone3",
+    ),
+    only(
+        libc::SYS_prctl,
+        Only::Values(0, &[libc::PR_SET_NO_NEW_PRIVS.unsigned_abs()]),
+        "a thread's own filter, for which the library makes sure of it",
+    ),
+    only(
+        libc::SYS_seccomp,
+        Only::Values(0, &[libc::SECCOMP_SET_MODE_FILTER]),
+        "a thread's own filter, which can only take away",
+    ),
+    any(libc::SYS_sched_getaffinity, "a new thread's attributes"),
+    any(libc::SYS_eventfd2, "doorbells and interrupts"),
+    any(libc::SYS_epoll_create1, "the device thread's watch"),
+    any(libc::SYS_epoll_ctl, "an agent's channel that is watched"),
+    only(libc::SYS_ioctl, KVM, "the virtual machine"),
+    only(
+        libc::SYS_ioctl,
+        USERFAULTFD,
+        "memory that is served as it is touched",
+    ),
+    only(
+        libc::SYS_ioctl,
+        OF_FILES,
+        "streams that do not block; blocks that are shared between files",
+    ),
+    only(
+        libc::SYS_fcntl,
+        DESCRIPTOR_COMMANDS,
+        "copies of descriptors, close-on-exec",
+    ),
+    any(libc::SYS_fstat, "lengths of files"),
+    any(libc::SYS_statx, "the same"),
+    any(libc::SYS_newfstatat, "the same"),
+    any(libc::SYS_lseek, "holes in disks and snapshots"),
+    any(libc::SYS_pread64, "snapshots, images, pagemap"),
+    any(libc::SYS_preadv, "disks"),
+    any(libc::SYS_pwrite64, "the snapshot that is written"),
+    any(libc::SYS_pwritev, "the same"),
+    any(libc::SYS_writev, "the log"),
+    any(libc::SYS_copy_file_range, "disks into a snapshot"),
+    any(libc::SYS_ftruncate, "a snapshot's length"),
+    any(libc::SYS_fallocate, "a snapshot's room"),
+    any(libc::SYS_fsync, "a snapshot that is to last"),
+    any(libc::SYS_fdatasync, "the same"),
+    any(libc::SYS_syncfs, "the same"),
+    any(libc::SYS_mincore, "which of a file's pages are there"),
+    any(
+        libc::SYS_openat,
+        "chunks below a store's folder; there is no other folder",
+    ),
+];
+
+/// A virtual processor.
+const VCPU: &[Rule] = &[only(libc::SYS_ioctl, KVM, "KVM_RUN")];
+
+/// The thread of all devices.
+const DEVICES: &[Rule] = &[
+    any(libc::SYS_epoll_wait, "doorbells and the agent's channel"),
+    any(libc::SYS_epoll_pwait, "the same"),
+    any(libc::SYS_epoll_ctl, "an agent's channel that is watched"),
+    any(libc::SYS_recvfrom, "the agent's channel"),
+    any(libc::SYS_sendto, "the same"),
+    any(libc::SYS_recvmsg, "the same"),
+    any(libc::SYS_sendmsg, "the same"),
+    any(libc::SYS_readv, "frames of the network"),
+    any(libc::SYS_writev, "the same; the agent's channel"),
+    any(
+        libc::SYS_shutdown,
+        "an agent's channel that the guest has closed",
+    ),
+    any(libc::SYS_pread64, "disks"),
+    any(libc::SYS_preadv, "the same"),
+    any(libc::SYS_fstat, "lengths of disks"),
+    any(libc::SYS_statx, "the same"),
+];
+
+/// Threads that fetch memory ahead, or as it is touched.
+const FETCHING: &[Rule] = &[
+    any(libc::SYS_poll, "page faults of the guest"),
+    any(libc::SYS_ppoll, "the same"),
+    only(libc::SYS_ioctl, USERFAULTFD, "pages into guest memory"),
+    any(libc::SYS_pread64, "a snapshot's pages"),
+    any(libc::SYS_fstat, "lengths of chunks"),
+    any(libc::SYS_statx, "the same"),
+    any(
+        libc::SYS_openat,
+        "chunks below a store's folder; there is no other folder",
+    ),
+    any(
+        libc::SYS_sendmsg,
+        "the machine's end, told in the control loop's place",
+    ),
+];
+
+/// What tells the control loop of a device's fault.
+const FAULTS: &[Rule] = &[];
+
+/// A kind of thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// `vcpu-N`.
+    Vcpu,
+    /// `devices`.
+    Devices,
+    /// `device-faults`.
+    Faults,
+    /// `prefetch`, `pager-…`.
+    Fetching,
+}
+
+struct Filters {
+    vcpu: Filter,
+    devices: Filter,
+    faults: Filter,
+    fetching: Filter,
+}
+
+static FILTERS: OnceLock<Filters> = OnceLock::new();
+
+/// Puts the main thread, and so all that come, behind a filter, and has violations told. Before there is another thread.
+///
+/// # Errors
+/// The kernel refuses the filter.
+pub fn process() -> Result<(), SeccompError> {
+    let filters = Filters {
+        vcpu: Filter::compile(&[EVERY, VCPU])?,
+        devices: Filter::compile(&[EVERY, DEVICES])?,
+        faults: Filter::compile(&[EVERY, FAULTS])?,
+        fetching: Filter::compile(&[EVERY, FETCHING])?,
+    };
+    let all = Filter::compile(&[EVERY, CONTROL, VCPU, DEVICES, FETCHING, FAULTS])?;
+    // Set once: `main` calls this.
+    FILTERS.get_or_init(|| filters);
+    seccomp::report_violations()?;
+    all.apply()
+}
+
+/// Puts the calling thread behind its own filter; nothing where [`process`] was not called, as in tests of a single part.
+///
+/// # Panics
+/// The kernel refuses a filter after it took the main thread's: this thread must not see a guest then.
+pub fn thread(role: Role) {
+    let Some(filters) = FILTERS.get() else { return };
+    let filter = match role {
+        Role::Vcpu => &filters.vcpu,
+        Role::Devices => &filters.devices,
+        Role::Faults => &filters.faults,
+        Role::Fetching => &filters.fetching,
+    };
+    filter.apply().expect("the kernel took the main thread's");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TABLES: [&[Rule]; 6] = [EVERY, CONTROL, VCPU, DEVICES, FETCHING, FAULTS];
+
+    #[test]
+    fn no_thread_may_start_a_program_make_a_socket_or_change_a_handler() {
+        let never = [
+            libc::SYS_execve,
+            libc::SYS_execveat,
+            libc::SYS_fork,
+            libc::SYS_vfork,
+            libc::SYS_socket,
+            libc::SYS_connect,
+            libc::SYS_bind,
+            libc::SYS_open,
+            libc::SYS_ptrace,
+            libc::SYS_mount,
+            libc::SYS_unshare,
+            libc::SYS_setns,
+            libc::SYS_kill,
+            libc::SYS_bpf,
+            libc::SYS_perf_event_open,
+            libc::SYS_io_uring_setup,
+            libc::SYS_keyctl,
+            libc::SYS_process_vm_readv,
+            libc::SYS_userfaultfd,
+        ];
+        for rule in TABLES.into_iter().flatten() {
+            assert!(!never.contains(&rule.call), "{rule:?}");
+            assert!(!rule.reason.is_empty());
+            let handler = rule.call == libc::SYS_rt_sigaction;
+            assert!(!handler || matches!(rule.only, Only::Values(0, &[SIGSETXID])));
+        }
+    }
+
+    #[test]
+    fn vcpus_reach_nothing_but_kvm() {
+        let opens = [libc::SYS_openat, libc::SYS_pread64, libc::SYS_sendmsg];
+        assert!(
+            EVERY
+                .iter()
+                .chain(VCPU)
+                .all(|rule| !opens.contains(&rule.call))
+        );
+        Filter::compile(&[EVERY, VCPU]).expect("a filter");
+        Filter::compile(&TABLES).expect("a filter");
+    }
+}
