@@ -26,7 +26,12 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("thaw-api-types", &[]),
     (
         "thaw-bench",
-        &["thaw-agent-protocol", "thaw-snapshot", "thaw-vmm-control"],
+        &[
+            "thaw-agent-protocol",
+            "thaw-jail",
+            "thaw-snapshot",
+            "thaw-vmm-control",
+        ],
     ),
     ("thaw-bench-guest", &[]),
     ("thaw-images", &[]),

@@ -354,7 +354,7 @@ async fn verified(path: PathBuf, base: Option<PathBuf>) -> Result<Verified, Open
         let mut base_file = None;
         let is_store = base.as_deref().is_some_and(Path::is_dir);
         if let Some(store) = base.as_deref().filter(|_| is_store) {
-            base_file = Some(File::open(store).map_err(|error| unusable(error.into()))?);
+            base_file = Some(thaw_jail::open_alone(store).map_err(|error| unusable(error.into()))?);
         } else if let Some(base) = base {
             let base = Snapshot::open(&base).map_err(|error| unusable(error.into()))?;
             let kept = base.file().try_clone();

@@ -14,7 +14,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde::Serialize;
 
 use crate::memory::Memory;
-use crate::ours::{Monitor, Ours};
+use crate::ours::{Monitor, Ours, Vmm};
 use crate::report::Host;
 use crate::stats::Figures;
 
@@ -98,7 +98,7 @@ pub struct Available {
 pub fn run(plan: &Plan) -> anyhow::Result<Report> {
     descriptors_for(plan.clones)?;
     let ours = Ours {
-        vmm: plan.vmm.clone(),
+        vmm: Vmm::new(plan.vmm.clone(), &plan.work)?,
         memory_mib: plan.memory_mib,
         snapshot: plan.work.join("ours.thaw"),
     };

@@ -7,9 +7,13 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use std::sync::mpsc;
+use std::thread;
+
 use anyhow::{Context as _, bail, ensure};
 use command_fds::{CommandFdExt as _, FdMapping};
 use kvm_bindings::KVM_CAP_PRE_FAULT_MEMORY;
+use thaw_jail::{Cell, JAIL_ARGUMENT, Jailer, Limits, Owner};
 use thaw_snapshot::{TouchedRun, WorkingSet, set_working_set};
 use thaw_vmm_control::wire::{self, Read, Receiver};
 use thaw_vmm_control::{
@@ -19,11 +23,38 @@ use thaw_vmm_control::{
 
 use crate::echo::{COMMAND_LINE, PATIENCE, PROBE, READY};
 
+/// How monitors are started.
+#[derive(Clone, Debug)]
+pub struct Vmm {
+    program: PathBuf,
+    jailer: Jailer,
+}
+
+impl Vmm {
+    /// Finds out how far a jail reaches on this machine, and says so; `work` is a folder of the measurement's own.
+    ///
+    /// # Errors
+    /// The program does not run.
+    pub fn new(program: PathBuf, work: &Path) -> anyhow::Result<Self> {
+        let (jailer, reach) = Jailer::survey(&program, Owner::Command(work))?;
+        eprintln!("thaw-bench: jail around each monitor: {reach}");
+        Ok(Self { program, jailer })
+    }
+}
+
+/// What one monitor may use: more than any measurement does.
+const LIMITS: Limits = Limits {
+    memory_bytes: 16 << 30,
+    tasks: 64,
+    cpu_thousandths: 64_000,
+    io_bytes_per_second: 16 << 30,
+};
+
 /// What clones are made of.
 #[derive(Clone, Debug)]
 pub struct Ours {
-    /// The monitor's program.
-    pub vmm: PathBuf,
+    /// The monitor's program, and the jail that each of its processes is in, as under the gateway.
+    pub vmm: Vmm,
     /// Memory of a guest, MiB.
     pub memory_mib: u32,
     /// The frozen guest, once [`Ours::freeze`] has made it.
@@ -128,6 +159,9 @@ impl Ours {
 #[derive(Debug)]
 pub struct Monitor {
     process: Child,
+    cell: Option<Cell>,
+    /// The thread that started it ends with this, and it would end with the thread.
+    _held: mpsc::Sender<()>,
     control: UnixStream,
     receiver: Receiver,
     agent: UnixStream,
@@ -138,15 +172,17 @@ impl Monitor {
     ///
     /// # Errors
     /// It cannot be started.
-    pub fn spawn(vmm: &Path) -> anyhow::Result<Self> {
+    pub fn spawn(vmm: &Vmm) -> anyhow::Result<Self> {
         let (control, control_theirs) = UnixStream::pair().context("cannot make a socket")?;
         let (agent, agent_theirs) = UnixStream::pair().context("cannot make a socket")?;
         let mapping = |socket: UnixStream, child_fd| FdMapping {
             parent_fd: OwnedFd::from(socket),
             child_fd,
         };
-        let mut command = Command::new(vmm);
+        let cell = vmm.jailer.cell(&LIMITS)?;
+        let mut command = Command::new(&vmm.program);
         command
+            .args([JAIL_ARGUMENT, &cell.orders.to_argument()])
             .env_clear()
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -155,14 +191,24 @@ impl Monitor {
                 mapping(agent_theirs, AGENT_FD),
             ])
             .context("cannot pass the sockets")?;
-        let process = command
-            .spawn()
-            .with_context(|| format!("cannot start {}", vmm.display()))?;
+        let (held, until_gone) = mpsc::channel();
+        let (started, starting) = mpsc::channel();
+        let jailer = vmm.jailer.clone();
+        thread::spawn(move || {
+            jailer.turn_thread();
+            // Fails only if nobody waits for it.
+            let _ = started.send(command.spawn());
+            let _ = until_gone.recv();
+        });
+        let process = starting.recv().context("the starting thread is gone")?;
+        let process = process.with_context(|| format!("cannot start {}", vmm.program.display()))?;
         for socket in [&control, &agent] {
             socket.set_read_timeout(Some(PATIENCE))?;
         }
         Ok(Self {
             process,
+            cell: Some(cell),
+            _held: held,
             control,
             receiver: Receiver::new(),
             agent,
@@ -329,5 +375,8 @@ impl Drop for Monitor {
         // Both fail only for a process that is gone already.
         let _ = self.process.kill();
         let _ = self.process.wait();
+        if let Some(cell) = self.cell.take() {
+            let _ = cell.close();
+        }
     }
 }

@@ -17,7 +17,7 @@ use thaw_vmm_control::{Prefetch, Timings};
 use crate::firecracker::Firecracker;
 use crate::floor::{Chip, Floor};
 use crate::memory::{self, Memory};
-use crate::ours::{Monitor, Ours};
+use crate::ours::{Monitor, Ours, Vmm};
 use crate::stats::Series;
 
 /// A side that failed so often is left out of the rounds that remain.
@@ -157,7 +157,7 @@ pub fn run(
 
 fn prepare(plan: &Plan, findings: &mut Findings) -> anyhow::Result<Sides> {
     let ours = Ours {
-        vmm: plan.vmm.clone(),
+        vmm: Vmm::new(plan.vmm.clone(), &plan.work)?,
         memory_mib: plan.memory_mib,
         snapshot: plan.work.join("ours.thaw"),
     };

@@ -12,6 +12,7 @@
 //! stands, or the process ends; what cannot be had on a machine is found out once ([`Jailer::survey`]), said, and not ordered.
 
 mod cgroup;
+mod folder;
 mod inside;
 mod jailer;
 mod orders;
@@ -20,6 +21,7 @@ pub mod seccomp;
 mod wall;
 
 pub use cgroup::{CgroupError, Limits};
+pub use folder::open_alone;
 pub use inside::{EnterError, enter, survey};
 pub use jailer::{Cell, Jailer, JailerError, Owner, Reach, Reduced};
 pub use orders::{Orders, OrdersError};

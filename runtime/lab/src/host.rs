@@ -1,6 +1,7 @@
 //! What this host can do: the judgement on its /dev/kvm (cheap, made at every start) and the full report of `thaw doctor`.
 
 mod advice;
+mod hardening;
 mod probe;
 
 use crate::tools;
@@ -117,6 +118,7 @@ pub fn report(home: &Path) -> HostReport {
     ];
     checks.extend(kvm_instructions(&probed));
     checks.extend([cgroups(), userfaultfd(), tun(), memory(), disk(home)]);
+    checks.extend(hardening::checks());
     let kvm = probed.map_or_else(
         |failure| KvmVerdict::Lab {
             reason: failure.to_string(),
@@ -224,12 +226,15 @@ fn kvm_instructions(probed: &Result<probe::Found, probe::ProbeError>) -> Option<
 fn cgroups() -> Check {
     let name = "cgroups";
     if !Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
+        if writable(Path::new("/sys/fs/cgroup/memory")) {
+            return Check::ok(name, "v1, writable");
+        }
         let remedy =
-            "boot with systemd.unified_cgroup_hierarchy=1, or mount cgroup2 on /sys/fs/cgroup";
+            "run as root, or boot with systemd.unified_cgroup_hierarchy=1 and use systemd-run";
         return Check::not(
             name,
             Status::Warn,
-            "no cgroup v2: sandboxes run without memory and processor limits",
+            "none that this user can write: sandboxes run without memory and processor limits",
             remedy,
         );
     }

@@ -17,6 +17,8 @@ const MAPS_BYTES_MAX: usize = 64 * 1024;
 /// Opens everything now. What cannot be had is an error when it is asked for, and not before: a monitor that only says so is
 /// of use.
 pub fn take() {
+    // rustix asks the kernel for what it told the process at its start, and keeps it: by /proc, before Linux 6.4.
+    rustix::param::page_size();
     let _ = kvm();
     let _ = pagemap();
     let _ = maps_file();

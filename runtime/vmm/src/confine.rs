@@ -27,15 +27,12 @@ const DESCRIPTOR_COMMANDS: Only = Only::Values(
 );
 /// The signal with which glibc changes the user of all threads (sysdeps/nptl/pthreadP.h).
 const SIGSETXID: u32 = 33;
-/// What the kernel told the process at its start (include/uapi/linux/prctl.h); asked for by rustix.
-const PR_GET_AUXV: u32 = 0x4155_5856;
 const NAMES: Only = Only::Values(
     0,
     &[
         libc::PR_SET_NAME.unsigned_abs(),
         libc::PR_GET_NAME.unsigned_abs(),
         libc::PR_SET_VMA.unsigned_abs(),
-        PR_GET_AUXV,
     ],
 );
 
@@ -87,11 +84,7 @@ const EVERY: &[Rule] = &[
         libc::SYS_tgkill,
         "vCPUs are kicked out of their guest; abort(3)",
     ),
-    only(
-        libc::SYS_prctl,
-        NAMES,
-        "names of threads and mappings; where the kernel's page for time is",
-    ),
+    only(libc::SYS_prctl, NAMES, "names of threads and mappings"),
     any(libc::SYS_write, "wake-ups by eventfd, the log"),
     any(libc::SYS_read, "wake-ups by eventfd"),
     any(libc::SYS_close, "descriptors that are done with"),
@@ -208,6 +201,7 @@ const DEVICES: &[Rule] = &[
     ),
     any(libc::SYS_pread64, "disks"),
     any(libc::SYS_preadv, "the same"),
+    any(libc::SYS_pwrite64, "what guests write to disks, in memory"),
     any(libc::SYS_fstat, "lengths of disks"),
     any(libc::SYS_statx, "the same"),
 ];
@@ -218,6 +212,7 @@ const FETCHING: &[Rule] = &[
     any(libc::SYS_ppoll, "the same"),
     only(libc::SYS_ioctl, USERFAULTFD, "pages into guest memory"),
     any(libc::SYS_pread64, "a snapshot's pages"),
+    any(libc::SYS_mincore, "which pages are there already"),
     any(libc::SYS_fstat, "lengths of chunks"),
     any(libc::SYS_statx, "the same"),
     any(
