@@ -129,9 +129,6 @@ impl Spawner {
     pub(crate) async fn all_gone(&self) {
         // Fails only without the sender, which is ours.
         let _ = self.alive.subscribe().wait_for(|count| *count == 0).await;
-        if let Some(jailer) = &self.jailer {
-            jailer.close();
-        }
     }
 }
 

@@ -244,6 +244,15 @@ async fn every_monitor_is_in_a_jail_of_its_own_and_leaves_nothing() {
     );
     let (runtime, pool) = pool(2).await;
     eventually("two VMs are ready", || pool.stats().ready == 2).await;
+    // A shell may be made this moment: the filter is the last of its walls.
+    let is_filtered = |pid: &Pid| {
+        let path = format!("/proc/{}/status", pid.as_raw_nonzero());
+        std::fs::read_to_string(path).is_ok_and(|text| text.contains("\nSeccomp:\t2\n"))
+    };
+    eventually("every monitor has its filter", || {
+        monitors().iter().all(is_filtered)
+    })
+    .await;
     let pids = monitors();
     assert!(pids.len() >= 2, "{pids:?}");
     let mut users = HashSet::new();

@@ -168,13 +168,6 @@ impl Jailer {
     pub fn turn_thread(&self) {
         self.0.turn_thread();
     }
-
-    /// Removes what all cells have in common. None may be in use.
-    pub fn close(&self) {
-        if let Some(tree) = &self.0.tree {
-            tree.close();
-        }
-    }
 }
 
 impl Reach {
@@ -257,6 +250,15 @@ impl Shared {
             let said = String::from_utf8_lossy(&output.stderr).into_owned();
             failed(io::Error::other(format!("{}: {said}", output.status)))
         })
+    }
+}
+
+impl Drop for Shared {
+    /// With the last cell and jailer, what they had in common is removed.
+    fn drop(&mut self) {
+        if let Some(tree) = &self.tree {
+            tree.close();
+        }
     }
 }
 

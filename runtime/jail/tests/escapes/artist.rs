@@ -151,6 +151,5 @@ fn warden(outside: &str) {
             .left
             .extend(left.map(|folder| folder.display().to_string()));
     }
-    jailer.close();
     println!("{}", serde_json::to_string(&report).unwrap());
 }
