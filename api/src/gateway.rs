@@ -20,6 +20,7 @@ use crate::engine::{Engine, HostEngine};
 use crate::events::outcome::Retries;
 use crate::s3::S3;
 use crate::server;
+use crate::snapshot_key;
 use crate::state::{App, Health};
 use crate::store::{Store, StoreError};
 use crate::tls::{Tls, TlsError, TlsListener, Trust};
@@ -212,14 +213,20 @@ impl Gateway {
     /// # Errors
     /// See [`StartError`].
     pub async fn start(config: GatewayConfig) -> Result<Self, StartError> {
-        let runtime = Runtime::new(RuntimeConfig {
+        let key = snapshot_key::of(&config.home).map_err(|source| StartError::Home {
+            act: "have",
+            path: config.home.join(snapshot_key::FILE),
+            source,
+        })?;
+        let runtime_config = RuntimeConfig {
             vmm: config.vmm.clone(),
             memory_budget_mib: Some(config.budget.memory_mib),
             vcpu_budget: Some(config.budget.vcpus),
             keep_alive: config.keep_alive,
             restore_concurrency_max: config.limits.restore_concurrency_max,
             ..RuntimeConfig::default()
-        })?;
+        };
+        let runtime = Runtime::new(runtime_config, key)?;
         let mut engine = HostEngine::new(runtime, config.home.clone(), config.agent.clone());
         if config.exposure == Exposure::ForwardedLoopback {
             // In the lab, whose processor is emulated and whose changes outside the home are lost.

@@ -593,6 +593,32 @@ async fn a_snapshot_that_this_machine_refuses_is_frozen_again_once() {
 }
 
 #[tokio::test]
+async fn a_snapshot_that_was_changed_behind_the_gateway_is_frozen_again_from_the_stored_code() {
+    let server = Server::start().await;
+    for name in ["changed", "kept"] {
+        server.post(FUNCTIONS, &good(name)).await;
+        server.deployed(name).await;
+    }
+    let home = server.stop().await;
+    let revision = Server::revisions_in(home.path(), "changed").pop().unwrap();
+    let folder = home.path().join("functions/changed").join(revision);
+    let snapshot = folder.join("snapshot.thaw");
+    let frozen = std::fs::read(&snapshot).unwrap();
+    std::fs::write(&snapshot, b"of an intruder").unwrap();
+
+    let server = Server::start_in(home).await;
+    server.until_healthy().await;
+    for name in ["changed", "kept"] {
+        let path = format!("{FUNCTIONS}/{name}/invocations");
+        let answer = server.send("POST", &path, &[], b"7").await;
+        assert_eq!((answer.status, answer.text().as_str()), (200, "7"));
+    }
+    assert_eq!(server.machine.freezes(), 1);
+    assert_eq!(std::fs::read(&snapshot).unwrap(), frozen);
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn functions_survive_a_restart_and_leftovers_do_not() {
     let mut server = Server::start().await;
     for name in ["a", "b"] {

@@ -1,6 +1,7 @@
 //! `thaw snapshot …`: snapshots as files. All but `build`, `run` and `record` need no KVM; none needs a gateway.
 
 mod run;
+mod trust;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,9 +14,10 @@ use serde_json::{Value, json};
 use thaw_api::engine::{Engine as _, EngineStep, FreezeJob, HostEngine};
 use thaw_api::environment;
 use thaw_api::record::VersionId;
+use thaw_api::snapshot_key;
 use thaw_images::{ImageStore, RuntimeName};
 use thaw_runtime::{Runtime, RuntimeConfig};
-use thaw_snapshot::{BaseRef, Snapshot, WorkingSet};
+use thaw_snapshot::{BaseRef, Key, Snapshot, WorkingSet};
 
 use super::deploy::Settings;
 use super::installation::Installation;
@@ -33,8 +35,10 @@ pub enum SnapshotCommand {
     Ls,
     /// Show what is in a snapshot.
     Inspect(Which),
-    /// Check every byte of a snapshot, and of the base below it, against its digests.
+    /// Check who made a snapshot, and every byte of it, and of the base below it, against its digests.
     Verify(Which),
+    /// Check every byte of a snapshot that was made or changed elsewhere, and use it from now on as one of your own.
+    Trust(Which),
     /// Put a snapshot's memory into a chunk store, which keeps equal chunks of all snapshots once.
     Push(run::PushArgs),
     /// Invoke a snapshot once, in a VM of its own.
@@ -85,9 +89,12 @@ pub fn run(global: &Global, command: &SnapshotCommand) -> anyhow::Result<ExitCod
     match command {
         SnapshotCommand::Build(args) => return build(global, &home, args),
         SnapshotCommand::Ls => ls(&home, format)?,
-        SnapshotCommand::Inspect(which) => inspect(&find(&home, &which.snapshot)?, format)?,
+        SnapshotCommand::Inspect(which) => inspect(&home, &find(&home, &which.snapshot)?, format)?,
         SnapshotCommand::Verify(which) => {
             verify(&home, &find(&home, &which.snapshot)?, format)?;
+        }
+        SnapshotCommand::Trust(which) => {
+            trust::trust(&home, &find(&home, &which.snapshot)?, format)?;
         }
         SnapshotCommand::Push(args) => run::push(&home, args, format)?,
         SnapshotCommand::Run(args) => return run::run(global, &home, args),
@@ -129,11 +136,12 @@ fn build(global: &Global, home: &Path, args: &BuildArgs) -> anyhow::Result<ExitC
     }
     let path = super::wait(freeze(home, &installation, args, steps))?;
     if global.format() == Format::Json {
-        output::json(&describe(&Found {
+        let found = Found {
             name: args.name.clone(),
             origin: "built",
             path,
-        })?)?;
+        };
+        output::json(&describe(&found, &key(&home)?)?)?;
     } else {
         println!("{}", path.display());
     }
@@ -147,10 +155,11 @@ async fn freeze(
     mut steps: Steps,
 ) -> anyhow::Result<PathBuf> {
     let folder = home.join("snapshots").join(&args.name);
-    let runtime = Runtime::new(RuntimeConfig {
+    let config = RuntimeConfig {
         vmm: installation.vmm.clone(),
         ..RuntimeConfig::default()
-    })?;
+    };
+    let runtime = Runtime::new(config, key(home)?)?;
     let engine = HostEngine::new(runtime, home.to_owned(), installation.agent.clone());
     let code = folder.join("code.zip");
     let settings = args.settings.record(&code);
@@ -176,6 +185,12 @@ async fn freeze(
     artifact
         .map(|artifact| artifact.snapshot)
         .with_context(|| format!("cannot freeze {}", args.name))
+}
+
+/// The key of what was made in `home`.
+pub fn key(home: &Path) -> anyhow::Result<Key> {
+    let file = home.join(snapshot_key::FILE);
+    snapshot_key::of(home).with_context(|| format!("cannot have {}", file.display()))
 }
 
 fn words(step: &EngineStep) -> &'static str {
@@ -257,13 +272,13 @@ fn find(home: &Path, text: &str) -> anyhow::Result<Found> {
 }
 
 fn ls(home: &Path, format: Format) -> anyhow::Result<()> {
-    let found = all(home);
+    let (found, key) = (all(home), key(home)?);
     if format == Format::Json {
         return output::json(
             &found
                 .iter()
                 .map(|snapshot| {
-                    describe(snapshot).unwrap_or_else(|error| damaged(snapshot, &error))
+                    describe(snapshot, &key).unwrap_or_else(|error| damaged(snapshot, &error))
                 })
                 .collect::<Vec<_>>(),
         );
@@ -273,8 +288,8 @@ fn ls(home: &Path, format: Format) -> anyhow::Result<()> {
         return Ok(());
     }
     let rows = found.iter().map(|snapshot| {
-        let value = describe(snapshot).unwrap_or_else(|error| damaged(snapshot, &error));
-        let text = |key: &str| value[key].as_str().unwrap_or("-").to_owned();
+        let value = describe(snapshot, &key).unwrap_or_else(|error| damaged(snapshot, &error));
+        let text = |key: &str| shown(value[key].as_str().unwrap_or("-"));
         let stored = value["storedBytes"]
             .as_u64()
             .map_or_else(|| "damaged".into(), output::bytes);
@@ -298,7 +313,16 @@ fn damaged(found: &Found, error: &anyhow::Error) -> Value {
     json!({ "name": found.name, "origin": found.origin, "path": found.path, "error": format!("{error:#}") })
 }
 
-fn describe(found: &Found) -> anyhow::Result<Value> {
+/// What a file says of itself, for a terminal: a hostile one must not steer that.
+fn shown(text: &str) -> String {
+    let escaped = |letter: char| match letter.is_control() {
+        true => letter.escape_default().to_string(),
+        false => letter.to_string(),
+    };
+    text.chars().map(escaped).collect()
+}
+
+fn describe(found: &Found, key: &Key) -> anyhow::Result<Value> {
     let snapshot = Snapshot::open(&found.path)?;
     let (metadata, cpu, memory) = (
         snapshot.metadata()?,
@@ -318,6 +342,7 @@ fn describe(found: &Found) -> anyhow::Result<Value> {
         .sum::<u64>();
     Ok(json!({
         "name": found.name, "origin": found.origin, "path": found.path, "digest": snapshot.digest().to_string(),
+        "authentic": snapshot.authenticate(key).is_ok(),
         "function": metadata.function, "revision": metadata.revision, "runtime": metadata.runtime, "handler": metadata.handler,
         "createdUnixMs": metadata.created_unix_ms, "thawVersion": metadata.thaw_version, "agentVersion": metadata.agent_version,
         "kernelVersion": metadata.kernel_version, "vcpus": metadata.vcpu_count, "memoryMiB": memory.length >> 20,
@@ -347,14 +372,15 @@ fn working_set_line(set: &Value) -> String {
     )
 }
 
-/// Opens a snapshot and, if it is a difference, attaches the base that `home` has for it.
+/// Opens a snapshot that was made in `home` and, if it is a difference, attaches the base that `home` has for it.
 fn open_with_base(home: &Path, path: &Path) -> anyhow::Result<Snapshot> {
-    let mut snapshot = Snapshot::open(path)?;
-    let Some(named) = snapshot.base()? else {
-        return Ok(snapshot);
-    };
-    let base = base_file(home, path, &named)?;
-    snapshot.attach_base(Snapshot::open(&base)?)?;
+    let (mut snapshot, key) = (Snapshot::open(path)?, key(home)?);
+    snapshot.authenticate(&key)?;
+    if let Some(named) = snapshot.base()? {
+        let base = base_file(home, path, &named)?;
+        snapshot.attach_base(Snapshot::open(&base)?)?;
+        snapshot.authenticate(&key)?;
+    }
     Ok(snapshot)
 }
 
@@ -389,8 +415,8 @@ fn files_below(folder: &Path, depth: usize) -> Vec<PathBuf> {
     files
 }
 
-fn inspect(found: &Found, format: Format) -> anyhow::Result<()> {
-    let value = describe(found)?;
+fn inspect(home: &Path, found: &Found, format: Format) -> anyhow::Result<()> {
+    let value = describe(found, &key(home)?)?;
     if format == Format::Json {
         return output::json(&value);
     }
@@ -406,9 +432,7 @@ fn inspect(found: &Found, format: Format) -> anyhow::Result<()> {
         }
         println!(
             "{key:<18} {}",
-            value
-                .as_str()
-                .map_or_else(|| value.to_string(), str::to_owned)
+            value.as_str().map_or_else(|| value.to_string(), shown)
         );
     }
     println!();
@@ -438,7 +462,7 @@ fn verify(home: &Path, found: &Found, format: Format) -> anyhow::Result<()> {
         ),
         Format::Text => {
             println!(
-                "{}: every byte is as it was written ({seconds:.2} s)",
+                "{}: made here, and every byte is as it was written ({seconds:.2} s)",
                 found.name
             );
             Ok(())
@@ -463,7 +487,7 @@ fn rm(home: &Path, name: &str) -> anyhow::Result<()> {
 mod tests {
     use super::*;
     use thaw_snapshot::{
-        Access, CpuRecord, Metadata, PageSource, SectionKind, Touch, Writer, set_working_set,
+        Access, CpuRecord, Metadata, PageSource, SectionKind, Touch, Writer, set_working_set, tag,
     };
 
     const MEMORY: u64 = 4 << 20;
@@ -485,9 +509,12 @@ mod tests {
         }
     }
 
-    fn write(path: &Path, first: u8, base: Option<&Path>) -> Found {
+    fn write(home: &Path, path: &Path, first: u8, base: Option<&Path>) -> Found {
         fs::create_dir_all(path.parent().unwrap()).unwrap();
-        let mut writer = Writer::new(fs::File::create_new(path).unwrap());
+        let mut options = fs::File::options();
+        options.read(true).write(true).create_new(true);
+        let file = options.open(path).unwrap();
+        let mut writer = Writer::new(file.try_clone().unwrap());
         writer.metadata(&Metadata::default()).unwrap();
         writer.cpu(&CpuRecord::default()).unwrap();
         match base {
@@ -501,6 +528,7 @@ mod tests {
         }
         .unwrap();
         writer.finish().unwrap();
+        tag(&file, &key(home).unwrap()).unwrap();
         Found {
             name: "f".into(),
             origin: "file",
@@ -511,15 +539,17 @@ mod tests {
     #[test]
     fn inspect_tells_pages_mib_runs_and_share_of_the_working_set() {
         let home = tempfile::tempdir().unwrap();
-        let found = write(&home.path().join("s.thaw"), 1, None);
-        let before = describe(&found).unwrap();
+        let found = write(home.path(), &home.path().join("s.thaw"), 1, None);
+        let key = key(home.path()).unwrap();
+        let before = describe(&found, &key).unwrap();
         assert_eq!(working_set_line(&before["workingSet"]), "not recorded");
         let touch = |page, access| Touch { page, access };
         let mut touches: Vec<_> = (100..355).map(|page| touch(page, Access::Read)).collect();
         touches.push(touch(0, Access::Write));
         let set = WorkingSet::from_touches(&touches, MEMORY);
-        set_working_set(&found.path, &set).unwrap();
-        let after = describe(&found).unwrap();
+        set_working_set(&found.path, &set, Some(&key)).unwrap();
+        let after = describe(&found, &key).unwrap();
+        assert_eq!(after["authentic"], true);
         let expected = json!({ "pages": 256, "mib": 1.0, "runs": 2, "writtenPages": 1, "percentOfMemory": 25.0 });
         assert_eq!(after["workingSet"], expected);
         assert_eq!(
@@ -533,9 +563,9 @@ mod tests {
     fn a_pushed_difference_leaves_a_stub_that_needs_no_base_of_this_home() {
         let home = tempfile::tempdir().unwrap();
         let base = home.path().join("bases/python/base.thaw");
-        write(&base, 1, None);
+        write(home.path(), &base, 1, None);
         let built = home.path().join("snapshots/mine").join(FILE);
-        write(&built, 2, Some(&base));
+        write(home.path(), &built, 2, Some(&base));
         let store = home.path().join("store");
         let push = |snapshot: &str| {
             let (snapshot, store) = (snapshot.to_owned(), store.clone());
@@ -561,7 +591,7 @@ mod tests {
             error.to_string().contains("deploy its function"),
             "{error:#}"
         );
-        write(&base, 3, None);
+        write(home.path(), &base, 3, None);
         assert!(push("mine").is_err(), "another base");
         assert!(push("nobody").is_err());
     }
@@ -570,17 +600,109 @@ mod tests {
     fn a_difference_is_verified_with_the_base_that_home_has() {
         let home = tempfile::tempdir().unwrap();
         let base = home.path().join("bases/python/base.thaw");
-        write(&base, 1, None);
-        let found = write(&home.path().join("s.thaw"), 2, Some(&base));
+        write(home.path(), &base, 1, None);
+        let found = write(home.path(), &home.path().join("s.thaw"), 2, Some(&base));
         verify(home.path(), &found, Format::Json).unwrap();
-        assert!(describe(&found).unwrap()["baseDigest"].is_string());
+        let about = describe(&found, &key(home.path()).unwrap()).unwrap();
+        assert!(about["baseDigest"].is_string());
         fs::remove_file(&base).unwrap();
         let error = verify(home.path(), &found, Format::Json).unwrap_err();
         assert!(
             error.to_string().contains("deploy its function again"),
             "{error:#}"
         );
-        write(&base, 3, None);
+        write(home.path(), &base, 3, None);
         assert!(verify(home.path(), &found, Format::Json).is_err());
+    }
+
+    #[test]
+    fn what_a_file_says_of_itself_cannot_steer_a_terminal() {
+        assert_eq!(
+            shown("py\u{1b}[2Jthön\n\u{9b}"),
+            "py\\u{1b}[2Jthön\\n\\u{9b}"
+        );
+    }
+
+    #[test]
+    fn a_snapshot_of_another_home_is_refused_until_it_is_trusted() {
+        let (home, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (home, other) = (home.path(), other.path());
+        let base = other.join("bases/python/base.thaw");
+        write(other, &base, 1, None);
+        let found = write(other, &home.join("s.thaw"), 2, Some(&base));
+        let ours = home.join("bases/python/base.thaw");
+        fs::create_dir_all(ours.parent().unwrap()).unwrap();
+        fs::copy(&base, &ours).unwrap();
+
+        let refused = |found: &Found| {
+            let error = format!("{:#}", verify(home, found, Format::Json).unwrap_err());
+            let name = found.path.display().to_string();
+            assert!(
+                error.starts_with(&name) && error.contains("another machine"),
+                "{error}"
+            );
+            let store = home.join("store");
+            let snapshot = name.clone();
+            let args = run::PushArgs { snapshot, store };
+            assert!(run::push(home, &args, Format::Json).is_err());
+            error
+        };
+        assert!(refused(&found).contains(&format!("thaw snapshot trust {}", found.path.display())));
+        assert_eq!(
+            describe(&found, &key(home).unwrap()).unwrap()["authentic"],
+            false
+        );
+        // Nobody vouches for a base by vouching for what is above it.
+        let error = trust::trust(home, &found, Format::Json).unwrap_err();
+        assert!(
+            format!("{error:#}").contains(&format!("trust {}", ours.display())),
+            "{error:#}"
+        );
+        let below = find(home, ours.to_str().unwrap()).unwrap();
+        trust::trust(home, &below, Format::Json).unwrap();
+        refused(&found);
+        trust::trust(home, &found, Format::Json).unwrap();
+        verify(home, &found, Format::Json).unwrap();
+        assert_eq!(
+            describe(&found, &key(home).unwrap()).unwrap()["authentic"],
+            true
+        );
+    }
+
+    #[test]
+    fn damage_is_not_trusted() {
+        use std::os::unix::fs::FileExt as _;
+        let home = tempfile::tempdir().unwrap();
+        let other = tempfile::tempdir().unwrap();
+        let found = write(other.path(), &home.path().join("s.thaw"), 1, None);
+        let length = fs::metadata(&found.path).unwrap().len();
+        let file = fs::File::options().write(true).open(&found.path).unwrap();
+        file.write_all_at(b"x", length / 2).unwrap();
+        let before = fs::read(&found.path).unwrap();
+        let error = trust::trust(home.path(), &found, Format::Json).unwrap_err();
+        assert!(format!("{error:#}").contains("damaged"), "{error:#}");
+        assert!(fs::read(&found.path).unwrap() == before);
+    }
+
+    #[test]
+    fn a_stub_of_another_home_can_be_trusted() {
+        let (home, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let found = write(other.path(), &other.path().join("s.thaw"), 1, None);
+        let store = home.path().join("store");
+        let snapshot = found.path.display().to_string();
+        let args = run::PushArgs {
+            snapshot,
+            store: store.clone(),
+        };
+        run::push(other.path(), &args, Format::Json).unwrap();
+        let stub = store.join("stubs/s.thaw");
+        let is_ours = || {
+            let key = key(home.path()).unwrap();
+            Snapshot::open(&stub).unwrap().authenticate(&key).is_ok()
+        };
+        assert!(!is_ours());
+        let found = find(home.path(), stub.to_str().unwrap()).unwrap();
+        trust::trust(home.path(), &found, Format::Json).unwrap();
+        assert!(is_ours());
     }
 }

@@ -12,10 +12,10 @@ use clap::Args;
 use serde_json::{Value, json};
 use thaw_images::{ImageStore, RuntimeName};
 use thaw_runtime::{End, Invocation, Learn, Measure, Outcome, PoolSpec, Runtime, RuntimeConfig};
-use thaw_snapshot::{PendingFile, Snapshot, WorkingSet, set_working_set};
+use thaw_snapshot::{Key, PendingFile, Snapshot, WorkingSet, set_working_set, tag};
 use thaw_snapshot_store::{LocalFolder, Store};
 
-use super::{Found, describe_working_set, find, open_with_base, working_set_line};
+use super::{Found, describe_working_set, find, key, open_with_base, working_set_line};
 use crate::cli::Global;
 use crate::cli::installation::Installation;
 use crate::cli::output::{self, Format};
@@ -102,6 +102,7 @@ pub fn push(home: &Path, args: &PushArgs, format: Format) -> anyhow::Result<()> 
     let pushed = store
         .push(&snapshot, file)
         .with_context(|| format!("cannot push {}", found.name))?;
+    tag(pending.file(), &key(home)?).with_context(|| format!("cannot tag {}", stub.display()))?;
     pending
         .commit()
         .with_context(|| format!("cannot keep {}", stub.display()))?;
@@ -127,6 +128,8 @@ pub fn push(home: &Path, args: &PushArgs, format: Format) -> anyhow::Result<()> 
 /// What a VM is made of.
 struct Parts {
     name: String,
+    /// Of the home whose snapshot it is.
+    key: Key,
     snapshot: PathBuf,
     /// Or the store.
     base: Option<PathBuf>,
@@ -175,7 +178,10 @@ impl Parts {
             }
             (None, None) => bail!("no snapshot was named"),
         };
-        let metadata = Snapshot::open(&snapshot)?.metadata()?;
+        let key = key(home)?;
+        let opened = Snapshot::open(&snapshot)?;
+        opened.authenticate(&key)?;
+        let metadata = opened.metadata()?;
         let runtime: RuntimeName = (metadata.runtime.parse())
             .with_context(|| format!("{} is of an unknown runtime", snapshot.display()))?;
         let image = ImageStore::new(home)
@@ -188,6 +194,7 @@ impl Parts {
         );
         Ok(Self {
             name: name.to_owned(),
+            key,
             snapshot,
             base,
             rootfs: image.rootfs,
@@ -237,12 +244,13 @@ fn base_of(home: &Path, path: &Path) -> anyhow::Result<Option<PathBuf>> {
     super::base_file(home, path, &named).map(Some)
 }
 
-fn runtime(installation: &Installation) -> anyhow::Result<Runtime> {
-    Ok(Runtime::new(RuntimeConfig {
+fn runtime(installation: &Installation, parts: &Parts) -> anyhow::Result<Runtime> {
+    let config = RuntimeConfig {
         vmm: installation.vmm.clone(),
         shells_per_class: 0,
         ..RuntimeConfig::default()
-    })?)
+    };
+    Ok(Runtime::new(config, parts.key.clone())?)
 }
 
 /// Does `work` where KVM is: here, or in the lab by this very command again.
@@ -276,7 +284,7 @@ pub fn run(global: &Global, home: &Path, args: &RunArgs) -> anyhow::Result<ExitC
         return Ok(code);
     }
     let outcome = crate::cli::wait(async {
-        let runtime = runtime(&installation)?;
+        let runtime = runtime(&installation, &parts)?;
         let pool = runtime.open_pool(parts.spec()).await?;
         let outcome = pool.invoke(invocation).await;
         runtime.shutdown(END_LIMIT).await;
@@ -294,7 +302,7 @@ pub fn record(global: &Global, home: &Path, args: &RecordArgs) -> anyhow::Result
         return Ok(code);
     }
     let (outcome, set) = crate::cli::wait(async {
-        let runtime = runtime(&installation)?;
+        let runtime = runtime(&installation, &parts)?;
         let pool = runtime.open_pool(parts.spec()).await?;
         let recorded = pool.record(&invocation).await;
         runtime.shutdown(END_LIMIT).await;
@@ -309,7 +317,7 @@ pub fn record(global: &Global, home: &Path, args: &RecordArgs) -> anyhow::Result
 }
 
 fn keep(parts: &Parts, set: &WorkingSet, format: Format) -> anyhow::Result<()> {
-    set_working_set(&parts.snapshot, set)
+    set_working_set(&parts.snapshot, set, Some(&parts.key))
         .with_context(|| format!("cannot amend {}", parts.snapshot.display()))?;
     let bytes = Snapshot::open(&parts.snapshot)?.memory_bytes()?;
     let value = describe_working_set(set, bytes);
