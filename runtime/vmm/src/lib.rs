@@ -18,6 +18,9 @@ pub mod host;
 pub mod lifecycle;
 pub mod machine;
 pub mod memory;
+#[cfg(test)]
+#[path = "../tests/harness/mutation.rs"]
+mod mutation;
 pub mod outbox;
 pub mod paging;
 pub mod prefault;

@@ -15,6 +15,7 @@ use thaw_vmm_control::{
 };
 use thiserror::Error;
 
+use crate::arch::x86_64::cpuid;
 use crate::arch::x86_64::interrupts::{self, InterruptError};
 use crate::arch::x86_64::msr::MsrError;
 use crate::arch::x86_64::vcpu_state::{self, FreshVcpu, HostVcpuLimits, VcpuStateError};
@@ -286,7 +287,7 @@ fn check(
         })?;
         // The record in a section of its own may be another's.
         let told = |cpuid| state::cpu_record(cpuid, saved.cpu.tsc_khz);
-        if state.cpuid != fresh.cpuid() {
+        if !cpuid::is_same(fresh.cpuid(), &state.cpuid) {
             let missing = told(&state.cpuid).missing_on(&told(fresh.cpuid()));
             if !missing.is_empty() {
                 return Err(RestoreError::Cpu(missing));
@@ -425,3 +426,6 @@ pub fn restore(
     });
     Ok(machine)
 }
+
+#[cfg(test)]
+mod tests;

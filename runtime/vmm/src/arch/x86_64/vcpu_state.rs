@@ -338,6 +338,16 @@ impl FreshVcpu {
         self.tsc_khz
     }
 
+    /// One that no KVM made.
+    #[cfg(test)]
+    pub(crate) fn of(cpuid: Vec<CpuidEntryV1>, msrs: Vec<MsrV1>) -> Self {
+        Self {
+            cpuid,
+            tsc_khz: 1,
+            msrs,
+        }
+    }
+
     /// What CPUID tells its guest.
     pub fn cpuid(&self) -> &[CpuidEntryV1] {
         &self.cpuid
