@@ -49,7 +49,7 @@ impl Dice {
 
     /// One of 0 to `count` - 1.
     pub fn below(&mut self, count: usize) -> usize {
-        (self.throw() % count.max(1) as u64) as usize
+        usize::try_from(self.throw() % count.max(1) as u64).unwrap()
     }
 
     pub fn pick<T: Copy>(&mut self, of: &[T]) -> T {
@@ -57,14 +57,17 @@ impl Dice {
     }
 }
 
+/// Offset and length, bytes.
+pub type Place = (u64, u64);
+
 /// A good snapshot file.
 pub struct Original {
     length: u64,
     /// Header, section ends and stored pages: everything that is no hole.
     stored: Vec<(u64, Vec<u8>)>,
     pub sections: Vec<Section>,
-    /// Offset and length of bytes that are changed more often than others: small fields that large blobs would hide.
-    pub hot: Vec<(u64, u64)>,
+    /// Bytes that are changed more often than others: small fields that large blobs would hide.
+    pub hot: Vec<Place>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,11 +111,7 @@ fn table(header: &[u8]) -> Vec<Section> {
 }
 
 /// The byte ranges of a sparse section that are stored, if its list makes sense.
-fn ranges(
-    file: &File,
-    section: Section,
-    sections: &[Section],
-) -> Option<(Vec<(u64, u64)>, Vec<u8>)> {
+fn ranges(file: &File, section: Section, sections: &[Section]) -> Option<(Vec<Place>, Vec<u8>)> {
     let kind = runs_kind(section.kind)?;
     let runs = sections.iter().find(|other| other.kind == kind)?;
     if runs.length > HASHED_MAX {
@@ -200,13 +199,38 @@ impl Original {
         }
     }
 
-    /// Makes `file` the good one again.
-    pub fn write(&self, file: &File) {
-        file.set_len(0).unwrap();
-        file.set_len(self.length).unwrap();
+    /// The header and the sections of these kinds alone, all of them hot: for a file whose memory is too much to be held.
+    pub fn state_of(file: &File, kinds: &[u32]) -> Self {
+        let header = read(file, 0, PAGE).unwrap();
+        let mut sections = table(&header);
+        sections.retain(|section| kinds.contains(&section.kind));
+        let hot: Vec<_> = (sections.iter())
+            .map(|section| (section.offset, section.length))
+            .collect();
+        let bytes =
+            |(offset, length): &(u64, u64)| (*offset, read(file, *offset, *length).unwrap());
+        let mut stored = vec![(0, header)];
+        stored.extend(hot.iter().map(bytes));
+        Self {
+            length: file.metadata().unwrap().len(),
+            stored,
+            sections,
+            hot,
+        }
+    }
+
+    /// Makes what is held good again.
+    pub fn restore(&self, file: &File) {
         for (offset, bytes) in &self.stored {
             file.write_all_at(bytes, *offset).unwrap();
         }
+    }
+
+    /// Makes `file` the good one again, of which all is held.
+    pub fn write(&self, file: &File) {
+        file.set_len(0).unwrap();
+        file.set_len(self.length).unwrap();
+        self.restore(file);
     }
 
     /// Changes something within `length` bytes at `offset`, which hold what a program decodes; tells what.
