@@ -243,6 +243,14 @@ pub fn guest(supported: &[CpuidEntryV1], topology: Topology) -> Vec<CpuidEntryV1
     entries
 }
 
+/// The leaves that KVM has put into a longer, zeroed buffer: it may not say how many (`kvm_vcpu_ioctl_get_cpuid2`, Linux 6.1).
+pub fn written(buffer: &[kvm_cpuid_entry2]) -> Vec<CpuidEntryV1> {
+    let nothing = kvm_cpuid_entry2::default();
+    let count = buffer.iter().rposition(|entry| *entry != nothing);
+    let count = count.map_or(0, |last| last + 1);
+    buffer[..count].iter().map(Into::into).collect()
+}
+
 /// Whether leaves of a snapshot, which are not those of a `fresh` vCPU of the same number, could be those of one of a lesser host:
 /// of functions that there are here, without anything that [`guest`] takes away, of the same topology. Features are compared
 /// apart ([`thaw_snapshot::CpuRecord::missing_on`]).
@@ -446,6 +454,53 @@ mod tests {
         after[one].ecx ^= 1 << 26;
         assert!(!is_same(&before, &after));
         assert!(!is_same(&before, &before[1..]));
+    }
+
+    /// Of a guest on a real KVM (the lab's), less those without anything in them.
+    const REAL: [[u32; 7]; 15] = [
+        [0, 0, 0, 0xd, 0x6874_7541, 0x444d_4163, 0x6974_6e65],
+        [1, 0, 0, 0x60fb1, 0x10800, 0xf7f8_3203, 0x0f8b_fbfd],
+        [4, 0, 1, 0, 0, 0, 0],
+        [7, 0, 1, 0, 0x0198_03ab, 0x10204, 0x2000_0000],
+        [0xa, 0, 0, 0, 0, 0, 0],
+        [0xd, 0, 1, 0x207, 0x240, 0xa88, 0],
+        [0xd, 1, 1, 5, 0, 0, 0],
+        [0xd, 2, 1, 0x100, 0x240, 0, 0],
+        [0x8000_0001, 0, 0, 0x60fb1, 0, 0x73, 0xedd3_fbfd],
+        [0x8000_0008, 0, 0, 0x3928, 0x0400_0000, 0, 0],
+        [
+            0x4000_0000,
+            0,
+            0,
+            0x4000_0001,
+            0x4b4d_564b,
+            0x564b_4d56,
+            0x4d,
+        ],
+        [0x4000_0001, 0, 0, 0x0100_3aeb, 0, 0, 0],
+        [0xb, 0, 1, 0, 1, 0x100, 0],
+        [0xb, 1, 1, 0, 1, 0x201, 0],
+        [0xb, 2, 1, 0, 0, 2, 0],
+    ];
+
+    #[test]
+    fn leaves_of_a_real_guest_are_taken_without_what_is_left_of_the_buffer() {
+        let mut buffer = vec![kvm_cpuid_entry2::default(); KVM_MAX_CPUID_ENTRIES];
+        for (slot, leaf) in buffer.iter_mut().zip(REAL) {
+            [
+                slot.function,
+                slot.index,
+                slot.flags,
+                slot.eax,
+                slot.ebx,
+                slot.ecx,
+                slot.edx,
+            ] = leaf;
+        }
+        let real = written(&buffer);
+        assert_eq!(real.len(), REAL.len());
+        check(&real, &real, (0, 1)).unwrap();
+        assert_eq!(written(&[]), []);
     }
 
     #[test]

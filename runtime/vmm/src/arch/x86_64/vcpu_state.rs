@@ -420,7 +420,7 @@ fn get_cpuid(fd: &VcpuFd) -> Result<Vec<CpuidEntryV1>, VcpuStateError> {
     let cpuid = fd
         .get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
         .map_err(call("KVM_GET_CPUID2"))?;
-    Ok(cpuid.as_slice().iter().map(Into::into).collect())
+    Ok(cpuid::written(cpuid.as_slice()))
 }
 
 /// Gives a vCPU that has never run the state of a saved one but time: all of the module's steps 1 to 9. Of CPUID, TSC
