@@ -143,7 +143,7 @@ fn build(global: &Global, home: &Path, args: &BuildArgs) -> anyhow::Result<ExitC
             origin: "built",
             path,
         };
-        output::json(&describe(&found, &key(&home)?)?)?;
+        output::json(&describe(&found, &key(home)?)?)?;
     } else {
         println!("{}", path.display());
     }
