@@ -20,6 +20,7 @@ use crate::engine::{Engine, HostEngine};
 use crate::events::outcome::Retries;
 use crate::s3::S3;
 use crate::server;
+use crate::snapshot_key;
 use crate::state::{App, Health};
 use crate::store::{Store, StoreError};
 use crate::tls::{Tls, TlsError, TlsListener, Trust};
@@ -238,7 +239,12 @@ impl Gateway {
                 (Some(jailer), Some(reach))
             }
         };
-        let runtime = Runtime::new(RuntimeConfig {
+        let key = snapshot_key::of(&config.home).map_err(|source| StartError::Home {
+            act: "have",
+            path: config.home.join(snapshot_key::FILE),
+            source,
+        })?;
+        let runtime_config = RuntimeConfig {
             vmm: config.vmm.clone(),
             jailer,
             memory_budget_mib: Some(config.budget.memory_mib),
@@ -246,7 +252,8 @@ impl Gateway {
             keep_alive: config.keep_alive,
             restore_concurrency_max: config.limits.restore_concurrency_max,
             ..RuntimeConfig::default()
-        })?;
+        };
+        let runtime = Runtime::new(runtime_config, key)?;
         let mut engine = HostEngine::new(runtime, config.home.clone(), config.agent.clone());
         if config.exposure == Exposure::ForwardedLoopback {
             // In the lab, whose processor is emulated and whose changes outside the home are lost.

@@ -32,6 +32,7 @@ pub mod progress;
 pub mod record;
 pub mod s3;
 pub mod server;
+pub mod snapshot_key;
 pub mod state;
 pub mod store;
 pub mod thaw_routes;

@@ -18,6 +18,8 @@ mod layers;
 mod machine;
 #[path = "http/server.rs"]
 mod server;
+#[path = "http/snapshots.rs"]
+mod snapshots;
 #[path = "http/streams.rs"]
 mod streams;
 #[path = "http/tls.rs"]
@@ -553,42 +555,6 @@ async fn an_update_serves_the_old_revision_until_the_new_one_is_frozen() {
     server
         .until(|server| server.revisions("f").len() == 1)
         .await;
-    server.stop().await;
-}
-
-#[tokio::test]
-async fn a_snapshot_that_this_machine_refuses_is_frozen_again_once() {
-    let server = Server::start().await;
-    let invoke = async |name: &str| {
-        let path = format!("{FUNCTIONS}/{name}/invocations");
-        server.send("POST", &path, &[], b"1").await
-    };
-    for name in ["foreign-at-first", "foreign-for-ever"] {
-        let code = zip(&[(name, b"")]);
-        server.post(FUNCTIONS, &create(name, &code)).await;
-        server.deployed(name).await;
-    }
-    assert_eq!(server.machine.freezes(), 2);
-    // All of them wait for the one freeze.
-    let answers = futures_util::future::join_all((0..5).map(|_| invoke("foreign-at-first"))).await;
-    for answer in answers {
-        assert_eq!((answer.status, answer.text().as_str()), (200, "1"));
-    }
-    assert_eq!(server.machine.freezes(), 3);
-    for _ in 0..3 {
-        let answer = invoke("foreign-for-ever").await;
-        let message = refused(&answer, 500, "ServiceException");
-        assert!(message.contains("this host's cpu lacks"), "{message}");
-    }
-    assert_eq!(server.machine.freezes(), 4);
-    // New code is another chance.
-    let code = format!("{FUNCTIONS}/foreign-for-ever/code");
-    let update = create("foreign-for-ever", &zip(&[("app.py", b"x = 1\n")]))["Code"].clone();
-    server
-        .send("PUT", &code, &[], update.to_string().as_bytes())
-        .await;
-    server.deployed("foreign-for-ever").await;
-    assert_eq!(invoke("foreign-for-ever").await.text(), "1");
     server.stop().await;
 }
 

@@ -8,6 +8,7 @@ mod lesson;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
+use thaw_snapshot::Key;
 use tokio::runtime::Handle;
 use tokio::sync::{oneshot, watch};
 use tokio::time::Instant;
@@ -44,6 +45,8 @@ const UNLIMITED: u64 = 1 << 40;
 #[derive(Debug)]
 pub(crate) struct Node {
     pub(crate) config: RuntimeConfig,
+    /// Monitors, which hold guests, never get it.
+    pub(crate) key: Key,
     pub(crate) spawner: Spawner,
     /// Ends freezes and everything that is made ahead.
     pub(crate) stop: CancellationToken,
@@ -59,6 +62,8 @@ pub(crate) struct Member {
     pub(crate) id: FunctionId,
     pub(crate) spec: PoolSpec,
     pub(crate) shape: Shape,
+    /// Of its snapshot.
+    pub(crate) key: Key,
     /// Those of the next claim.
     pub(crate) files: Mutex<Arc<SnapshotFiles>>,
     /// Of its working set.
@@ -96,7 +101,12 @@ impl Member {
 }
 
 impl Node {
-    pub(crate) fn new(config: RuntimeConfig, spawner: Spawner, tokio: Handle) -> Arc<Self> {
+    pub(crate) fn new(
+        config: RuntimeConfig,
+        key: Key,
+        spawner: Spawner,
+        tokio: Handle,
+    ) -> Arc<Self> {
         let rules = Rules {
             memory_mib: config.memory_budget_mib.unwrap_or(UNLIMITED),
             vcpus: config.vcpu_budget.map_or(UNLIMITED, u64::from),
@@ -113,6 +123,7 @@ impl Node {
         let times = alarm.subscribe();
         let node = Arc::new(Self {
             config,
+            key,
             spawner,
             stop: CancellationToken::new(),
             began: Instant::now(),

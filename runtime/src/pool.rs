@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use thaw_agent_protocol::{FrameError, PAYLOAD_BYTES_MAX};
-use thaw_snapshot::{SectionKind, Snapshot};
-use thaw_vmm_control::Paging;
+use thaw_snapshot::{Key, SectionKind, Snapshot};
+use thaw_vmm_control::{Paging, VCPU_COUNT_MAX};
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
@@ -141,7 +141,8 @@ impl Pool {
         if spec.concurrency_max == 0 {
             return Err(OpenPoolError::Limits("concurrency_max is 0"));
         }
-        let verified = verified(spec.snapshot.clone(), spec.base.clone()).await?;
+        let paths = (spec.snapshot.clone(), spec.base.clone());
+        let verified = verified(paths, node.key.clone()).await?;
         let files = SnapshotFiles {
             snapshot: verified.snapshot,
             base: verified.base,
@@ -158,6 +159,7 @@ impl Pool {
             },
             spec,
             shape: verified.shape,
+            key: node.key.clone(),
             files: Mutex::new(Arc::new(files)),
             stop_claims: CancellationToken::new(),
             stop_running: CancellationToken::new(),
@@ -331,7 +333,7 @@ impl Drop for Place<'_> {
     }
 }
 
-/// A snapshot whose every byte is as it was written.
+/// A snapshot whose every byte is as it was written, here.
 struct Verified {
     snapshot: File,
     base: Option<File>,
@@ -343,8 +345,12 @@ struct Verified {
     learning: Learning,
 }
 
-/// Opens a snapshot, and its base if it has one, and checks every byte of both, before anything in them is used.
-async fn verified(path: PathBuf, base: Option<PathBuf>) -> Result<Verified, OpenPoolError> {
+/// Opens a snapshot, and its base if it has one, and checks who made them and every byte of both, before anything in them is
+/// used.
+async fn verified(
+    (path, base): (PathBuf, Option<PathBuf>),
+    key: Key,
+) -> Result<Verified, OpenPoolError> {
     let check = move || {
         let unusable = |source: Box<dyn std::error::Error + Send + Sync>| OpenPoolError::Snapshot {
             path: path.clone(),
@@ -363,6 +369,9 @@ async fn verified(path: PathBuf, base: Option<PathBuf>) -> Result<Verified, Open
                 .attach_base(base)
                 .map_err(|error| unusable(error.into()))?;
         }
+        snapshot
+            .authenticate(&key)
+            .map_err(|error| unusable(error.into()))?;
         // Of a stub, this is all but its memory, which is verified chunk by chunk when it is fetched.
         match is_store {
             true => snapshot.verify_own(),
@@ -376,8 +385,15 @@ async fn verified(path: PathBuf, base: Option<PathBuf>) -> Result<Verified, Open
             vcpus: metadata.vcpu_count,
             memory_mib: metadata.memory_mib,
         };
-        if shape.vcpus == 0 || shape.memory_mib == 0 {
-            return Err(unusable("its metadata tells no size of the VM".into()));
+        let memory_bytes = snapshot
+            .memory_bytes()
+            .map_err(|error| unusable(error.into()))?;
+        // The schedule counts with what the metadata tells.
+        if !(1..=VCPU_COUNT_MAX).contains(&shape.vcpus)
+            || memory_bytes == 0
+            || memory_bytes != u64::from(shape.memory_mib) << 20
+        {
+            return Err(unusable("its metadata tells another size of the VM".into()));
         }
         let disks = snapshot.sections().filter_map(|(kind, bytes)| match kind {
             SectionKind::Disk(_) => Some(bytes),

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use thaw_snapshot::Key;
 use thiserror::Error;
 use tokio::runtime::Handle;
 
@@ -106,11 +107,12 @@ pub struct Runtime {
 }
 
 impl Runtime {
-    /// A runtime; call it inside a tokio runtime with I/O and time.
+    /// A runtime; call it inside a tokio runtime with I/O and time. It vouches with `key` for each snapshot that it makes, and uses
+    /// none that has no tag of that key.
     ///
     /// # Errors
     /// Impossible limits, no tokio runtime.
-    pub fn new(config: RuntimeConfig) -> Result<Self, StartError> {
+    pub fn new(config: RuntimeConfig, key: Key) -> Result<Self, StartError> {
         if config.restore_concurrency_max == 0 {
             return Err(StartError::Limits("restore_concurrency_max is 0"));
         }
@@ -120,7 +122,7 @@ impl Runtime {
         let tokio = Handle::try_current().map_err(|_| StartError::NoTokio)?;
         let spawner = Spawner::new(config.vmm.clone(), config.jailer.clone(), tokio.clone());
         Ok(Self {
-            node: Node::new(config, spawner, tokio),
+            node: Node::new(config, key, spawner, tokio),
         })
     }
 
@@ -138,14 +140,14 @@ impl Runtime {
         tokio::select! {
             biased;
             () = node.stop.cancelled() => Err(HostError::ShutDown.into()),
-            result = freeze(&node.spawner, &node.config, request, progress) => result,
+            result = freeze(node, request, progress) => result,
         }
     }
 
-    /// Verifies a snapshot in full, once, keeps its files open, and begins to keep VMs ready.
+    /// Checks that a snapshot is authentic, verifies it in full, once, keeps its files open, and begins to keep VMs ready.
     ///
     /// # Errors
-    /// The snapshot is not whole, a file cannot be opened, or the limits are impossible.
+    /// The snapshot is not authentic or not whole, a file cannot be opened, or the limits are impossible.
     pub async fn open_pool(&self, spec: PoolSpec) -> Result<Pool, OpenPoolError> {
         Pool::open(Arc::clone(&self.node), spec).await
     }

@@ -14,6 +14,7 @@ mod stage;
 mod streams;
 
 use std::fs;
+use std::os::unix::fs::FileExt as _;
 use std::time::{Duration, Instant};
 
 use thaw_runtime::{
@@ -21,7 +22,9 @@ use thaw_runtime::{
     InvokeError, Measure, OpenPoolError, PoolSpec, ThrottleReason,
 };
 
-use stage::{AMPLE, Stage, host, invocation, invoke, is_answer, monitors};
+use thaw_snapshot::{Key, Snapshot, tag};
+
+use stage::{AMPLE, Stage, host, invocation, invoke, is_answer, key, monitors};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn invocations_are_answered_each_by_a_monitor_of_its_own() {
@@ -320,11 +323,58 @@ async fn a_damaged_snapshot_is_refused_before_any_vm_is_made() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_that_was_not_made_here_is_refused_and_told_what_helps() {
+    let stage = Stage::new("well");
+    let path = stage.path("snapshot.thaw");
+    let refused = async || {
+        let error = stage.runtime.open_pool(stage.spec()).await.unwrap_err();
+        let OpenPoolError::Snapshot { source, .. } = error else {
+            panic!("{error:?}");
+        };
+        source.to_string()
+    };
+    let remedy = format!("thaw snapshot trust {}", path.display());
+    let file = fs::OpenOptions::new().read(true).write(true).open(&path);
+    let file = file.unwrap();
+    let other = Key::new(&[8; Key::SECRET_BYTES]);
+    tag(&file, &other).unwrap();
+    let reason = refused().await;
+    assert!(
+        reason.contains("another machine") && reason.contains(&remedy),
+        "{reason}"
+    );
+    file.write_all_at(&[0; 32], 4096 - 32).unwrap();
+    let reason = refused().await;
+    assert!(
+        reason.contains("no authentication tag") && reason.contains(&remedy),
+        "{reason}"
+    );
+    assert!(monitors(stage.folder.path()).is_empty());
+    tag(&file, &key()).unwrap();
+    assert!(is_answer(&invoke(&stage.pool().await).await, b"{}"));
+    stage.strike().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_of_another_size_than_it_tells_the_schedule_is_refused() {
+    let stage = Stage::new("well");
+    for (vcpu_count, memory_mib) in [(0, 128), (5, 128), (1, 64), (1, 0), (1, u32::MAX)] {
+        fs::remove_file(stage.path("snapshot.thaw")).unwrap();
+        stage::write_snapshot(&stage.path("snapshot.thaw"), vcpu_count, memory_mib);
+        let error = stage.runtime.open_pool(stage.spec()).await.unwrap_err();
+        assert!(matches!(error, OpenPoolError::Snapshot { .. }), "{error:?}");
+    }
+    stage.strike().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_freeze_writes_its_file_and_tells_each_step() {
     let stage = Stage::new("well");
     let (result, steps) = stage.freeze().await;
     let frozen = result.unwrap();
-    assert_eq!(fs::read(&frozen.snapshot).unwrap(), b"frozen");
+    let snapshot = Snapshot::open(&frozen.snapshot).unwrap();
+    snapshot.authenticate(&key()).unwrap();
+    snapshot.verify().unwrap();
     assert_eq!(frozen.init_log, b"starting\n");
     let agent_version = "7".to_owned();
     assert_eq!(

@@ -19,7 +19,7 @@ use thaw_runtime::{
     InvocationTimings, InvokeError, Jailer, Learn, Measure, Outcome, Owner, Pool, PoolSpec, Reach,
     Runtime, RuntimeConfig, RuntimeExitCause, Start,
 };
-use thaw_snapshot::{Metadata, Snapshot, set_working_set};
+use thaw_snapshot::{Key, Metadata, Snapshot, set_working_set, tag};
 use thaw_snapshot_store::{LocalFolder, Store};
 use tokio::sync::{Mutex, MutexGuard, OnceCell};
 
@@ -37,6 +37,10 @@ fn setting(name: &str) -> PathBuf {
     PathBuf::from(value.unwrap_or_else(|| panic!("{name} is not set")))
 }
 
+fn key() -> Key {
+    Key::new(&[7; Key::SECRET_BYTES])
+}
+
 fn runtime() -> Runtime {
     let config = RuntimeConfig {
         vmm: setting("THAW_TEST_VMM"),
@@ -45,7 +49,7 @@ fn runtime() -> Runtime {
         reply_limit: AMPLE,
         ..RuntimeConfig::default()
     };
-    Runtime::new(config).unwrap()
+    Runtime::new(config, key()).unwrap()
 }
 
 /// One for all runtimes, and how far it reaches.
@@ -438,12 +442,16 @@ async fn a_function_lazily_served_from_a_store_after_it_was_recorded_answers() {
     );
     assert!(set.pages() > set.written_pages() && set.written_pages() > 10);
     pool.close().await;
-    set_working_set(&path, &set).unwrap();
+    set_working_set(&path, &set, Some(&key())).unwrap();
 
     let stub = folder.path().join("stub.thaw");
-    let file = File::create_new(&stub).unwrap();
+    let mut options = File::options();
+    options.read(true).write(true).create_new(true);
+    let file = options.open(&stub).unwrap();
+    let written = file.try_clone().unwrap();
     let store = Store::new(Arc::new(LocalFolder::new(folder.path())));
     let pushed = store.push(&Snapshot::open(&path).unwrap(), file).unwrap();
+    tag(&written, &key()).unwrap();
     eprintln!("{pushed:?}");
     let spec = spec(&stub, Some(folder.path()));
     let pool = runtime.open_pool(spec).await.unwrap();

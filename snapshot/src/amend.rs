@@ -18,7 +18,10 @@ use thiserror::Error;
 use crate::layout::{Entry, PAGE_BYTES, SectionKind};
 use crate::sparse::read_range;
 use crate::writer::Writer;
-use crate::{OpenError, PendingFile, Snapshot, Summary, VerifyError, WorkingSet, WriteError};
+use crate::{
+    AuthenticityError, Key, OpenError, PendingFile, Snapshot, Summary, TagError, VerifyError,
+    WorkingSet, WriteError, tag,
+};
 
 /// Why a snapshot could not be given a working set; it is as it was.
 #[derive(Debug, Error)]
@@ -26,6 +29,12 @@ pub enum AmendError {
     /// It cannot be opened.
     #[error("snapshot to be amended could not be opened")]
     Open(#[source] OpenError),
+    /// It is not one of the key's holder, who does not vouch for what another has made.
+    #[error("snapshot to be amended is not trusted")]
+    Untrusted(#[source] AuthenticityError),
+    /// The amended one could not be vouched for.
+    #[error("amended snapshot could not be tagged")]
+    Tag(#[source] TagError),
     /// It is damaged.
     #[error("snapshot to be amended could not be read")]
     Read(#[source] VerifyError),
@@ -44,12 +53,20 @@ pub enum AmendError {
 }
 
 /// Writes `working_set` into the snapshot at `path`, in place of one that it may have. The file's identity
-/// ([`Snapshot::digest`]) changes, its [`Snapshot::content_digest`] does not.
+/// ([`Snapshot::digest`]) changes, its [`Snapshot::content_digest`] does not. With a key, the snapshot must be authentic, and is
+/// afterwards, too; without, it has no tag any more.
 ///
 /// # Errors
 /// See [`AmendError`].
-pub fn set_working_set(path: &Path, working_set: &WorkingSet) -> Result<Summary, AmendError> {
+pub fn set_working_set(
+    path: &Path,
+    working_set: &WorkingSet,
+    key: Option<&Key>,
+) -> Result<Summary, AmendError> {
     let snapshot = Snapshot::open(path).map_err(AmendError::Open)?;
+    if let Some(key) = key {
+        snapshot.authenticate(key).map_err(AmendError::Untrusted)?;
+    }
     let unknown = |entry: &&Entry| matches!(entry.kind, SectionKind::Unknown(_));
     if let Some(entry) = snapshot.entries().iter().find(unknown) {
         return Err(AmendError::Unknown(entry.kind));
@@ -73,6 +90,9 @@ pub fn set_working_set(path: &Path, working_set: &WorkingSet) -> Result<Summary,
     writer.working_set(working_set).map_err(AmendError::Write)?;
     let mut summary = writer.finish().map_err(AmendError::Write)?;
     summary.stored_bytes += stored_bytes;
+    if let Some(key) = key {
+        tag(pending.file(), key).map_err(AmendError::Tag)?;
+    }
     pending.commit().map_err(AmendError::Commit)?;
     Ok(summary)
 }

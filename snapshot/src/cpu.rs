@@ -264,7 +264,28 @@ const WORDS: &[FeatureWord] = &[
     ),
 ];
 
+/// Most leaves of a record: more than KVM takes (`KVM_MAX_CPUID_ENTRIES`, 256) are none's.
+const LEAVES_MAX: usize = 256;
+/// Length of a vendor's name: three registers.
+const VENDOR_BYTES_MAX: usize = 12;
+
 impl CpuRecord {
+    /// The record of a section's bytes; what is wrong with others.
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, String> {
+        let (record, rest) =
+            postcard::take_from_bytes::<Self>(bytes).map_err(|error| error.to_string())?;
+        let is_name = |text: &str| text.len() <= VENDOR_BYTES_MAX && text.bytes().all(is_printable);
+        if !rest.is_empty() {
+            Err(format!("{} bytes are left over", rest.len()))
+        } else if record.leaves.len() > LEAVES_MAX {
+            Err(format!("{} leaves are too many", record.leaves.len()))
+        } else if !is_name(&record.vendor) {
+            Err("its vendor is no vendor's name".into())
+        } else {
+            Ok(record)
+        }
+    }
+
     /// What this snapshot's guest was told and `host` does not have; empty if it can run there. A missing leaf counts as zeros.
     /// A different vendor is a missing feature of its own.
     pub fn missing_on(&self, host: &Self) -> Vec<MissingFeature> {
@@ -309,9 +330,37 @@ impl CpuRecord {
     }
 }
 
+fn is_printable(byte: u8) -> bool {
+    byte == b' ' || byte.is_ascii_graphic()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_record_of_other_bytes_than_it_was_made_of_is_refused() {
+        let encode = |record: &CpuRecord| postcard::to_stdvec(record).unwrap();
+        let good = record(7, 1, 2);
+        assert_eq!(CpuRecord::decode(&encode(&good)).unwrap(), good);
+        let leftover = [encode(&good), vec![0]].concat();
+        let many = vec![good.leaves[0]; LEAVES_MAX + 1];
+        let named = |vendor: &str| CpuRecord {
+            vendor: vendor.into(),
+            ..good.clone()
+        };
+        for bytes in [
+            leftover,
+            encode(&CpuRecord {
+                leaves: many,
+                ..good.clone()
+            }),
+            encode(&named("AuthenticAMD!")),
+            encode(&named("\u{1b}[2J")),
+        ] {
+            assert!(CpuRecord::decode(&bytes).is_err());
+        }
+    }
 
     fn record(function: u32, ebx: u32, ecx: u32) -> CpuRecord {
         let leaf = Leaf {

@@ -7,7 +7,7 @@ use crate::difference::BASE_BYTES;
 use crate::working_set::{TOUCHED_BYTES, WORKING_SET_RUNS_MAX};
 
 /// Version of the format that this crate writes, and the only one it reads.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 /// Sections start at multiples of this, so that memory can be mapped straight from the file.
 pub const PAGE_BYTES: u64 = 4096;
 /// Most sections in a file: what fits the header's page.
@@ -20,14 +20,17 @@ const MAGIC: [u8; 8] = *b"THAWSNAP";
 const FIXED_BYTES: usize = 32;
 const ENTRY_BYTES: usize = 64;
 const DIGEST_BYTES: usize = 32;
+/// Length of the authentication tag, which ends the header's page.
+pub(crate) const TAG_BYTES: usize = 32;
+/// Where the tag stands: outside of what the header's digest covers, which it is made of.
+pub(crate) const TAG_OFFSET: u64 = (HEADER_PAGE_BYTES - TAG_BYTES) as u64;
 const FLAG_REQUIRED: u32 = 1;
 const FLAG_SPARSE: u32 = 2;
 
-// A header of the most sections must fit the first page.
-const _: () =
-    assert!(FIXED_BYTES + SECTION_COUNT_MAX * ENTRY_BYTES + DIGEST_BYTES <= HEADER_PAGE_BYTES);
+// A header of the most sections must fit before the tag.
+const _: () = assert!(header_end(SECTION_COUNT_MAX) <= TAG_OFFSET);
 // Raising the version is a decision: the golden file must change with it.
-const _: () = assert!(FORMAT_VERSION == 1);
+const _: () = assert!(FORMAT_VERSION == 2);
 
 /// What a section holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -102,11 +105,24 @@ impl SectionKind {
         }
     }
 
+    /// The section without which this one makes no sense.
+    fn companion(self) -> Option<Self> {
+        match self {
+            Self::Memory => Some(Self::MemoryRuns),
+            Self::Disk(index) => Some(Self::DiskRuns(index)),
+            Self::DiskRuns(index) => Some(Self::Disk(index)),
+            Self::MemoryRuns | Self::WorkingSet | Self::Base => Some(Self::Memory),
+            Self::Metadata | Self::Cpu | Self::Machine | Self::Unknown(_) => None,
+        }
+    }
+
     /// Longest section that is read into memory, bytes.
     pub(crate) fn bytes_max(self) -> u64 {
         match self {
             Self::Metadata | Self::Cpu => 1 << 20,
-            Self::Machine => 64 << 20,
+            // Four vCPUs of 64 KiB each and the agent channel's bytes are half of it; decoded, a hostile one takes
+            // some thirty times its length.
+            Self::Machine => 2 << 20,
             Self::WorkingSet => (WORKING_SET_RUNS_MAX * TOUCHED_BYTES) as u64,
             Self::Base => BASE_BYTES as u64,
             Self::MemoryRuns | Self::DiskRuns(_) => 64 << 20,
@@ -166,6 +182,8 @@ pub(crate) struct Header {
     pub(crate) entries: Vec<Entry>,
     pub(crate) file_bytes: u64,
     pub(crate) digest: Digest,
+    /// Not checked: that takes a key.
+    pub(crate) tag: Option<[u8; TAG_BYTES]>,
 }
 
 /// Why the first page of a file is not a header. All but [`HeaderError::Version`] and [`HeaderError::UnknownSection`] mean
@@ -186,6 +204,9 @@ pub enum HeaderError {
     /// Announced header length is impossible.
     #[error("snapshot header announces {0} bytes and {1} sections, which do not belong together")]
     Length(u32, u32),
+    /// Bytes that mean nothing in this version are used.
+    #[error("snapshot header has reserved bytes that are not zero")]
+    Reserved,
     /// The header's bytes changed after it was written.
     #[error("snapshot header does not match its digest: the file is damaged")]
     Digest,
@@ -216,12 +237,12 @@ pub enum HeaderError {
         "snapshot needs section kind {0:#x}, which this thaw does not know: use the thaw that wrote it, or deploy again"
     )]
     UnknownSection(u32),
-    /// A section that every snapshot has.
-    #[error("snapshot has no section {0}")]
+    /// A section that another one needs.
+    #[error("snapshot has no section {0}, without which another makes no sense")]
     Missing(SectionKind),
 }
 
-/// The header's page: header, then zeros.
+/// The header's page: header, then zeros, no tag among them.
 pub(crate) fn encode(entries: &[Entry], file_bytes: u64) -> (Vec<u8>, Digest) {
     assert!(
         entries.len() <= SECTION_COUNT_MAX,
@@ -264,7 +285,7 @@ pub(crate) fn content_digest(entries: &[Entry]) -> Digest {
 }
 
 /// Where the header ends; its page is zero from there on.
-pub(crate) fn header_end(section_count: usize) -> u64 {
+pub(crate) const fn header_end(section_count: usize) -> u64 {
     (FIXED_BYTES + section_count * ENTRY_BYTES + DIGEST_BYTES) as u64
 }
 
@@ -308,11 +329,16 @@ pub(crate) fn decode(page: &[u8], found: u64) -> Result<Header, HeaderError> {
     if expected != found || expected > FILE_BYTES_MAX {
         return Err(HeaderError::FileLength { expected, found });
     }
+    if u32_at(page, 28) != 0 {
+        return Err(HeaderError::Reserved);
+    }
     let entries = table(&body[FIXED_BYTES..], expected)?;
+    let tag = page.last_chunk().filter(|tag| **tag != [0; TAG_BYTES]);
     Ok(Header {
         entries,
         file_bytes: expected,
         digest: Digest(computed),
+        tag: tag.copied(),
     })
 }
 
@@ -333,6 +359,10 @@ fn table(bytes: &[u8], file_bytes: u64) -> Result<Vec<Entry>, HeaderError> {
         if matches!(kind, SectionKind::Unknown(_)) && flags & FLAG_REQUIRED != 0 {
             return Err(HeaderError::UnknownSection(number));
         }
+        let reserved = (flags & !(FLAG_REQUIRED | FLAG_SPARSE), u64_at(line, 56));
+        if reserved != (0, 0) {
+            return Err(HeaderError::Reserved);
+        }
         let why = misplaced(&entry, flags, free_from, file_bytes, &entries);
         if let Some(why) = why {
             return Err(HeaderError::Table {
@@ -346,10 +376,10 @@ fn table(bytes: &[u8], file_bytes: u64) -> Result<Vec<Entry>, HeaderError> {
         entries.push(entry);
     }
     for entry in &entries {
-        if let Some(runs) = entry.kind.runs_kind()
-            && !entries.iter().any(|other| other.kind == runs)
+        if let Some(other) = entry.kind.companion()
+            && !entries.iter().any(|entry| entry.kind == other)
         {
-            return Err(HeaderError::Missing(runs));
+            return Err(HeaderError::Missing(other));
         }
     }
     Ok(entries)
@@ -469,6 +499,33 @@ mod tests {
             result.unwrap_err(),
             HeaderError::Missing(SectionKind::MemoryRuns)
         );
+    }
+
+    #[test]
+    fn a_section_without_the_one_it_belongs_to_is_refused() {
+        for (kind, missing) in [
+            (SectionKind::MemoryRuns, SectionKind::Memory),
+            (SectionKind::DiskRuns(3), SectionKind::Disk(3)),
+            (SectionKind::WorkingSet, SectionKind::Memory),
+            (SectionKind::Base, SectionKind::Memory),
+        ] {
+            let result = decoded(&[entry(kind, 4096, 16)], 8192);
+            assert_eq!(result.unwrap_err(), HeaderError::Missing(missing));
+        }
+    }
+
+    #[test]
+    fn bytes_without_a_meaning_are_zero_even_under_a_right_digest() {
+        let good = encode(&[entry(SectionKind::Cpu, 4096, 1)], 8192).0;
+        let end = usize::try_from(header_end(1)).unwrap() - DIGEST_BYTES;
+        // The fixed part's last word, a flag that no kind has, the line's last word.
+        for at in [28, 31, FIXED_BYTES + 7, end - 8, end - 1] {
+            let mut page = good.clone();
+            page[at] |= 0x80;
+            let digest = *blake3::hash(&page[..end]).as_bytes();
+            page[end..end + DIGEST_BYTES].copy_from_slice(&digest);
+            assert_eq!(decode(&page, 8192).unwrap_err(), HeaderError::Reserved);
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The snapshot: a booted, initialised VM, frozen into one file.
 //!
-//! Owns: the file format (FORMAT.md beside this crate describes each byte), its digests, atomic commit, and the record
-//! of CPU features. Must not know: KVM, guests, sockets. Start at [`Writer`] and [`Snapshot`].
+//! Owns: the file format (FORMAT.md beside this crate describes each byte), its digests and its authentication, atomic commit, and
+//! the record of CPU features. Must not know: KVM, guests, sockets. Start at [`Writer`] and [`Snapshot`].
 //!
 //! A snapshot stands by itself or is a difference to another, its base. [`set_working_set`] gives one a working set later.
 //!
@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 mod amend;
+mod authentic;
 pub mod commit;
 pub mod cpu;
 mod difference;
@@ -22,6 +23,7 @@ mod working_set;
 mod writer;
 
 pub use amend::{AmendError, set_working_set};
+pub use authentic::{AuthenticityError, Key, TagError, tag};
 pub use commit::PendingFile;
 pub use cpu::{CpuRecord, Leaf, MissingFeature};
 pub use difference::{BaseRef, DIFFERENCE_RUNS_DEFAULT, DIFFERENCE_RUNS_MAX, close_gaps};

@@ -8,7 +8,10 @@ use std::path::Path;
 
 use thiserror::Error;
 
-use crate::layout::{self, Entry, HEADER_PAGE_BYTES, Header, HeaderError, SectionKind};
+use crate::layout::{
+    self, Entry, HEADER_PAGE_BYTES, Header, HeaderError, PAGE_BYTES, SectionKind, TAG_BYTES,
+    TAG_OFFSET,
+};
 use crate::sparse::{self, PageRun, RunsError, first_stray_byte, read_range};
 use crate::{BaseRef, CpuRecord, Digest, Metadata, WorkingSet};
 
@@ -101,6 +104,7 @@ impl SparseSection {
 #[derive(Debug)]
 pub struct Snapshot {
     file: File,
+    name: String,
     header: Header,
     base: Option<Box<Snapshot>>,
 }
@@ -140,6 +144,7 @@ impl Snapshot {
         })?;
         Ok(Self {
             file,
+            name: name.to_owned(),
             header,
             base: None,
         })
@@ -148,6 +153,11 @@ impl Snapshot {
     /// The file, for mapping its memory.
     pub fn file(&self) -> &File {
         &self.file
+    }
+
+    /// What it was opened as, for messages.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// Identity of the snapshot.
@@ -193,7 +203,7 @@ impl Snapshot {
     /// # Errors
     /// The first thing that is wrong.
     pub fn verify_own(&self) -> Result<(), VerifyError> {
-        let mut covered = Vec::from_iter(std::iter::once(0..self.header_end()));
+        let mut covered = vec![0..self.header_end(), TAG_OFFSET..PAGE_BYTES];
         for entry in &self.header.entries {
             if entry.kind.runs_kind().is_some() {
                 covered.extend(self.verify_sparse(entry)?);
@@ -295,8 +305,7 @@ impl Snapshot {
     /// Missing, unreadable or damaged.
     pub fn cpu(&self) -> Result<CpuRecord, VerifyError> {
         let kind = SectionKind::Cpu;
-        postcard::from_bytes(&self.section(kind)?)
-            .map_err(|error| VerifyError::Decode(kind, error.to_string()))
+        CpuRecord::decode(&self.section(kind)?).map_err(|why| VerifyError::Decode(kind, why))
     }
 
     /// Where the `index`-th disk lies, bytes in the file, without the list of its pages, which a restore does not need.
@@ -322,6 +331,15 @@ impl Snapshot {
 
     pub(crate) fn set_attached(&mut self, base: Snapshot) {
         self.base = Some(Box::new(base));
+    }
+
+    pub(crate) fn tag(&self) -> Option<[u8; TAG_BYTES]> {
+        self.header.tag
+    }
+
+    /// The base that was given, if one was.
+    pub(crate) fn attached_base(&self) -> Option<&Snapshot> {
+        self.base.as_deref()
     }
 
     /// The base; `None` if there is none to have, an error if it was not attached.

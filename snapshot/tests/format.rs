@@ -8,9 +8,13 @@ use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 use thaw_snapshot::{
-    CpuRecord, Leaf, Metadata, PAGE_BYTES, PageRun, PageSource, SectionKind, Snapshot, Summary,
-    Writer,
+    AuthenticityError, CpuRecord, Key, Leaf, Metadata, PAGE_BYTES, PageRun, PageSource,
+    SectionKind, Snapshot, Summary, Writer, tag,
 };
+
+fn key() -> Key {
+    Key::new(&[7; Key::SECRET_BYTES])
+}
 
 struct Bytes(Vec<u8>);
 
@@ -89,7 +93,14 @@ fn write_with(path: &Path, memory: Vec<u8>, disk: Vec<u8>) -> Summary {
     writer
         .sparse_section(SectionKind::Disk(2), disk.len() as u64, &mut Bytes(disk))
         .unwrap();
-    writer.finish().unwrap()
+    let summary = writer.finish().unwrap();
+    tag(&open_to_write(path), &key()).unwrap();
+    summary
+}
+
+fn open_to_write(path: &Path) -> fs::File {
+    let mut options = fs::OpenOptions::new();
+    options.read(true).write(true).open(path).unwrap()
 }
 
 fn write(path: &Path) -> Summary {
@@ -98,6 +109,9 @@ fn write(path: &Path) -> Summary {
 
 fn usable(path: &Path) -> Result<(), String> {
     let snapshot = Snapshot::open(path).map_err(|error| error.to_string())?;
+    snapshot
+        .authenticate(&key())
+        .map_err(|error| error.to_string())?;
     snapshot.verify().map_err(|error| error.to_string())
 }
 
@@ -214,17 +228,45 @@ fn another_version_and_another_file_each_say_so() {
     let (_folder, path) = scratch();
     write(&path);
     let mut bytes = fs::read(&path).unwrap();
-    bytes[8] = 2;
+    bytes[8] = 1;
     fs::write(&path, &bytes).unwrap();
     let error = anyhow_chain(&Snapshot::open(&path).unwrap_err());
     assert!(
-        error.contains("format version 2") && error.contains("deploy"),
+        error.contains("format version 1") && error.contains("deploy"),
         "{error}"
     );
     bytes[0] = b'X';
     fs::write(&path, &bytes).unwrap();
     let error = anyhow_chain(&Snapshot::open(&path).unwrap_err());
     assert!(error.contains("THAWSNAP"), "{error}");
+}
+
+#[test]
+fn a_snapshot_without_a_tag_or_with_one_of_another_key_is_refused_and_told_what_helps() {
+    let (_folder, path) = scratch();
+    write(&path);
+    let snapshot = Snapshot::open(&path).unwrap();
+    snapshot.authenticate(&key()).unwrap();
+    let name = path.display().to_string();
+    let other = Key::new(&[8; Key::SECRET_BYTES]);
+    let error = snapshot.authenticate(&other).unwrap_err();
+    assert_eq!(error, AuthenticityError::Foreign { name: name.clone() });
+    let remedy = format!("thaw snapshot trust {name}");
+    assert!(error.to_string().contains(&remedy), "{error}");
+    // A tag is part of nothing else: with another one it is the same snapshot.
+    let digest = snapshot.digest();
+    tag(&open_to_write(&path), &other).unwrap();
+    let snapshot = Snapshot::open(&path).unwrap();
+    snapshot.authenticate(&other).unwrap();
+    snapshot.verify().unwrap();
+    assert_eq!(snapshot.digest(), digest);
+    open_to_write(&path).write_all_at(&[0; 32], 4064).unwrap();
+    let snapshot = Snapshot::open(&path).unwrap();
+    snapshot.verify().unwrap();
+    let error = snapshot.authenticate(&key()).unwrap_err();
+    assert_eq!(error, AuthenticityError::Untagged { name });
+    assert!(error.to_string().contains(&remedy), "{error}");
+    assert_eq!(format!("{:?}", key()), "Key(..)");
 }
 
 #[test]
@@ -241,7 +283,7 @@ fn a_full_disk_is_an_error_that_names_the_section() {
 
 #[test]
 fn the_golden_file_still_opens_and_is_still_written() {
-    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v1.thaw");
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v2.thaw");
     usable(&golden).unwrap();
     let (_folder, path) = scratch();
     write(&path);

@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 use thaw_snapshot::{
-    Access, BaseError, CpuRecord, DIFFERENCE_RUNS_MAX, Metadata, PAGE_BYTES, PageRun, PageSource,
-    SectionKind, Snapshot, Summary, TouchedRun, VerifyError, WorkingSet, WriteError, Writer,
-    set_working_set,
+    Access, AmendError, BaseError, CpuRecord, DIFFERENCE_RUNS_MAX, Key, Metadata, PAGE_BYTES,
+    PageRun, PageSource, SectionKind, Snapshot, Summary, TouchedRun, VerifyError, WorkingSet,
+    WriteError, Writer, set_working_set, tag,
 };
 
 const PAGE: usize = 4096;
@@ -142,7 +142,7 @@ fn a_working_set_is_added_later_and_replaced_without_changing_what_is_restored()
     );
     let short = touched(&[(2, 2, Access::Read)], &memory);
     for working_set in [&long, &short, &WorkingSet::default(), &long] {
-        let summary = set_working_set(&path, working_set).unwrap();
+        let summary = set_working_set(&path, working_set, None).unwrap();
         let after = Snapshot::open(&path).unwrap();
         after.verify().unwrap();
         assert_eq!(after.working_set().unwrap().as_ref(), Some(working_set));
@@ -166,7 +166,7 @@ fn an_amended_snapshot_keeps_its_holes() {
     (pages[0], pages[9000]) = (1, 2);
     let memory = Pages(pages);
     write(&path, &memory);
-    set_working_set(&path, &touched(&[(9000, 1, Access::Read)], &memory)).unwrap();
+    set_working_set(&path, &touched(&[(9000, 1, Access::Read)], &memory), None).unwrap();
     assert!(fs::metadata(&path).unwrap().blocks() * 512 < 1 << 20);
     Snapshot::open(&path).unwrap().verify().unwrap();
 }
@@ -178,7 +178,7 @@ fn a_working_set_of_another_memory_is_refused_and_the_file_stays() {
     write(&path, &Pages(vec![1, 2]));
     let good = fs::read(&path).unwrap();
     let foreign = touched(&[(2, 1, Access::Read)], &Pages(vec![0; 3]));
-    let error = chain(&set_working_set(&path, &foreign).unwrap_err());
+    let error = chain(&set_working_set(&path, &foreign, None).unwrap_err());
     assert!(error.contains("outside of 2 pages"), "{error}");
     assert_eq!(fs::read(&path).unwrap(), good);
     assert_eq!(fs::read_dir(folder.0.path()).unwrap().count(), 1);
@@ -206,6 +206,41 @@ fn a_working_set_in_the_file_is_checked_against_its_memory() {
     writer.finish().unwrap();
     let error = Snapshot::open(&path).unwrap().working_set().unwrap_err();
     assert!(error.to_string().contains("working set run 0"), "{error}");
+}
+
+#[test]
+fn amending_keeps_an_authentic_snapshot_authentic_and_vouches_for_no_other() {
+    let folder = Folder::new();
+    let (base, path) = (folder.path("base.thaw"), folder.path("s.thaw"));
+    let (below, memory) = (Pages(vec![1, 0, 2]), Pages(vec![1, 3, 0]));
+    write(&base, &below);
+    write_difference(&path, &memory, &base, 8);
+    let (key, other) = (Key::new(&[1; 32]), Key::new(&[2; 32]));
+    let set = touched(&[(1, 1, Access::Write)], &memory);
+    let before = fs::read(&path).unwrap();
+    let error = set_working_set(&path, &set, Some(&key)).unwrap_err();
+    assert!(matches!(error, AmendError::Untrusted(_)), "{error:?}");
+    assert!(fs::read(&path).unwrap() == before, "it was touched");
+
+    let writable = |path| fs::OpenOptions::new().read(true).write(true).open(path);
+    tag(&writable(&path).unwrap(), &key).unwrap();
+    set_working_set(&path, &set, Some(&key)).unwrap();
+    let mut snapshot = Snapshot::open(&path).unwrap();
+    snapshot.authenticate(&key).unwrap();
+    assert_eq!(snapshot.working_set().unwrap(), Some(set.clone()));
+    assert!(set_working_set(&path, &set, Some(&other)).is_err());
+    // A base that nobody vouched for is no better below it.
+    snapshot
+        .attach_base(Snapshot::open(&base).unwrap())
+        .unwrap();
+    let error = snapshot.authenticate(&key).unwrap_err();
+    assert!(error.to_string().contains("base.thaw"), "{error}");
+    tag(&writable(&base).unwrap(), &key).unwrap();
+    opened(&path, &base).authenticate(&key).unwrap();
+    opened(&path, &base).verify().unwrap();
+
+    set_working_set(&path, &set, None).unwrap();
+    assert!(Snapshot::open(&path).unwrap().authenticate(&key).is_err());
 }
 
 #[test]
@@ -261,8 +296,8 @@ fn a_base_stays_the_base_when_it_is_given_a_working_set() {
     let (below, memory) = (Pages(vec![1, 2, 3]), Pages(vec![1, 9, 3]));
     write(&base, &below);
     write_difference(&path, &memory, &base, 8);
-    set_working_set(&base, &touched(&[(0, 1, Access::Read)], &below)).unwrap();
-    set_working_set(&path, &touched(&[(1, 1, Access::Write)], &memory)).unwrap();
+    set_working_set(&base, &touched(&[(0, 1, Access::Read)], &below), None).unwrap();
+    set_working_set(&path, &touched(&[(1, 1, Access::Write)], &memory), None).unwrap();
     let snapshot = opened(&path, &base);
     snapshot.verify().unwrap();
     assert_eq!(mapped(&snapshot), memory.bytes());
@@ -358,7 +393,11 @@ fn a_difference_of_more_runs_than_may_be_mapped_is_refused() {
     assert!(error.to_string().contains("runs"), "{error}");
 }
 
-/// A difference with a working set, whose bytes are fixed for ever.
+fn key() -> Key {
+    Key::new(&[7; Key::SECRET_BYTES])
+}
+
+/// A difference with a working set, both it and its base tagged, whose bytes are fixed for ever.
 fn write_golden(folder: &Folder) -> PathBuf {
     let (base, path) = (folder.path("base.thaw"), folder.path("s.thaw"));
     write(&base, &Pages(vec![1, 0, 2]));
@@ -370,15 +409,20 @@ fn write_golden(folder: &Folder) -> PathBuf {
     let runs = [(1, 1, Access::Write), (0, 1, Access::Read)];
     writer.working_set(&touched(&runs, &memory)).unwrap();
     writer.finish().unwrap();
+    for file in [&base, &path] {
+        let mut options = OpenOptions::new();
+        tag(&options.read(true).write(true).open(file).unwrap(), &key()).unwrap();
+    }
     path
 }
 
 #[test]
 fn the_golden_difference_still_opens_and_is_still_written() {
-    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v1-difference.thaw");
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v2-difference.thaw");
     let folder = Folder::new();
     let path = write_golden(&folder);
     let snapshot = opened(&golden, &folder.path("base.thaw"));
+    snapshot.authenticate(&key()).unwrap();
     snapshot.verify().unwrap();
     assert_eq!(snapshot.working_set().unwrap().unwrap().pages(), 2);
     assert!(
@@ -398,7 +442,9 @@ fn a_flip_in_every_byte_of_a_difference_is_found() {
             return false;
         };
         let base = Snapshot::open(&base).unwrap();
-        snapshot.attach_base(base).is_ok() && snapshot.verify().is_ok()
+        snapshot.attach_base(base).is_ok()
+            && snapshot.authenticate(&key()).is_ok()
+            && snapshot.verify().is_ok()
     };
     let file = OpenOptions::new().write(true).open(&path).unwrap();
     for (position, byte) in good.iter().enumerate() {

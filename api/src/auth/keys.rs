@@ -167,23 +167,41 @@ fn matches(pattern: &[u8], name: &[u8]) -> bool {
 /// The file cannot be read or made, or is malformed.
 pub fn root(home: &Path, region: &str, now_unix_ms: i64) -> io::Result<AccessKey> {
     let path = home.join(ROOT_FILE);
-    if let Some(found) = root_signer(&path)? {
-        restrict(&path)?;
-        return Ok(root_key(found.access_key_id, found.secret, 0));
+    let mut created_unix_ms = 0;
+    secret_file(&path, || {
+        created_unix_ms = now_unix_ms;
+        let (id, secret) = draw().map_err(io::Error::other)?;
+        let text = format!(
+            "# The key of this gateway's owner. It may do everything: keep it to yourself.\n\
+             AWS_ACCESS_KEY_ID={id}\nAWS_SECRET_ACCESS_KEY={secret}\nAWS_REGION={region}\n"
+        );
+        Ok(text.into_bytes())
+    })?;
+    let found = root_signer(&path)?.ok_or(io::ErrorKind::NotFound)?;
+    Ok(root_key(found.access_key_id, found.secret, created_unix_ms))
+}
+
+/// What is in a file that is its owner's alone; it is made with what `make` gives when there is none. Of several who find none at
+/// once, one makes it and all have its content.
+///
+/// # Errors
+/// It cannot be read or made, or `make` failed.
+pub fn secret_file(path: &Path, make: impl FnOnce() -> io::Result<Vec<u8>>) -> io::Result<Vec<u8>> {
+    if !path.exists() {
+        let home = path.parent().unwrap_or(Path::new("."));
+        // Of mode 0600, and given its name only when it is whole.
+        let mut unfinished = tempfile::NamedTempFile::new_in(home)?;
+        unfinished.write_all(&make()?)?;
+        unfinished.as_file().sync_all()?;
+        match unfinished.persist_noclobber(path) {
+            Err(failed) if failed.error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(failed.error);
+            }
+            _ => File::open(home)?.sync_all()?,
+        }
     }
-    let (id, secret) = draw().map_err(io::Error::other)?;
-    let text = format!(
-        "# The key of this gateway's owner. It may do everything: keep it to yourself.\n\
-         AWS_ACCESS_KEY_ID={id}\nAWS_SECRET_ACCESS_KEY={secret}\nAWS_REGION={region}\n"
-    );
-    let unfinished = home.join(format!("{ROOT_FILE}.new"));
-    let _ = fs::remove_file(&unfinished);
-    let mut file = private(OpenOptions::new().write(true).create_new(true)).open(&unfinished)?;
-    file.write_all(text.as_bytes())?;
-    file.sync_all()?;
-    fs::rename(&unfinished, &path)?;
-    File::open(home)?.sync_all()?;
-    Ok(root_key(id, secret, now_unix_ms))
+    restrict(path)?;
+    fs::read(path)
 }
 
 /// What signs with the root key in this file, if there is one.

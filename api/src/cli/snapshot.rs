@@ -1,6 +1,9 @@
 //! `thaw snapshot …`: snapshots as files. All but `build`, `run` and `record` need no KVM; none needs a gateway.
 
 mod run;
+#[cfg(test)]
+mod tests;
+mod trust;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,9 +16,10 @@ use serde_json::{Value, json};
 use thaw_api::engine::{Engine as _, EngineStep, FreezeJob, HostEngine};
 use thaw_api::environment;
 use thaw_api::record::VersionId;
+use thaw_api::snapshot_key;
 use thaw_images::{ImageStore, RuntimeName};
 use thaw_runtime::{Runtime, RuntimeConfig};
-use thaw_snapshot::{BaseRef, Snapshot, WorkingSet};
+use thaw_snapshot::{BaseRef, Key, Snapshot, WorkingSet};
 
 use super::confine;
 use super::deploy::Settings;
@@ -34,8 +38,10 @@ pub enum SnapshotCommand {
     Ls,
     /// Show what is in a snapshot.
     Inspect(Which),
-    /// Check every byte of a snapshot, and of the base below it, against its digests.
+    /// Check who made a snapshot, and every byte of it, and of the base below it, against its digests.
     Verify(Which),
+    /// Check every byte of a snapshot that was made or changed elsewhere, and use it from now on as one of your own.
+    Trust(Which),
     /// Put a snapshot's memory into a chunk store, which keeps equal chunks of all snapshots once.
     Push(run::PushArgs),
     /// Invoke a snapshot once, in a VM of its own.
@@ -86,9 +92,12 @@ pub fn run(global: &Global, command: &SnapshotCommand) -> anyhow::Result<ExitCod
     match command {
         SnapshotCommand::Build(args) => return build(global, &home, args),
         SnapshotCommand::Ls => ls(&home, format)?,
-        SnapshotCommand::Inspect(which) => inspect(&find(&home, &which.snapshot)?, format)?,
+        SnapshotCommand::Inspect(which) => inspect(&home, &find(&home, &which.snapshot)?, format)?,
         SnapshotCommand::Verify(which) => {
             verify(&home, &find(&home, &which.snapshot)?, format)?;
+        }
+        SnapshotCommand::Trust(which) => {
+            trust::trust(&home, &find(&home, &which.snapshot)?, format)?;
         }
         SnapshotCommand::Push(args) => run::push(&home, args, format)?,
         SnapshotCommand::Run(args) => return run::run(global, &home, args),
@@ -131,11 +140,12 @@ fn build(global: &Global, home: &Path, args: &BuildArgs) -> anyhow::Result<ExitC
     confine::enter_own_namespace();
     let path = super::wait(freeze(home, &installation, args, steps))?;
     if global.format() == Format::Json {
-        output::json(&describe(&Found {
+        let found = Found {
             name: args.name.clone(),
             origin: "built",
             path,
-        })?)?;
+        };
+        output::json(&describe(&found, &key(home)?)?)?;
     } else {
         println!("{}", path.display());
     }
@@ -149,11 +159,12 @@ async fn freeze(
     mut steps: Steps,
 ) -> anyhow::Result<PathBuf> {
     let folder = home.join("snapshots").join(&args.name);
-    let runtime = Runtime::new(RuntimeConfig {
+    let config = RuntimeConfig {
         vmm: installation.vmm.clone(),
         jailer: Some(confine::jailer(home, installation)?),
         ..RuntimeConfig::default()
-    })?;
+    };
+    let runtime = Runtime::new(config, key(home)?)?;
     let engine = HostEngine::new(runtime, home.to_owned(), installation.agent.clone());
     let code = folder.join("code.zip");
     let settings = args.settings.record(&code);
@@ -179,6 +190,12 @@ async fn freeze(
     artifact
         .map(|artifact| artifact.snapshot)
         .with_context(|| format!("cannot freeze {}", args.name))
+}
+
+/// The key of what was made in `home`.
+pub fn key(home: &Path) -> anyhow::Result<Key> {
+    let file = home.join(snapshot_key::FILE);
+    snapshot_key::of(home).with_context(|| format!("cannot have {}", file.display()))
 }
 
 fn words(step: &EngineStep) -> &'static str {
@@ -260,13 +277,13 @@ fn find(home: &Path, text: &str) -> anyhow::Result<Found> {
 }
 
 fn ls(home: &Path, format: Format) -> anyhow::Result<()> {
-    let found = all(home);
+    let (found, key) = (all(home), key(home)?);
     if format == Format::Json {
         return output::json(
             &found
                 .iter()
                 .map(|snapshot| {
-                    describe(snapshot).unwrap_or_else(|error| damaged(snapshot, &error))
+                    describe(snapshot, &key).unwrap_or_else(|error| damaged(snapshot, &error))
                 })
                 .collect::<Vec<_>>(),
         );
@@ -276,8 +293,8 @@ fn ls(home: &Path, format: Format) -> anyhow::Result<()> {
         return Ok(());
     }
     let rows = found.iter().map(|snapshot| {
-        let value = describe(snapshot).unwrap_or_else(|error| damaged(snapshot, &error));
-        let text = |key: &str| value[key].as_str().unwrap_or("-").to_owned();
+        let value = describe(snapshot, &key).unwrap_or_else(|error| damaged(snapshot, &error));
+        let text = |key: &str| shown(value[key].as_str().unwrap_or("-"));
         let stored = value["storedBytes"]
             .as_u64()
             .map_or_else(|| "damaged".into(), output::bytes);
@@ -301,7 +318,16 @@ fn damaged(found: &Found, error: &anyhow::Error) -> Value {
     json!({ "name": found.name, "origin": found.origin, "path": found.path, "error": format!("{error:#}") })
 }
 
-fn describe(found: &Found) -> anyhow::Result<Value> {
+/// What a file says of itself, for a terminal: a hostile one must not steer that.
+fn shown(text: &str) -> String {
+    let escaped = |letter: char| match letter.is_control() {
+        true => letter.escape_default().to_string(),
+        false => letter.to_string(),
+    };
+    text.chars().map(escaped).collect()
+}
+
+fn describe(found: &Found, key: &Key) -> anyhow::Result<Value> {
     let snapshot = Snapshot::open(&found.path)?;
     let (metadata, cpu, memory) = (
         snapshot.metadata()?,
@@ -321,6 +347,7 @@ fn describe(found: &Found) -> anyhow::Result<Value> {
         .sum::<u64>();
     Ok(json!({
         "name": found.name, "origin": found.origin, "path": found.path, "digest": snapshot.digest().to_string(),
+        "authentic": snapshot.authenticate(key).is_ok(),
         "function": metadata.function, "revision": metadata.revision, "runtime": metadata.runtime, "handler": metadata.handler,
         "createdUnixMs": metadata.created_unix_ms, "thawVersion": metadata.thaw_version, "agentVersion": metadata.agent_version,
         "kernelVersion": metadata.kernel_version, "vcpus": metadata.vcpu_count, "memoryMiB": memory.length >> 20,
@@ -350,14 +377,15 @@ fn working_set_line(set: &Value) -> String {
     )
 }
 
-/// Opens a snapshot and, if it is a difference, attaches the base that `home` has for it.
+/// Opens a snapshot that was made in `home` and, if it is a difference, attaches the base that `home` has for it.
 fn open_with_base(home: &Path, path: &Path) -> anyhow::Result<Snapshot> {
-    let mut snapshot = Snapshot::open(path)?;
-    let Some(named) = snapshot.base()? else {
-        return Ok(snapshot);
-    };
-    let base = base_file(home, path, &named)?;
-    snapshot.attach_base(Snapshot::open(&base)?)?;
+    let (mut snapshot, key) = (Snapshot::open(path)?, key(home)?);
+    snapshot.authenticate(&key)?;
+    if let Some(named) = snapshot.base()? {
+        let base = base_file(home, path, &named)?;
+        snapshot.attach_base(Snapshot::open(&base)?)?;
+        snapshot.authenticate(&key)?;
+    }
     Ok(snapshot)
 }
 
@@ -392,8 +420,8 @@ fn files_below(folder: &Path, depth: usize) -> Vec<PathBuf> {
     files
 }
 
-fn inspect(found: &Found, format: Format) -> anyhow::Result<()> {
-    let value = describe(found)?;
+fn inspect(home: &Path, found: &Found, format: Format) -> anyhow::Result<()> {
+    let value = describe(found, &key(home)?)?;
     if format == Format::Json {
         return output::json(&value);
     }
@@ -409,9 +437,7 @@ fn inspect(found: &Found, format: Format) -> anyhow::Result<()> {
         }
         println!(
             "{key:<18} {}",
-            value
-                .as_str()
-                .map_or_else(|| value.to_string(), str::to_owned)
+            value.as_str().map_or_else(|| value.to_string(), shown)
         );
     }
     println!();
@@ -441,7 +467,7 @@ fn verify(home: &Path, found: &Found, format: Format) -> anyhow::Result<()> {
         ),
         Format::Text => {
             println!(
-                "{}: every byte is as it was written ({seconds:.2} s)",
+                "{}: made here, and every byte is as it was written ({seconds:.2} s)",
                 found.name
             );
             Ok(())
@@ -460,130 +486,4 @@ fn rm(home: &Path, name: &str) -> anyhow::Result<()> {
     fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {}", folder.display()))?;
     println!("removed {name}");
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use thaw_snapshot::{
-        Access, CpuRecord, Metadata, PageSource, SectionKind, Touch, Writer, set_working_set,
-    };
-
-    const MEMORY: u64 = 4 << 20;
-
-    /// Memory whose first page is not zero.
-    struct First(u8);
-
-    impl PageSource for First {
-        fn read_at(&mut self, offset: u64, buffer: &mut [u8]) -> std::io::Result<()> {
-            buffer.fill(0);
-            if offset == 0 {
-                buffer[0] = self.0;
-            }
-            Ok(())
-        }
-
-        fn next_data(&mut self, offset: u64) -> std::io::Result<Option<u64>> {
-            Ok((offset == 0).then_some(0))
-        }
-    }
-
-    fn write(path: &Path, first: u8, base: Option<&Path>) -> Found {
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        let mut writer = Writer::new(fs::File::create_new(path).unwrap());
-        writer.metadata(&Metadata::default()).unwrap();
-        writer.cpu(&CpuRecord::default()).unwrap();
-        match base {
-            Some(base) => {
-                let base = Snapshot::open(base).unwrap();
-                writer
-                    .memory_difference(&mut First(first), &base, 8)
-                    .map(drop)
-            }
-            None => writer.sparse_section(SectionKind::Memory, MEMORY, &mut First(first)),
-        }
-        .unwrap();
-        writer.finish().unwrap();
-        Found {
-            name: "f".into(),
-            origin: "file",
-            path: path.to_owned(),
-        }
-    }
-
-    #[test]
-    fn inspect_tells_pages_mib_runs_and_share_of_the_working_set() {
-        let home = tempfile::tempdir().unwrap();
-        let found = write(&home.path().join("s.thaw"), 1, None);
-        let before = describe(&found).unwrap();
-        assert_eq!(working_set_line(&before["workingSet"]), "not recorded");
-        let touch = |page, access| Touch { page, access };
-        let mut touches: Vec<_> = (100..355).map(|page| touch(page, Access::Read)).collect();
-        touches.push(touch(0, Access::Write));
-        let set = WorkingSet::from_touches(&touches, MEMORY);
-        set_working_set(&found.path, &set).unwrap();
-        let after = describe(&found).unwrap();
-        let expected = json!({ "pages": 256, "mib": 1.0, "runs": 2, "writtenPages": 1, "percentOfMemory": 25.0 });
-        assert_eq!(after["workingSet"], expected);
-        assert_eq!(
-            working_set_line(&after["workingSet"]),
-            "256 pages (1 written), 1.0 MiB, 2 runs, 25.0 % of memory"
-        );
-        assert_eq!(after["contentDigest"], before["contentDigest"]);
-    }
-
-    #[test]
-    fn a_pushed_difference_leaves_a_stub_that_needs_no_base_of_this_home() {
-        let home = tempfile::tempdir().unwrap();
-        let base = home.path().join("bases/python/base.thaw");
-        write(&base, 1, None);
-        let built = home.path().join("snapshots/mine").join(FILE);
-        write(&built, 2, Some(&base));
-        let store = home.path().join("store");
-        let push = |snapshot: &str| {
-            let (snapshot, store) = (snapshot.to_owned(), store.clone());
-            run::push(
-                home.path(),
-                &run::PushArgs { snapshot, store },
-                Format::Json,
-            )
-        };
-        push("mine").unwrap();
-        let stub = Snapshot::open(&store.join("stubs/mine.thaw")).unwrap();
-        stub.verify_own().unwrap();
-        let chunks = thaw_snapshot_store::LocalFolder::new(&store);
-        let chunks = thaw_snapshot_store::Store::new(std::sync::Arc::new(chunks));
-        let memory = chunks.memory(thaw_snapshot_store::memory_of(&stub).unwrap());
-        let mut chunk = vec![0; thaw_snapshot_store::CHUNK_BYTES];
-        assert!(memory.unwrap().read_chunk(0, &mut chunk).unwrap());
-        assert_eq!(chunk[0], 2);
-
-        fs::remove_file(&base).unwrap();
-        let error = push("mine").unwrap_err();
-        assert!(
-            error.to_string().contains("deploy its function"),
-            "{error:#}"
-        );
-        write(&base, 3, None);
-        assert!(push("mine").is_err(), "another base");
-        assert!(push("nobody").is_err());
-    }
-
-    #[test]
-    fn a_difference_is_verified_with_the_base_that_home_has() {
-        let home = tempfile::tempdir().unwrap();
-        let base = home.path().join("bases/python/base.thaw");
-        write(&base, 1, None);
-        let found = write(&home.path().join("s.thaw"), 2, Some(&base));
-        verify(home.path(), &found, Format::Json).unwrap();
-        assert!(describe(&found).unwrap()["baseDigest"].is_string());
-        fs::remove_file(&base).unwrap();
-        let error = verify(home.path(), &found, Format::Json).unwrap_err();
-        assert!(
-            error.to_string().contains("deploy its function again"),
-            "{error:#}"
-        );
-        write(&base, 3, None);
-        assert!(verify(home.path(), &found, Format::Json).is_err());
-    }
 }

@@ -158,8 +158,17 @@ def test_functions_survive_ctrl_c_and_kill_9_and_nothing_stays_behind(second):
     create(client, "cut-off")  # killed while it is frozen
     second.stop(signal.SIGKILL)
     gone(second.home)
+    [snapshot] = (second.home / "functions/durable").glob("*/snapshot.thaw")
+    with open(snapshot, "r+b") as file:  # as if it came from another machine: its tag is another one's
+        file.seek(4095)
+        tag = file.read(1)[0]
+        file.seek(4095)
+        file.write(bytes([tag ^ 1]))
+    refused = second.cli("snapshot", "verify", "durable", check=False)
+    assert refused.returncode == 1 and f"{snapshot} " in refused.stderr and "thaw snapshot trust" in refused.stderr, refused
     client = second.start().client()
     assert client.invoke(FunctionName="durable")["Payload"].read() == b'"here"'
+    assert "made here" in second.cli("snapshot", "verify", "durable").stdout  # frozen again
     client.get_waiter("function_active_v2").wait(FunctionName="cut-off")
     assert client.invoke(FunctionName="cut-off")["Payload"].read() == b'"here"'
     assert second.stop() == 0

@@ -15,6 +15,7 @@ use thaw_runtime::{
     InvocationTimings, InvokeError, Measure, OpenPoolError, Outcome, PoolSpec, PoolStats,
     RuntimeExit, RuntimeExitCause, RuntimeStats, Start, StreamPart, ThrottleReason,
 };
+use thaw_snapshot::AuthenticityError;
 use tokio::sync::{mpsc, watch};
 
 pub struct Machine {
@@ -169,7 +170,7 @@ impl Engine for Machine {
             }
             let foreign =
                 has("foreign-for-ever") || has("foreign-at-first") && !snapshot.exists();
-            let content = if foreign { FOREIGN } else { "frozen" };
+            let content = if foreign { FOREIGN } else { OWN };
             std::fs::write(&snapshot, content).expect("the revision's folder is there");
             Ok(Artifact {
                 code: job.zip,
@@ -196,7 +197,14 @@ impl Engine for Machine {
         spec: PoolSpec,
     ) -> BoxFuture<'_, Result<Arc<dyn Sandboxes>, OpenPoolError>> {
         async move {
-            let snapshot = std::fs::read(spec.snapshot).expect("a snapshot that was frozen");
+            let snapshot = std::fs::read(&spec.snapshot).expect("a snapshot that was frozen");
+            if ![OWN.as_bytes(), FOREIGN.as_bytes()].contains(&&snapshot[..]) {
+                let name = spec.snapshot.display().to_string();
+                return Err(OpenPoolError::Snapshot {
+                    path: spec.snapshot,
+                    source: AuthenticityError::Foreign { name }.into(),
+                });
+            }
             let mut ready = self.ready.lock().unwrap();
             ready.insert(spec.name.clone(), spec.ready_count);
             drop(ready);
@@ -228,9 +236,11 @@ impl Engine for Machine {
     }
 }
 
-/// Content of a snapshot that another processor took.
 /// No more sandboxes of a version than these fit into this machine.
 pub const READY_MAX: usize = 12;
+/// Content of a snapshot that this machine took.
+const OWN: &str = "frozen";
+/// Content of a snapshot that another processor took.
 const FOREIGN: &str = "foreign";
 
 /// Of such a snapshot.

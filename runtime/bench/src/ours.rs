@@ -126,7 +126,7 @@ impl Ours {
             .filter(|run| run.written || maps_ahead)
             .map(|run| TouchedRun::new(run.start, run.count, run.written));
         let set = WorkingSet::new(runs.collect(), u64::from(self.memory_mib) << 20)?;
-        set_working_set(&self.snapshot, &set)?;
+        set_working_set(&self.snapshot, &set, None)?;
         Ok(())
     }
 

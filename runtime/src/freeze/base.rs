@@ -1,13 +1,16 @@
 //! Freezing over a base: the runtime is booted once and frozen before it knows of any function; each function's snapshot starts
 //! there and stores what differs.
 
+use std::collections::BTreeSet;
+use std::fs::{File, Metadata as FileMetadata};
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
+use std::sync::PoisonError;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use thaw_agent_protocol::{Generation, HostMessage, Thaw};
-use thaw_snapshot::{Metadata, OpenError, Snapshot, VerifyError};
+use thaw_snapshot::{AuthenticityError, Digest, Key, Metadata, OpenError, Snapshot, VerifyError};
 use thaw_vmm_control::{
     Disk, DiskAccess, DiskSource, Failure, Fault, Request, RestoreRequest, SaveForm,
 };
@@ -16,9 +19,8 @@ use tokio::sync::Mutex;
 
 use super::drive::{self, Freeze, Progress};
 use super::{BaseRequest, FreezeError, FreezeRequest, FreezeStep};
-use crate::RuntimeConfig;
 use crate::fault::HostError;
-use crate::monitor::Spawner;
+use crate::node::Node;
 use crate::sandbox::{DISK_IDS, random};
 
 /// The generation in which a function is configured in a restored base; clones have far higher ones.
@@ -28,6 +30,9 @@ const ENTROPY_BYTES: usize = 64;
 
 /// One base is made at a time: a second deployment that needs the same one waits for it and finds it.
 static MAKING: Mutex<()> = Mutex::const_new(());
+/// Bases that were verified in full: once for each file.
+static VERIFIED: std::sync::Mutex<BTreeSet<(FileId, Digest)>> =
+    std::sync::Mutex::new(BTreeSet::new());
 
 /// Why a base's file cannot be used: remove it, and the next deployment makes it again.
 #[derive(Debug, Error)]
@@ -35,6 +40,9 @@ pub enum BaseFileError {
     /// It is no snapshot.
     #[error("file of the base cannot be opened")]
     Open(#[source] OpenError),
+    /// It was made elsewhere, or changed since.
+    #[error("file of the base is not trusted")]
+    Untrusted(#[source] AuthenticityError),
     /// It is damaged.
     #[error("file of the base is damaged")]
     Damaged(#[source] VerifyError),
@@ -45,8 +53,7 @@ pub enum BaseFileError {
 
 /// Makes the base if its file is not there, or is still the `unusable` one: what differs from that one is of no use here either.
 pub(super) async fn make(
-    spawner: &Spawner,
-    config: &RuntimeConfig,
+    node: &Node,
     request: &FreezeRequest,
     base: &BaseRequest,
     unusable: Option<FileId>,
@@ -67,7 +74,7 @@ pub(super) async fn make(
         handler: String::new(),
         ..request.metadata
     };
-    drive::boot_and_freeze(spawner, config, &request, progress).await
+    drive::boot_and_freeze(node, &request, progress).await
 }
 
 /// Device and inode: a file made again has another.
@@ -76,7 +83,11 @@ pub(super) type FileId = (u64, u64);
 /// The file at `path`, if there is one.
 pub(super) async fn file_id(path: &Path) -> Option<FileId> {
     let metadata = tokio::fs::metadata(path).await.ok()?;
-    Some((metadata.dev(), metadata.ino()))
+    Some(id_of(&metadata))
+}
+
+fn id_of(metadata: &FileMetadata) -> FileId {
+    (metadata.dev(), metadata.ino())
 }
 
 impl Freeze<'_> {
@@ -88,7 +99,7 @@ impl Freeze<'_> {
         progress: Progress<'_>,
     ) -> Result<String, FreezeError> {
         progress(FreezeStep::Booting);
-        let agent_version = agent_version(base).await?;
+        let (base_file, agent_version) = trusted(base, self.node.key.clone()).await?;
         let disk = |id: &str, access, source| Disk {
             id: id.into(),
             access,
@@ -105,12 +116,12 @@ impl Freeze<'_> {
             ..Default::default()
         });
         let files = [
-            drive::open(base).await?,
+            base_file,
             drive::open(&request.rootfs).await?,
             drive::open(&request.code).await?,
         ];
         let fds = files.each_ref().map(|file| file.as_fd());
-        let limit = self.config.restore_limit;
+        let limit = self.node.config.restore_limit;
         let restored = self.vm.monitor.command(&restore, &fds, limit).await;
         restored.map_err(|error| match error {
             HostError::Refused { source, .. } if source.fault == Fault::Caller => {
@@ -146,22 +157,92 @@ impl Freeze<'_> {
     }
 }
 
-async fn agent_version(base: &Path) -> Result<String, FreezeError> {
+/// The base's file, which was made here and is whole, and the version of the agent in it.
+async fn trusted(base: &Path, key: Key) -> Result<(File, String), FreezeError> {
     let path = base.to_owned();
-    let read = tokio::task::spawn_blocking(move || {
-        let snapshot = Snapshot::open(&path).map_err(BaseFileError::Open)?;
-        let metadata = snapshot.metadata().map_err(BaseFileError::Damaged)?;
-        Ok(metadata.agent_version)
-    });
-    let result = read.await.unwrap_or_else(|error| {
-        let error = std::io::Error::other(error);
-        Err(BaseFileError::Open(OpenError::Read {
-            name: base.display().to_string(),
-            source: error,
-        }))
-    });
+    let read = tokio::task::spawn_blocking(move || check(&path, &key));
+    let result = read
+        .await
+        .unwrap_or_else(|error| Err(unreadable(base, std::io::Error::other(error))));
     result.map_err(|source| FreezeError::Base {
         path: base.to_owned(),
         source,
     })
+}
+
+fn check(path: &Path, key: &Key) -> Result<(File, String), BaseFileError> {
+    let snapshot = Snapshot::open(path).map_err(BaseFileError::Open)?;
+    snapshot
+        .authenticate(key)
+        .map_err(BaseFileError::Untrusted)?;
+    let kept = snapshot.file().try_clone();
+    let file = kept.map_err(|error| unreadable(path, error))?;
+    let metadata = file.metadata().map_err(|error| unreadable(path, error))?;
+    let known = (id_of(&metadata), snapshot.digest());
+    let verified = || VERIFIED.lock().unwrap_or_else(PoisonError::into_inner);
+    if !verified().contains(&known) {
+        snapshot.verify().map_err(BaseFileError::Damaged)?;
+        verified().insert(known);
+    }
+    let metadata = snapshot.metadata().map_err(BaseFileError::Damaged)?;
+    Ok((file, metadata.agent_version))
+}
+
+fn unreadable(base: &Path, source: std::io::Error) -> BaseFileError {
+    BaseFileError::Open(OpenError::Read {
+        name: base.display().to_string(),
+        source,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::OpenOptions;
+    use std::os::unix::fs::FileExt as _;
+
+    use thaw_snapshot::{SectionKind, Writer, tag};
+
+    use super::*;
+
+    fn write(path: &Path, machine: &[u8]) -> File {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(true);
+        let file = options.open(path).unwrap();
+        let mut writer = Writer::new(file.try_clone().unwrap());
+        writer.metadata(&Metadata::default()).unwrap();
+        writer.section(SectionKind::Machine, machine).unwrap();
+        writer.finish().unwrap();
+        file
+    }
+
+    #[test]
+    fn a_base_that_was_not_made_here_or_is_damaged_is_never_given_to_a_monitor() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("base.thaw");
+        let (key, other) = (Key::new(&[1; 32]), Key::new(&[2; 32]));
+        let file = write(&path, b"one");
+        assert!(matches!(
+            check(&path, &key),
+            Err(BaseFileError::Untrusted(_))
+        ));
+        tag(&file, &other).unwrap();
+        assert!(matches!(
+            check(&path, &key),
+            Err(BaseFileError::Untrusted(_))
+        ));
+        tag(&file, &key).unwrap();
+        check(&path, &key).unwrap();
+        // Verified once does not mean trusted for ever.
+        tag(&file, &other).unwrap();
+        assert!(matches!(
+            check(&path, &key),
+            Err(BaseFileError::Untrusted(_))
+        ));
+
+        let file = write(&path, b"two");
+        tag(&file, &key).unwrap();
+        file.write_all_at(b"x", 2 * thaw_snapshot::PAGE_BYTES)
+            .unwrap();
+        assert!(matches!(check(&path, &key), Err(BaseFileError::Damaged(_))));
+    }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use thaw_agent_protocol::{AgentMessage, HostMessage};
-use thaw_snapshot::PendingFile;
+use thaw_snapshot::{PendingFile, TagError, tag};
 use thaw_vmm_control::{
     BootRequest, Disk, DiskAccess, DiskSource, ExitReason, Failure, Fault, Request, SaveRequest,
 };
@@ -16,11 +16,12 @@ use super::{
     FreezeError, FreezeRequest, FreezeStep, FreezeTimings, Frozen, GUEST_COMMAND_LINE,
     INIT_LOG_BYTES_MAX, InitFailure, base,
 };
-use crate::monitor::{Size, Spawner};
+use crate::HostError;
+use crate::monitor::Size;
+use crate::node::Node;
 use crate::sandbox::DISK_IDS;
 use crate::tail::Tail;
 use crate::vm::{Vm, VmEvent, after};
-use crate::{HostError, RuntimeConfig};
 
 /// What the agent may take over its own limit to report that it was met.
 const INIT_MARGIN: Duration = Duration::from_secs(5);
@@ -36,8 +37,7 @@ pub(super) type Progress<'a> = &'a mut (dyn FnMut(FreezeStep) + Send);
 
 /// See [`crate::Runtime::freeze`].
 pub(crate) async fn freeze(
-    spawner: &Spawner,
-    config: &RuntimeConfig,
+    node: &Node,
     request: FreezeRequest,
     progress: Progress<'_>,
 ) -> Result<Frozen, FreezeError> {
@@ -45,10 +45,10 @@ pub(crate) async fn freeze(
     let run = loop {
         let mut used = None;
         if let Some(base) = &request.base {
-            base::make(spawner, config, &request, base, unusable, progress).await?;
+            base::make(node, &request, base, unusable, progress).await?;
             used = base::file_id(&base.file).await;
         }
-        match attempts(spawner, config, &request, Goal::Function, progress).await {
+        match attempts(node, &request, Goal::Function, progress).await {
             Err(FreezeError::Base { .. }) if unusable.is_none() && used.is_some() => {
                 unusable = used;
             }
@@ -60,13 +60,13 @@ pub(crate) async fn freeze(
 
 /// Boots, and freezes as soon as the agent is up: a base.
 pub(super) async fn boot_and_freeze(
-    spawner: &Spawner,
-    config: &RuntimeConfig,
+    node: &Node,
     request: &FreezeRequest,
     progress: Progress<'_>,
 ) -> Result<(), FreezeError> {
-    let run = attempts(spawner, config, request, Goal::Base, progress);
-    run.await.map(drop)
+    attempts(node, request, Goal::Base, progress)
+        .await
+        .map(drop)
 }
 
 /// Where a freeze ends.
@@ -95,8 +95,7 @@ async fn size(request: &FreezeRequest) -> Result<Size, HostError> {
 
 /// Tries again when the guest dies before anything of the function has run.
 async fn attempts(
-    spawner: &Spawner,
-    config: &RuntimeConfig,
+    node: &Node,
     request: &FreezeRequest,
     goal: Goal,
     progress: Progress<'_>,
@@ -104,12 +103,12 @@ async fn attempts(
     let size = size(request).await?;
     let mut attempt = 1;
     loop {
-        let (monitor, channel) = spawner.spawn(size).await?;
+        let (monitor, channel) = node.spawner.spawn(size).await?;
         let mut freeze = Freeze {
             vm: Vm::new(monitor, channel),
             log: Tail::new(INIT_LOG_BYTES_MAX),
             agent_is_up: false,
-            config,
+            node,
         };
         let result = freeze.run(request.clone(), goal, progress).await;
         freeze.vm.monitor.end().await;
@@ -188,7 +187,7 @@ pub(super) struct Freeze<'a> {
     pub(super) vm: Vm,
     log: Tail,
     agent_is_up: bool,
-    pub(super) config: &'a RuntimeConfig,
+    pub(super) node: &'a Node,
 }
 
 impl Freeze<'_> {
@@ -357,7 +356,7 @@ impl Freeze<'_> {
                         waiting_for,
                         limit,
                         log: self.log.take(),
-                        console: self.vm.console(self.config.reply_limit).await,
+                        console: self.vm.console(self.node.config.reply_limit).await,
                     });
                 }
             }
@@ -369,7 +368,8 @@ impl Freeze<'_> {
         request: &FreezeRequest,
         progress: Progress<'_>,
     ) -> Result<thaw_vmm_control::Saved, FreezeError> {
-        let (limit, output) = (self.config.reply_limit, &request.output);
+        let config = &self.node.config;
+        let (limit, output) = (config.reply_limit, &request.output);
         let monitor = &mut self.vm.monitor;
         monitor.command(&Request::Pause, &[], limit).await?;
         if let Some(exit) = monitor.take_exit() {
@@ -388,10 +388,19 @@ impl Freeze<'_> {
             form: Self::form(request),
         });
         let saved = monitor
-            .save(&save, pending.file().as_fd(), self.config.save_limit)
+            .save(&save, pending.file().as_fd(), config.save_limit)
             .await
             .map_err(|error| save_error(error, output))?;
-        blocking(move || pending.commit())
+        // A tag of what the header tells: a monitor that goes on writing makes a file that is refused.
+        let key = self.node.key.clone();
+        let commit = move || {
+            tag(pending.file(), &key).map_err(|error| match error {
+                TagError::Write(source) => source,
+                error @ TagError::Open(_) => std::io::Error::other(error),
+            })?;
+            pending.commit()
+        };
+        blocking(commit)
             .await
             .map_err(|source| file_error("cannot commit", output, source))?;
         Ok(saved)
@@ -409,7 +418,7 @@ impl Freeze<'_> {
         FreezeError::GuestDied {
             reason: ExitReason::GuestFault,
             detail,
-            console: self.vm.console(self.config.reply_limit).await,
+            console: self.vm.console(self.node.config.reply_limit).await,
         }
     }
 }

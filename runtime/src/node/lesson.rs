@@ -13,8 +13,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use thaw_snapshot::{
-    Access, AmendError, OpenError, PageRun, Snapshot, TouchedRun, VerifyError, WorkingSet,
-    WorkingSetError, set_working_set,
+    Access, AmendError, AuthenticityError, OpenError, PageRun, Snapshot, TouchedRun, VerifyError,
+    WorkingSet, WorkingSetError, set_working_set,
 };
 use thaw_vmm_control::{Paging, WorkingSetRun};
 use thiserror::Error;
@@ -68,6 +68,8 @@ enum LearnError {
     Open(#[source] OpenError),
     #[error("snapshot's file was replaced by another snapshot")]
     Replaced,
+    #[error("snapshot with its working set is not authentic")]
+    Untrusted(#[source] AuthenticityError),
     #[error("working set could not be stored")]
     Store(#[source] AmendError),
     #[error("snapshot with its working set is damaged")]
@@ -221,8 +223,11 @@ fn store(member: &Member, runs: &[WorkingSetRun]) -> Result<WorkingSet, LearnErr
         is_same.then_some(named).ok_or(LearnError::Replaced)
     };
     reopen()?;
-    set_working_set(path, &set).map_err(LearnError::Store)?;
+    set_working_set(path, &set, Some(&member.key)).map_err(LearnError::Store)?;
     let amended = reopen()?;
+    amended
+        .authenticate(&member.key)
+        .map_err(LearnError::Untrusted)?;
     // Its base is the one that was verified with the old file.
     amended.verify_own().map_err(LearnError::Damaged)?;
     let mut files = old.again().map_err(LearnError::Descriptor)?;

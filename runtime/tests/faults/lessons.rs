@@ -22,7 +22,9 @@ impl Stage {
     }
 
     fn snapshot(&self) -> Snapshot {
-        Snapshot::open(&self.path("snapshot.thaw")).unwrap()
+        let snapshot = Snapshot::open(&self.path("snapshot.thaw")).unwrap();
+        snapshot.authenticate(&super::stage::key()).unwrap();
+        snapshot
     }
 
     fn learned(&self) -> Option<WorkingSet> {

@@ -12,6 +12,7 @@ use thaw_agent_protocol::{
     AgentMessage, Decoder, Generation, HostMessage, InitError, Invoke, LogStream, Message as _,
     Reply as Answer, StreamBegin, StreamEnd, StreamFailure,
 };
+use thaw_snapshot::{Metadata, Writer};
 use thaw_vmm_control::wire::{Read, Receiver, send};
 use thaw_vmm_control::{
     AGENT_FD, CONTROL_FD, Event, Exit, ExitReason, Failure, Fault, Reply, Request, Rewound, Saved,
@@ -107,7 +108,9 @@ impl Monitor {
                 }
                 (_, Request::Save(_)) => {
                     let [file] = <[OwnedFd; 1]>::try_from(fds).expect("one file");
-                    File::from(file).write_all(b"frozen").expect("save");
+                    let mut writer = Writer::new(File::from(file));
+                    writer.metadata(&Metadata::default()).expect("save");
+                    writer.finish().expect("save");
                     self.reply(Reply::Saved(Saved {
                         file_bytes: 6,
                         stored_bytes: 6,

@@ -10,10 +10,15 @@ use thaw_runtime::{
     Configure, End, Fault, FreezeError, FreezeRequest, FreezeStep, Frozen, Invocation, InvokeError,
     Learn, Measure, Outcome, Pool, PoolSpec, Runtime, RuntimeConfig,
 };
-use thaw_snapshot::{CpuRecord, Metadata, PageSource, SectionKind, Writer};
+use thaw_snapshot::{CpuRecord, Key, Metadata, PageSource, SectionKind, Writer, tag};
 
 /// A limit that no test should come near.
 pub const AMPLE: Duration = Duration::from_secs(60);
+
+/// The key of all stages.
+pub fn key() -> Key {
+    Key::new(&[7; Key::SECRET_BYTES])
+}
 
 /// Memory of a guest that has done nothing.
 struct Zeros;
@@ -27,6 +32,26 @@ impl PageSource for Zeros {
     fn next_data(&mut self, _: u64) -> std::io::Result<Option<u64>> {
         Ok(None)
     }
+}
+
+/// Writes a snapshot of 128 MiB, which says that it is of a VM of this size.
+pub fn write_snapshot(path: &Path, vcpu_count: u8, memory_mib: u32) {
+    let mut options = fs::OpenOptions::new();
+    options.read(true).write(true).create_new(true);
+    let file = options.open(path).unwrap();
+    let mut writer = Writer::new(file.try_clone().unwrap());
+    let metadata = Metadata {
+        vcpu_count,
+        memory_mib,
+        ..Metadata::default()
+    };
+    writer.metadata(&metadata).unwrap();
+    writer.cpu(&CpuRecord::default()).unwrap();
+    writer.section(SectionKind::Machine, b"machine").unwrap();
+    let memory = SectionKind::Memory;
+    (writer.sparse_section(memory, 128 << 20, &mut Zeros)).unwrap();
+    writer.finish().unwrap();
+    tag(&file, &key()).unwrap();
 }
 
 /// A runtime whose monitors play one script, and the files it works on.
@@ -48,19 +73,7 @@ impl Stage {
         for name in ["rootfs", "code", "kernel", "initramfs", "overlay"] {
             fs::write(folder.path().join(name), name).unwrap();
         }
-        let file = fs::File::create(folder.path().join("snapshot.thaw")).unwrap();
-        let mut writer = Writer::new(file);
-        let metadata = Metadata {
-            vcpu_count: 1,
-            memory_mib: 128,
-            ..Metadata::default()
-        };
-        writer.metadata(&metadata).unwrap();
-        writer.cpu(&CpuRecord::default()).unwrap();
-        writer.section(SectionKind::Machine, b"machine").unwrap();
-        let memory = SectionKind::Memory;
-        (writer.sparse_section(memory, 128 << 20, &mut Zeros)).unwrap();
-        writer.finish().unwrap();
+        write_snapshot(&folder.path().join("snapshot.thaw"), 1, 128);
         let mut config = RuntimeConfig {
             vmm,
             shells_per_class: 0,
@@ -69,7 +82,7 @@ impl Stage {
             ..RuntimeConfig::default()
         };
         change(&mut config);
-        let runtime = Runtime::new(config).unwrap();
+        let runtime = Runtime::new(config, key()).unwrap();
         Self { folder, runtime }
     }
 

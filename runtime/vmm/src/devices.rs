@@ -21,7 +21,7 @@ mod virtqueue;
 mod vsock;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;

@@ -20,6 +20,10 @@ pub mod host;
 pub mod lifecycle;
 pub mod machine;
 pub mod memory;
+#[cfg(test)]
+#[path = "../tests/harness/mutation.rs"]
+#[expect(dead_code, reason = "the rest is for tests with KVM")]
+mod mutation;
 pub mod outbox;
 pub mod paging;
 pub mod prefault;

@@ -15,8 +15,10 @@ use thaw_vmm_control::{
 };
 use thiserror::Error;
 
+use crate::arch::x86_64::cpuid;
 use crate::arch::x86_64::interrupts::{self, InterruptError};
-use crate::arch::x86_64::vcpu_state::{self, VcpuStateError};
+use crate::arch::x86_64::msr::MsrError;
+use crate::arch::x86_64::vcpu_state::{self, FreshVcpu, HostVcpuLimits, VcpuStateError};
 use crate::boot::{access, whole_file};
 use crate::devices::{DeviceRestoreError, DiskAccess, DiskConfig, DiskFiles};
 use crate::fault::{Blame, Fault};
@@ -145,8 +147,13 @@ impl Blame for RestoreError {
             Self::Prepare(error) => error.fault(),
             Self::Memory(error) => error.fault(),
             Self::Paging(error) => error.fault(),
+            // What KVM refuses as invalid is the snapshot's.
             Self::Vcpu {
-                source: VcpuStateError::Call { .. } | VcpuStateError::Msr(_),
+                source: VcpuStateError::Call { source, .. },
+                ..
+            } if source.errno() != libc::EINVAL => Fault::Host,
+            Self::Vcpu {
+                source: VcpuStateError::Msr(MsrError::Call { .. }),
                 ..
             } => Fault::Host,
             _ => Fault::Caller,
@@ -201,7 +208,8 @@ fn disks(
             DiskSource::Snapshot => {
                 let number = u8::try_from(index).map_err(|_| wrong("too many"))?;
                 let section = snapshot.disk_range(number).map_err(RestoreError::Read)?;
-                if section.end - section.start != saved.bytes.next_multiple_of(PAGE_BYTES) {
+                let pages = saved.bytes.checked_next_multiple_of(PAGE_BYTES);
+                if pages != Some(section.end - section.start) {
                     return Err(RestoreError::Contradiction("a disk section's length"));
                 }
                 let file = snapshot.file().try_clone().map_err(used)?;
@@ -245,6 +253,9 @@ fn read(file: File, base: Option<File>) -> Result<Saved, RestoreError> {
         snapshot.attach_base(base).map_err(RestoreError::Base)?;
     }
     let cpu = snapshot.cpu().map_err(RestoreError::Read)?;
+    if cpu.tsc_khz == 0 {
+        return Err(RestoreError::Contradiction("the frequency of the tsc"));
+    }
     let section = snapshot
         .section(SectionKind::Machine)
         .map_err(RestoreError::Read)?;
@@ -257,6 +268,33 @@ fn read(file: File, base: Option<File>) -> Result<Saved, RestoreError> {
         state,
         cpu,
     })
+}
+
+/// Checks all of a machine's state that is checked by itself, before anything of it is set; devices check theirs as a whole
+/// ([`crate::devices::Devices::reset_to`]).
+fn check(
+    saved: &mut Saved,
+    fresh: &[FreshVcpu],
+    limits: &HostVcpuLimits,
+) -> Result<(), RestoreError> {
+    let count = u8::try_from(fresh.len()).unwrap_or(u8::MAX);
+    for (number, (state, fresh)) in (0u8..).zip(saved.state.vcpus.iter_mut().zip(fresh)) {
+        vcpu_state::check(state, fresh, limits, (number, count)).map_err(|source| {
+            RestoreError::Vcpu {
+                vcpu: number.into(),
+                source,
+            }
+        })?;
+        // The record in a section of its own may be another's.
+        let told = |cpuid| state::cpu_record(cpuid, saved.cpu.tsc_khz);
+        if !cpuid::is_same(fresh.cpuid(), &state.cpuid) {
+            let missing = told(&state.cpuid).missing_on(&told(fresh.cpuid()));
+            if !missing.is_empty() {
+                return Err(RestoreError::Cpu(missing));
+            }
+        }
+    }
+    interrupts::check(&saved.state.chips).map_err(RestoreError::Interrupts)
 }
 
 /// The shape of a saved machine.
@@ -321,9 +359,10 @@ pub fn restore(
         (false, Paging::Store) => (None, files.next()),
         (false, _) => (None, None),
     };
-    let saved = read(file, base)?;
+    let mut saved = read(file, base)?;
     let decoded_ns = monotonic_ns();
     let shell = shell_for(&saved, shell, claimed_ns)?;
+    check(&mut saved, &shell.fresh, &shell.machine.limits)?;
     let Saved {
         snapshot,
         state,
@@ -387,3 +426,6 @@ pub fn restore(
     });
     Ok(machine)
 }
+
+#[cfg(test)]
+mod tests;

@@ -62,6 +62,11 @@ pub enum StateError {
     },
 }
 
+/// Longest disk, bytes: far above what a function may have (10 GiB).
+const DISK_BYTES_MAX: u64 = 64 << 30;
+/// Unit of a disk's length, bytes.
+const SECTOR_BYTES: u64 = 512;
+
 /// The section's bytes.
 ///
 /// # Errors
@@ -90,6 +95,22 @@ pub fn decode(bytes: &[u8]) -> Result<MachineStateV1, StateError> {
     }
     if state.disks.len() > DISK_COUNT_MAX {
         return Err(limit("disk count", state.disks.len()));
+    }
+    // None is empty but a shell's, which rehearses with it.
+    let is_disk =
+        |disk: &DiskV1| disk.bytes <= DISK_BYTES_MAX && disk.bytes.is_multiple_of(SECTOR_BYTES);
+    if let Some(disk) = state.disks.iter().find(|disk| !is_disk(disk)) {
+        return Err(StateError::Limit {
+            what: "disk bytes",
+            value: disk.bytes,
+        });
+    }
+    // The kernel's clocks are signed.
+    if i64::try_from(state.time.clock_ns).is_err() {
+        return Err(StateError::Limit {
+            what: "clock",
+            value: state.time.clock_ns,
+        });
     }
     let mib = u64::from(MEMORY_MIB_MIN)..=u64::from(MEMORY_MIB_MAX);
     if !state.memory_bytes.is_multiple_of(1 << 20) || !mib.contains(&(state.memory_bytes >> 20)) {
@@ -202,7 +223,26 @@ mod tests {
 
     #[test]
     fn numbers_out_of_limits_are_refused() {
+        let good = || machine(1, 128 << 20);
+        let disk = |bytes| MachineStateV1 {
+            disks: vec![DiskV1 {
+                bytes,
+                is_stored: true,
+            }],
+            ..good()
+        };
+        let late = MachineStateV1 {
+            time: FrozenTimeV1 {
+                clock_ns: u64::MAX,
+                tsc: 0,
+            },
+            ..good()
+        };
         for state in [
+            disk(513),
+            disk(DISK_BYTES_MAX + 512),
+            disk(u64::MAX),
+            late,
             machine(0, 128 << 20),
             machine(5, 128 << 20),
             machine(1, 0),

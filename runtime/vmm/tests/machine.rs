@@ -20,8 +20,15 @@ mod difference;
 #[path = "harness/freeze.rs"]
 mod freeze;
 #[cfg(test)]
+#[path = "harness/hostile.rs"]
+mod hostile;
+#[cfg(test)]
 #[path = "harness/lazily.rs"]
 mod lazily;
+#[cfg(test)]
+#[path = "harness/mutation.rs"]
+#[expect(dead_code, reason = "the rest is for tests without KVM")]
+mod mutation;
 #[cfg(test)]
 #[path = "harness/prefault.rs"]
 mod prefault;

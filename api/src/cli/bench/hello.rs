@@ -28,7 +28,7 @@ use crate::cli::confine;
 use crate::cli::installation::Installation;
 use crate::cli::progress::Steps;
 use crate::cli::up::{stop_signal, wait_healthy};
-use crate::cli::{deploy, output, package};
+use crate::cli::{deploy, output, package, snapshot};
 
 const HELLO: &str = include_str!("../../../../examples/hello/app.py");
 /// Its handler in the bench's, which also tells what the runtime's hooks took in this clone.
@@ -149,13 +149,14 @@ impl Stage<'_> {
             .await
             .context("cannot listen on loopback")?;
         let client = Client::new(&format!("http://{}", listener.local_addr()?))?;
-        let runtime = Runtime::new(RuntimeConfig {
+        let config = RuntimeConfig {
             vmm: self.installation.vmm.clone(),
             jailer: Some(confine::jailer(self.home, self.installation)?),
             recycle,
             memory_budget_mib: primed.then_some(ROOM_MIB),
             ..RuntimeConfig::default()
-        })?;
+        };
+        let runtime = Runtime::new(config, snapshot::key(self.home)?)?;
         let agent = self.installation.agent.clone();
         let engine = HostEngine::new(runtime, self.home.to_owned(), agent.clone());
         let folder = self.folder.join(format!("{recycle:?}"));

@@ -12,11 +12,11 @@ use clap::Args;
 use serde_json::{Value, json};
 use thaw_images::{ImageStore, RuntimeName};
 use thaw_runtime::{End, Invocation, Learn, Measure, Outcome, PoolSpec, Runtime, RuntimeConfig};
-use thaw_snapshot::{PendingFile, Snapshot, WorkingSet, set_working_set};
+use thaw_snapshot::{Key, PendingFile, Snapshot, WorkingSet, set_working_set, tag};
 use thaw_snapshot_store::{LocalFolder, Store};
 
 use super::super::confine;
-use super::{Found, describe_working_set, find, open_with_base, working_set_line};
+use super::{Found, describe_working_set, find, key, open_with_base, working_set_line};
 use crate::cli::Global;
 use crate::cli::installation::Installation;
 use crate::cli::output::{self, Format};
@@ -103,6 +103,7 @@ pub fn push(home: &Path, args: &PushArgs, format: Format) -> anyhow::Result<()> 
     let pushed = store
         .push(&snapshot, file)
         .with_context(|| format!("cannot push {}", found.name))?;
+    tag(pending.file(), &key(home)?).with_context(|| format!("cannot tag {}", stub.display()))?;
     pending
         .commit()
         .with_context(|| format!("cannot keep {}", stub.display()))?;
@@ -128,6 +129,8 @@ pub fn push(home: &Path, args: &PushArgs, format: Format) -> anyhow::Result<()> 
 /// What a VM is made of.
 struct Parts {
     name: String,
+    /// Of the home whose snapshot it is.
+    key: Key,
     snapshot: PathBuf,
     /// Or the store.
     base: Option<PathBuf>,
@@ -176,7 +179,10 @@ impl Parts {
             }
             (None, None) => bail!("no snapshot was named"),
         };
-        let metadata = Snapshot::open(&snapshot)?.metadata()?;
+        let key = key(home)?;
+        let opened = Snapshot::open(&snapshot)?;
+        opened.authenticate(&key)?;
+        let metadata = opened.metadata()?;
         let runtime: RuntimeName = (metadata.runtime.parse())
             .with_context(|| format!("{} is of an unknown runtime", snapshot.display()))?;
         let image = ImageStore::new(home)
@@ -189,6 +195,7 @@ impl Parts {
         );
         Ok(Self {
             name: name.to_owned(),
+            key,
             snapshot,
             base,
             rootfs: image.rootfs,
@@ -238,13 +245,14 @@ fn base_of(home: &Path, path: &Path) -> anyhow::Result<Option<PathBuf>> {
     super::base_file(home, path, &named).map(Some)
 }
 
-fn runtime(home: &Path, installation: &Installation) -> anyhow::Result<Runtime> {
-    Ok(Runtime::new(RuntimeConfig {
+fn runtime(home: &Path, installation: &Installation, parts: &Parts) -> anyhow::Result<Runtime> {
+    let config = RuntimeConfig {
         vmm: installation.vmm.clone(),
         jailer: Some(confine::jailer(home, installation)?),
         shells_per_class: 0,
         ..RuntimeConfig::default()
-    })?)
+    };
+    Ok(Runtime::new(config, parts.key.clone())?)
 }
 
 /// Does `work` where KVM is: here, or in the lab by this very command again.
@@ -281,7 +289,7 @@ pub fn run(global: &Global, home: &Path, args: &RunArgs) -> anyhow::Result<ExitC
         return Ok(code);
     }
     let outcome = crate::cli::wait(async {
-        let runtime = runtime(home, &installation)?;
+        let runtime = runtime(home, &installation, &parts)?;
         let pool = runtime.open_pool(parts.spec()).await?;
         let outcome = pool.invoke(invocation).await;
         runtime.shutdown(END_LIMIT).await;
@@ -299,7 +307,7 @@ pub fn record(global: &Global, home: &Path, args: &RecordArgs) -> anyhow::Result
         return Ok(code);
     }
     let (outcome, set) = crate::cli::wait(async {
-        let runtime = runtime(home, &installation)?;
+        let runtime = runtime(home, &installation, &parts)?;
         let pool = runtime.open_pool(parts.spec()).await?;
         let recorded = pool.record(&invocation).await;
         runtime.shutdown(END_LIMIT).await;
@@ -314,7 +322,7 @@ pub fn record(global: &Global, home: &Path, args: &RecordArgs) -> anyhow::Result
 }
 
 fn keep(parts: &Parts, set: &WorkingSet, format: Format) -> anyhow::Result<()> {
-    set_working_set(&parts.snapshot, set)
+    set_working_set(&parts.snapshot, set, Some(&parts.key))
         .with_context(|| format!("cannot amend {}", parts.snapshot.display()))?;
     let bytes = Snapshot::open(&parts.snapshot)?.memory_bytes()?;
     let value = describe_working_set(set, bytes);

@@ -6,10 +6,10 @@
 )]
 
 mod block;
-mod driver;
+pub(crate) mod driver;
 mod hostile;
 mod reset;
-mod restore;
+pub(crate) mod restore;
 mod thread;
 mod transport;
 mod vsock;

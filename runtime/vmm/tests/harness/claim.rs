@@ -147,7 +147,7 @@ fn with_working_set(frozen: &Frozen) -> NamedTempFile {
     assert!(written > 0 && all > 256, "{all} pages, {written} written");
     let run = |run: &WorkingSetRun| TouchedRun::new(run.start, run.count, run.written);
     let set = WorkingSet::new(told.runs.iter().map(run).collect(), 256 << 20).unwrap();
-    set_working_set(file.path(), &set).unwrap();
+    set_working_set(file.path(), &set, None).unwrap();
     file
 }
 

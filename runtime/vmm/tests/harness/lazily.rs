@@ -401,7 +401,7 @@ fn a_guest_lazily_recorded_tells_its_touches_and_is_served_by_them() {
     // Other tests have the same file, and with it the place where it is read.
     (&frozen.snapshot).seek(SeekFrom::Start(0)).unwrap();
     std::io::copy(&mut &frozen.snapshot, &mut copy).unwrap();
-    set_working_set(file.path(), &set).unwrap();
+    set_working_set(file.path(), &set, None).unwrap();
     let stored = push(&File::open(file.path()).unwrap());
     for prefetch in [Prefetch::Off, Prefetch::WorkingSet] {
         let mut monitor = stored.restore(frozen, prefetch);

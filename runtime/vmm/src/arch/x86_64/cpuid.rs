@@ -83,6 +83,16 @@ impl From<&CpuidEntryV1> for kvm_cpuid_entry2 {
 #[error("cpuid of {0} entries is over the limit of {KVM_MAX_CPUID_ENTRIES}")]
 pub struct TooManyEntries(pub usize);
 
+/// A leaf that no vCPU of this host's machines is told.
+#[derive(Debug, Error, PartialEq, Eq)]
+#[error("cpuid leaf {function:#x}.{index} is none that a machine of this host has")]
+pub struct ForeignLeaf {
+    /// EAX on input.
+    pub function: u32,
+    /// ECX on input.
+    pub index: u32,
+}
+
 /// For `KVM_SET_CPUID2`.
 ///
 /// # Errors
@@ -231,6 +241,67 @@ pub fn guest(supported: &[CpuidEntryV1], topology: Topology) -> Vec<CpuidEntryV1
         entries.extend(extended_topology(topology));
     }
     entries
+}
+
+/// The leaves that KVM has put into a longer, zeroed buffer: it may not say how many (`kvm_vcpu_ioctl_get_cpuid2`, Linux 6.1).
+pub fn written(buffer: &[kvm_cpuid_entry2]) -> Vec<CpuidEntryV1> {
+    let nothing = kvm_cpuid_entry2::default();
+    let count = buffer.iter().rposition(|entry| *entry != nothing);
+    let count = count.map_or(0, |last| last + 1);
+    buffer[..count].iter().map(Into::into).collect()
+}
+
+/// Whether leaves of a snapshot, which are not those of a `fresh` vCPU of the same number, could be those of one of a lesser host:
+/// of functions that there are here, without anything that [`guest`] takes away, of the same topology. Features are compared
+/// apart ([`thaw_snapshot::CpuRecord::missing_on`]).
+///
+/// # Errors
+/// The first leaf that could not.
+pub fn check(
+    saved: &[CpuidEntryV1],
+    fresh: &[CpuidEntryV1],
+    (vcpu, vcpu_count): (u8, u8),
+) -> Result<(), ForeignLeaf> {
+    let has_deadline = |entries: &[CpuidEntryV1]| {
+        let mut ones = entries.iter().filter(|entry| entry.function == 1);
+        ones.any(|entry| entry.ecx & LEAF1_ECX_DEADLINE != 0)
+    };
+    let deadline_timer = match has_deadline(saved) && has_deadline(fresh) {
+        true => DeadlineTimer::Present,
+        false => DeadlineTimer::Absent,
+    };
+    let topology = Topology {
+        vcpu,
+        vcpu_count,
+        deadline_timer,
+    };
+    let is_possible = |at: usize, entry: &CpuidEntryV1| {
+        let Some(ours) = fresh.iter().find(|ours| ours.function == entry.function) else {
+            return false;
+        };
+        let mut adapted = *entry;
+        adapt(&mut adapted, topology);
+        let address_bits = |entry: &CpuidEntryV1| match entry.function {
+            0x8000_0008 => entry.eax & 0xff,
+            _ => 0,
+        };
+        let is_first =
+            |other: &CpuidEntryV1| (other.function, other.index) != (entry.function, entry.index);
+        adapted == *entry
+            && entry.flags == ours.flags
+            && (entry.flags & FLAG_INDEX_MATTERS != 0 || entry.index == 0)
+            && (entry.function != 0xb || extended_topology(topology).contains(entry))
+            && address_bits(entry) <= address_bits(ours)
+            // KVM takes the first, and so does whoever looks for features.
+            && saved[..at].iter().all(is_first)
+    };
+    let mut wrong = (saved.iter().enumerate()).filter(|(at, entry)| !is_possible(*at, entry));
+    wrong.next().map_or(Ok(()), |(_, entry)| {
+        Err(ForeignLeaf {
+            function: entry.function,
+            index: entry.index,
+        })
+    })
 }
 
 /// Bits that KVM keeps up to date itself while the guest runs (`__kvm_update_cpuid_runtime`, arch/x86/kvm/cpuid.c):
@@ -383,6 +454,114 @@ mod tests {
         after[one].ecx ^= 1 << 26;
         assert!(!is_same(&before, &after));
         assert!(!is_same(&before, &before[1..]));
+    }
+
+    /// Of a guest on a real KVM (the lab's), less those without anything in them.
+    const REAL: [[u32; 7]; 15] = [
+        [0, 0, 0, 0xd, 0x6874_7541, 0x444d_4163, 0x6974_6e65],
+        [1, 0, 0, 0x60fb1, 0x10800, 0xf7f8_3203, 0x0f8b_fbfd],
+        [4, 0, 1, 0, 0, 0, 0],
+        [7, 0, 1, 0, 0x0198_03ab, 0x10204, 0x2000_0000],
+        [0xa, 0, 0, 0, 0, 0, 0],
+        [0xd, 0, 1, 0x207, 0x240, 0xa88, 0],
+        [0xd, 1, 1, 5, 0, 0, 0],
+        [0xd, 2, 1, 0x100, 0x240, 0, 0],
+        [0x8000_0001, 0, 0, 0x60fb1, 0, 0x73, 0xedd3_fbfd],
+        [0x8000_0008, 0, 0, 0x3928, 0x0400_0000, 0, 0],
+        [
+            0x4000_0000,
+            0,
+            0,
+            0x4000_0001,
+            0x4b4d_564b,
+            0x564b_4d56,
+            0x4d,
+        ],
+        [0x4000_0001, 0, 0, 0x0100_3aeb, 0, 0, 0],
+        [0xb, 0, 1, 0, 1, 0x100, 0],
+        [0xb, 1, 1, 0, 1, 0x201, 0],
+        [0xb, 2, 1, 0, 0, 2, 0],
+    ];
+
+    #[test]
+    fn leaves_of_a_real_guest_are_taken_without_what_is_left_of_the_buffer() {
+        let mut buffer = vec![kvm_cpuid_entry2::default(); KVM_MAX_CPUID_ENTRIES];
+        for (slot, leaf) in buffer.iter_mut().zip(REAL) {
+            [
+                slot.function,
+                slot.index,
+                slot.flags,
+                slot.eax,
+                slot.ebx,
+                slot.ecx,
+                slot.edx,
+            ] = leaf;
+        }
+        let real = written(&buffer);
+        assert_eq!(real.len(), REAL.len());
+        check(&real, &real, (0, 1)).unwrap();
+        assert_eq!(written(&[]), []);
+    }
+
+    #[test]
+    fn leaves_that_no_vcpu_here_is_told_are_refused() {
+        let fresh = sample(1, 2);
+        check(&fresh, &fresh, (1, 2)).unwrap();
+        // A lesser host's: fewer leaves, fewer features.
+        let mut lesser = fresh[..4].to_vec();
+        lesser[1].ecx &= !LEAF1_ECX_DEADLINE & !1;
+        check(&lesser, &fresh, (1, 2)).unwrap();
+        let with = |function: u32, index: u32, change: fn(&mut CpuidEntryV1)| {
+            let mut saved = fresh.clone();
+            let place =
+                |entry: &&mut CpuidEntryV1| (entry.function, entry.index) == (function, index);
+            change(saved.iter_mut().find(place).unwrap());
+            saved
+        };
+        let mut twice = fresh.clone();
+        twice.push(fresh[0]);
+        let mut hyper_v = fresh.clone();
+        hyper_v.push(entry(0x4000_0003, 0));
+        for (what, saved) in [
+            ("vmx", with(1, 0, |leaf| leaf.ecx |= 1 << 5)),
+            ("svm", with(0x8000_0001, 0, |leaf| leaf.ecx |= 1 << 2)),
+            ("counters", with(0xa, 0, |leaf| leaf.eax = 1)),
+            ("svm features", with(0x8000_000a, 0, |leaf| leaf.ebx = 1)),
+            (
+                "asynchronous page faults",
+                with(0x4000_0001, 0, |leaf| leaf.eax |= 1 << 4),
+            ),
+            ("another vcpu", with(1, 0, |leaf| leaf.ebx ^= 1 << 24)),
+            ("another vcpu's topology", with(0xb, 1, |leaf| leaf.edx = 0)),
+            (
+                "address bits",
+                with(0x8000_0008, 0, |leaf| leaf.function = 0x8000_0009),
+            ),
+            ("flags", with(7, 0, |leaf| leaf.flags = 4)),
+            (
+                "an index that does not matter",
+                with(7, 0, |leaf| leaf.index = 9),
+            ),
+            ("a leaf twice", twice),
+            ("hyper-v", hyper_v),
+        ] {
+            assert!(check(&saved, &fresh, (1, 2)).is_err(), "{what}");
+        }
+        assert!(check(&fresh, &fresh, (0, 2)).is_err());
+        let mut narrow = fresh.clone();
+        for leaf in narrow
+            .iter_mut()
+            .filter(|leaf| leaf.function == 0x8000_0008)
+        {
+            leaf.eax = 48;
+        }
+        check(&narrow, &fresh, (1, 2)).unwrap();
+        assert!(check(&fresh, &narrow, (1, 2)).is_err());
+        let mut without = fresh.clone();
+        for leaf in without.iter_mut().filter(|leaf| leaf.function == 1) {
+            leaf.ecx &= !LEAF1_ECX_DEADLINE;
+        }
+        assert!(check(&fresh, &without, (1, 2)).is_err());
     }
 
     #[test]

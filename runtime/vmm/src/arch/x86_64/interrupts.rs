@@ -11,6 +11,8 @@ use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+/// Where KVM answers for the I/O APIC (`IOAPIC_DEFAULT_BASE_ADDRESS`, arch/x86/kvm/ioapic.h); nobody moves it.
+const IOAPIC_BASE: u64 = 0xfec0_0000;
 /// Length of a chip's state in `struct kvm_irqchip`.
 const CHIP_BYTES: usize = 512;
 
@@ -40,6 +42,9 @@ pub enum InterruptError {
         #[source]
         source: kvm_ioctls::Error,
     },
+    /// The saved I/O APIC is somewhere else than the one of a machine.
+    #[error("saved ioapic is at {0:#x} instead of {IOAPIC_BASE:#x}")]
+    Base(u64),
     /// A saved chip is not of its length.
     #[error("saved {chip} has {found} bytes instead of {CHIP_BYTES}")]
     Length {
@@ -65,11 +70,35 @@ fn get(vm: &VmFd, chip_id: u32) -> Result<Vec<u8>, InterruptError> {
     Ok(bytes.iter().map(|byte| byte.cast_unsigned()).collect())
 }
 
-fn set(vm: &VmFd, chip_id: u32, name: &'static str, saved: &[u8]) -> Result<(), InterruptError> {
-    let bytes = <&[u8; CHIP_BYTES]>::try_from(saved).map_err(|_| InterruptError::Length {
+fn chip<'a>(name: &'static str, saved: &'a [u8]) -> Result<&'a [u8; CHIP_BYTES], InterruptError> {
+    saved.try_into().map_err(|_| InterruptError::Length {
         chip: name,
         found: saved.len(),
-    })?;
+    })
+}
+
+/// Whether saved chips could be a machine's.
+///
+/// # Errors
+/// A length or the I/O APIC's address.
+pub fn check(state: &InterruptChipsV1) -> Result<(), InterruptError> {
+    let InterruptChipsV1 {
+        pic_master,
+        pic_slave,
+        ioapic,
+    } = state;
+    chip("pic master", pic_master)?;
+    chip("pic slave", pic_slave)?;
+    // `struct kvm_ioapic_state` begins with it.
+    let base = chip("ioapic", ioapic)?.first_chunk().copied();
+    match base.map_or(0, u64::from_ne_bytes) {
+        IOAPIC_BASE => Ok(()),
+        elsewhere => Err(InterruptError::Base(elsewhere)),
+    }
+}
+
+fn set(vm: &VmFd, chip_id: u32, name: &'static str, saved: &[u8]) -> Result<(), InterruptError> {
+    let bytes = chip(name, saved)?;
     let mut chip = kvm_irqchip {
         chip_id,
         ..Default::default()
@@ -124,4 +153,34 @@ pub fn set_clock_ns(vm: &VmFd, clock_ns: u64) -> Result<(), InterruptError> {
         ..Default::default()
     })
     .map_err(call("KVM_SET_CLOCK"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chips_of_another_length_or_place_are_refused() {
+        let mut good = InterruptChipsV1 {
+            pic_master: vec![0; CHIP_BYTES],
+            pic_slave: vec![0; CHIP_BYTES],
+            ioapic: vec![0; CHIP_BYTES],
+        };
+        assert!(matches!(check(&good), Err(InterruptError::Base(0))));
+        good.ioapic[..8].copy_from_slice(&IOAPIC_BASE.to_ne_bytes());
+        check(&good).unwrap();
+        type Field = fn(&mut InterruptChipsV1) -> &mut Vec<u8>;
+        let fields: [Field; 3] = [
+            |s| &mut s.pic_master,
+            |s| &mut s.pic_slave,
+            |s| &mut s.ioapic,
+        ];
+        for field in fields {
+            for length in [0, CHIP_BYTES - 1, CHIP_BYTES + 1] {
+                let mut wrong = good.clone();
+                field(&mut wrong).resize(length, 0);
+                assert!(matches!(check(&wrong), Err(InterruptError::Length { .. })));
+            }
+        }
+    }
 }

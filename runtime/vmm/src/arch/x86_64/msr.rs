@@ -126,6 +126,11 @@ pub enum MsrError {
         #[source]
         source: kvm_ioctls::Error,
     },
+    /// One that this host's monitor would not save, or one out of order.
+    #[error(
+        "msr {0:#x} is none that a machine of this host is saved with, or stands twice or out of order"
+    )]
+    Foreign(u32),
     /// More than we ever save.
     #[error("{0} msrs are over the limit of {BATCH_MAX}")]
     TooMany(usize),
@@ -229,6 +234,30 @@ pub fn write(vcpu: &VcpuFd, entries: &[MsrV1]) -> Result<(), MsrError> {
     }
 }
 
+/// Whether registers of a snapshot are some of `ours` ([`to_save`]'s), in ascending order: whatever else KVM would take is not a
+/// file's to set.
+///
+/// # Errors
+/// [`MsrError::Foreign`] with the first that is not.
+pub fn check(saved: &[MsrV1], ours: &[u32]) -> Result<(), MsrError> {
+    let mut ours = ours.iter();
+    let foreign = saved
+        .iter()
+        .find(|msr| !ours.by_ref().any(|index| *index == msr.index));
+    foreign.map_or(Ok(()), |msr| Err(MsrError::Foreign(msr.index)))
+}
+
+/// All of `present`, with the values of `saved` where that has one: a rewind must leave no register of a life, although the host that
+/// saved knew fewer of them.
+pub fn completed(saved: &[MsrV1], present: &[MsrV1]) -> Vec<MsrV1> {
+    let mut saved = saved.iter().peekable();
+    let value = |fresh: &MsrV1| match saved.next_if(|msr| msr.index == fresh.index) {
+        Some(msr) => *msr,
+        None => *fresh,
+    };
+    present.iter().map(value).collect()
+}
+
 /// Those of `wanted` that do not have their value already. Both are sorted by number, as [`to_save`] sorts them; one that
 /// `present` does not name is wanted.
 pub fn changed(present: &[MsrV1], wanted: &[MsrV1]) -> Vec<MsrV1> {
@@ -287,6 +316,32 @@ mod tests {
         let present = [msr(1, 5), msr(2, 6), msr(9, 0)];
         let wanted = [msr(1, 5), msr(2, 7), msr(4, 0), msr(9, 0)];
         assert_eq!(changed(&present, &wanted), [msr(2, 7), msr(4, 0)]);
+    }
+
+    #[test]
+    fn a_file_sets_no_register_that_is_not_saved_here() {
+        let msr = |index| MsrV1 { index, data: 1 };
+        let ours = to_save(&[0x174, 0x4000_0001, TSC]);
+        let all: Vec<MsrV1> = ours.iter().copied().map(msr).collect();
+        check(&all, &ours).unwrap();
+        check(&all[3..7], &ours).unwrap();
+        check(&[], &ours).unwrap();
+        let twice = [&all[..1], &all[..]].concat();
+        let backwards = [all[1], all[0]];
+        for wrong in [&[msr(0x4000_0001)][..], &[msr(TSC)], &twice, &backwards] {
+            assert!(matches!(check(wrong, &ours), Err(MsrError::Foreign(_))));
+        }
+    }
+
+    #[test]
+    fn registers_that_the_saving_host_did_not_know_are_as_new() {
+        let msr = |index, data| MsrV1 { index, data };
+        let fresh = [msr(1, 0), msr(2, 7), msr(9, 0)];
+        assert_eq!(
+            completed(&[msr(2, 5)], &fresh),
+            [msr(1, 0), msr(2, 5), msr(9, 0)]
+        );
+        assert_eq!(completed(&[], &fresh), fresh);
     }
 
     #[test]

@@ -28,7 +28,8 @@ use std::io;
 use kvm_bindings::{
     KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE,
     KVM_MP_STATE_SIPI_RECEIVED, KVM_MP_STATE_UNINITIALIZED, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET,
-    Xsave, kvm_device_attr, kvm_mp_state, kvm_xsave,
+    Xsave, kvm_debugregs, kvm_device_attr, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs,
+    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
@@ -118,6 +119,12 @@ pub enum VcpuStateError {
     /// Too many CPUID entries.
     #[error("saved cpuid is malformed")]
     Cpuid(#[source] cpuid::TooManyEntries),
+    /// CPUID that no vCPU of this host is told.
+    #[error("saved cpuid is another machine's")]
+    Leaf(#[source] cpuid::ForeignLeaf),
+    /// In system management mode, which has no memory here.
+    #[error("saved vcpu is in system management mode, which no machine has")]
+    ManagementMode,
     /// No MP state of x86.
     #[error("saved mp state {0} is unknown")]
     MpState(u32),
@@ -163,18 +170,22 @@ fn get_xsave(fd: &VcpuFd, bytes: usize) -> Result<Vec<u8>, VcpuStateError> {
         .collect())
 }
 
+/// KVM reads as much as its own features need; an area from a host that needs less is longer than nothing but zeros.
+fn check_xsave(saved: &[u8], host: usize) -> Result<(), VcpuStateError> {
+    let fits = (XSAVE_BYTES..=XSAVE_BYTES_MAX.min(host)).contains(&saved.len())
+        && saved.len().is_multiple_of(4);
+    fits.then_some(()).ok_or(VcpuStateError::Xsave {
+        found: saved.len(),
+        host,
+    })
+}
+
 fn set_xsave(fd: &VcpuFd, saved: &[u8], host: usize) -> Result<(), VcpuStateError> {
+    check_xsave(saved, host)?;
     let wrong = VcpuStateError::Xsave {
         found: saved.len(),
         host,
     };
-    // KVM reads as much as its own features need; an area from a host that needs less is longer than nothing but zeros.
-    if !(XSAVE_BYTES..=XSAVE_BYTES_MAX).contains(&saved.len())
-        || saved.len() > host
-        || !saved.len().is_multiple_of(4)
-    {
-        return Err(wrong);
-    }
     let mut words = saved
         .chunks_exact(4)
         .map(|word| u32::from_ne_bytes([word[0], word[1], word[2], word[3]]));
@@ -326,6 +337,71 @@ impl FreshVcpu {
     pub fn tsc_khz(&self) -> u32 {
         self.tsc_khz
     }
+
+    /// One that no KVM made.
+    #[cfg(test)]
+    pub(crate) fn of(cpuid: Vec<CpuidEntryV1>, msrs: Vec<MsrV1>) -> Self {
+        Self {
+            cpuid,
+            tsc_khz: 1,
+            msrs,
+        }
+    }
+
+    /// What CPUID tells its guest.
+    pub fn cpuid(&self) -> &[CpuidEntryV1] {
+        &self.cpuid
+    }
+}
+
+/// Whether a saved state, of vCPU `place.0` of `place.1`, could be one of this host: what KVM takes without a question, and what can
+/// be told before KVM is asked. All lengths are right afterwards; the registers that the saving host did not know are filled in.
+///
+/// # Errors
+/// What is wrong first.
+pub fn check(
+    state: &mut VcpuStateV1,
+    fresh: &FreshVcpu,
+    host: &HostVcpuLimits,
+    place: (u8, u8),
+) -> Result<(), VcpuStateError> {
+    let VcpuStateV1 {
+        cpuid: leaves,
+        sregs,
+        xcrs,
+        xsave,
+        regs,
+        debugregs,
+        msrs,
+        lapic,
+        mp_state: saved_mp_state,
+        events,
+        tsc_deadline: _, // any is a moment
+        tsc_ahead: _,    // any is a distance
+    } = state;
+    if leaves.len() > kvm_bindings::KVM_MAX_CPUID_ENTRIES {
+        return Err(VcpuStateError::Cpuid(cpuid::TooManyEntries(leaves.len())));
+    }
+    if !cpuid::is_same(&fresh.cpuid, leaves) {
+        cpuid::check(leaves, &fresh.cpuid, place).map_err(VcpuStateError::Leaf)?;
+    }
+    let length = VcpuStateError::Length;
+    plain::from_bytes::<kvm_sregs>(sregs).map_err(length)?;
+    plain::from_bytes::<kvm_xcrs>(xcrs).map_err(length)?;
+    check_xsave(xsave, host.xsave_bytes)?;
+    plain::from_bytes::<kvm_regs>(regs).map_err(length)?;
+    plain::from_bytes::<kvm_debugregs>(debugregs).map_err(length)?;
+    msr::check(msrs, &host.msr_indices).map_err(VcpuStateError::Msr)?;
+    if msrs.len() != fresh.msrs.len() {
+        *msrs = msr::completed(msrs, &fresh.msrs);
+    }
+    plain::from_bytes::<kvm_lapic_state>(lapic).map_err(length)?;
+    mp_state(*saved_mp_state)?;
+    let events = plain::from_bytes::<kvm_vcpu_events>(events).map_err(length)?;
+    if (events.smi.smm, events.smi.pending) != (0, 0) {
+        return Err(VcpuStateError::ManagementMode);
+    }
+    Ok(())
 }
 
 /// Reads what a new vCPU, whose CPUID was set, is like.
@@ -344,7 +420,7 @@ fn get_cpuid(fd: &VcpuFd) -> Result<Vec<CpuidEntryV1>, VcpuStateError> {
     let cpuid = fd
         .get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
         .map_err(call("KVM_GET_CPUID2"))?;
-    Ok(cpuid.as_slice().iter().map(Into::into).collect())
+    Ok(cpuid::written(cpuid.as_slice()))
 }
 
 /// Gives a vCPU that has never run the state of a saved one but time: all of the module's steps 1 to 9. Of CPUID, TSC

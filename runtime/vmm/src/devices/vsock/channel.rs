@@ -557,9 +557,11 @@ impl TryFrom<(u64, ChannelStateV1)> for Channel {
             .checked_sub(stale)
             .ok_or(VsockError::Inconsistent)?;
         let orphaned = connection.is_none() && (waiting > 0 || !to_guest.is_empty());
-        let unknown_reply = replies
-            .iter()
-            .any(|reply| reply.op != OP_RST && reply.op != OP_RESPONSE);
+        let is_reply = |reply: &ReplyStateV1| {
+            [OP_RST, OP_RESPONSE].contains(&reply.op)
+                && [TYPE_STREAM, TYPE_SEQPACKET].contains(&reply.kind)
+        };
+        let unknown_reply = !replies.iter().all(is_reply);
         if waiting > limit || orphaned || unknown_reply {
             return Err(VsockError::Inconsistent);
         }
