@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::io::{self, BufRead as _, BufReader};
 use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -128,6 +129,8 @@ impl Egress {
             .args(["--ready", &options.ready.to_string()])
             // The gateway's environment may hold secrets; nothing of it is needed there.
             .env_clear()
+            // A terminal's Ctrl-C is the gateway's: guests need their network until it has ended them.
+            .process_group(0)
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null())
             .stderr(Stdio::piped());

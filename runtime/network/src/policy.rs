@@ -81,7 +81,7 @@ pub struct Rule {
 /// Where a rule leads.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Target {
-    /// Addresses, private ones included.
+    /// Addresses, private ones included: `0.0.0.0/0` opens those of this machine's networks, too.
     Cidr(Ipv4Net),
     /// Names: an address counts while the slot's resolver has answered such a name with it. On ports 443 and 80 the name that the guest asks the server for
     /// (SNI, `Host`) must be one of them, too.
@@ -222,6 +222,9 @@ pub enum PolicyError {
         /// The header.
         header: String,
     },
+    /// Certificates that are no text.
+    #[error("the ca of the secret for {0} is not PEM")]
+    Ca(DomainName),
     /// The value itself is not told.
     #[error("the value of the secret for {0} is no header value: printable ASCII, at most {SECRET_BYTES_MAX} bytes")]
     Value(DomainName),
@@ -253,8 +256,12 @@ impl Policy {
             return Err(PolicyError::Bandwidth(rate.get()));
         }
         for secret in &self.secrets {
-            let ca = secret.ca.as_ref().map_or(0, String::len);
-            within("bytes in a secret's ca", ca, CA_BYTES_MAX)?;
+            let ca = secret.ca.as_deref().unwrap_or_default();
+            within("bytes in a secret's ca", ca.len(), CA_BYTES_MAX)?;
+            // PEM is text; what JSON would blow up does not fit a message.
+            if !ca.bytes().all(|byte| matches!(byte, b' '..=b'~' | b'\n' | b'\r' | b'\t')) {
+                return Err(PolicyError::Ca(secret.host.clone()));
+            }
             check_header(secret)?;
         }
         Ok(())
@@ -325,6 +332,7 @@ mod tests {
             (r#"{"secrets": [{"host": "a.b", "header": "host", "value": "x"}]}"#, "header"),
             (r#"{"secrets": [{"host": "a.b", "header": "X", "value": "x"}]}"#, "header"),
             (r#"{"secrets": [{"host": "a.b", "header": "x", "value": "a\r\nb: c"}]}"#, "header value"),
+            (r#"{"secrets": [{"host": "a.b", "header": "x", "value": "x", "ca": "\u0000"}]}"#, "PEM"),
         ] {
             let error = read(json).unwrap_err();
             assert!(error.contains(told), "{json}: {error}");

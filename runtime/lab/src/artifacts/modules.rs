@@ -19,6 +19,8 @@ const WANTED: &[&str] = &[
     "loop",
     "erofs",
     "veth",
+    "nf_tables",
+    "nft_tproxy",
     "kvm",
     "kvm_amd",
 ];

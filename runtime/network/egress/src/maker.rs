@@ -34,6 +34,9 @@ pub const DNS_PORT: u16 = 53;
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 128;
 
+/// What the kernel keeps of a guest's connection in each direction: the way is short.
+const BUFFER_BYTES: usize = 128 * 1024;
+
 /// From the relay: make one. There is nothing else to say.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Make;
@@ -148,6 +151,9 @@ fn listener() -> nix::Result<OwnedFd> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let socket = socket(AddressFamily::Inet, SockType::Stream, flags, None)?;
     setsockopt(&socket, sockopt::IpTransparent, &true)?;
+    // Connections have the listener's.
+    setsockopt(&socket, sockopt::RcvBuf, &BUFFER_BYTES)?;
+    setsockopt(&socket, sockopt::SndBuf, &BUFFER_BYTES)?;
     let at = SockaddrIn::from(SocketAddrV4::new(GATEWAY_ADDRESS, RELAY_PORT));
     bind(std::os::fd::AsRawFd::as_raw_fd(&socket), &at)?;
     listen(&socket, Backlog::new(BACKLOG)?)?;

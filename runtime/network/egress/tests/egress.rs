@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use guest::End;
 use hickory_proto::op::ResponseCode;
-use thaw_network::{Denial, EgressError, GATEWAY_ADDRESS, Reason};
+use thaw_network::{Denial, EgressError, GATEWAY_ADDRESS, GUEST_ADDRESS, GUEST_MAC, Reason};
 use tokio_rustls::rustls::pki_types::ServerName;
 use tokio_rustls::rustls::{ClientConfig, ClientConnection, RootCertStore};
 use world::{Asked, ECHO, LIMIT, METADATA, Machine, OTHER, OWN, PRIVATE, SERVER, inside, run};
@@ -77,6 +77,27 @@ fn metadata_and_the_machines_own_addresses_are_blocked_though_everything_is_allo
         denial("metadata.example.com", Reason::Rebinding),
     ];
     assert_eq!(machine.report(&slot).denials, expected);
+}
+
+#[test]
+fn frames_that_are_not_the_guests_own_are_dropped_and_it_sees_no_ipv6() {
+    if !inside("frames_that_are_not_the_guests_own_are_dropped_and_it_sees_no_ipv6") {
+        return;
+    }
+    let machine = Machine::start(1);
+    let (slot, mut guest) = machine.guest(r#"{"allow": ["internet"]}"#);
+    assert_eq!(guest.resolve("api.example.com."), Ok(vec![SERVER]));
+    let other = GUEST_MAC.map(|byte| byte ^ 8);
+    guest.query_from(other, GUEST_ADDRESS, "api.example.com.");
+    guest.query_from(GUEST_MAC, PRIVATE, "api.example.com.");
+    guest.query_from(GUEST_MAC, GATEWAY_ADDRESS, "api.example.com.");
+    // Frames keep their order: when this one is answered, the others were dropped.
+    guest.query_from(GUEST_MAC, GUEST_ADDRESS, "other.example.com.");
+    guest.until("the answer", |_| (machine.report(&slot).queries >= 2).then_some(()));
+    assert_eq!(guest.resolve("api.example.com."), Ok(vec![SERVER]));
+    assert_eq!(machine.report(&slot).queries, 3);
+    // ARP and IPv4.
+    assert_eq!(guest.kinds_seen().into_iter().collect::<Vec<_>>(), [[8, 0], [8, 6]]);
 }
 
 fn hello(name: &'static str) -> Vec<u8> {

@@ -1,6 +1,6 @@
 //! A guest: a TCP/IP stack in user space (smoltcp) on the descriptor of a tap, as a virtio-net device would be.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::net::Ipv4Addr;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::time::Instant as Clock;
@@ -15,7 +15,7 @@ use smoltcp::socket::{tcp, udp};
 use smoltcp::time::Instant;
 use smoltcp::wire::{EthernetAddress, IpCidr};
 use thaw_network::{
-    GATEWAY_ADDRESS, GUEST_ADDRESS, GUEST_MAC, PREFIX_LENGTH, TAP_HEADER_BYTES,
+    GATEWAY_ADDRESS, GATEWAY_MAC, GUEST_ADDRESS, GUEST_MAC, PREFIX_LENGTH, TAP_HEADER_BYTES,
 };
 
 use super::world::LIMIT;
@@ -24,8 +24,8 @@ const FRAME_BYTES_MAX: usize = 1514;
 
 struct Tap {
     tap: OwnedFd,
-    /// All that ever came from the tap.
-    seen: Vec<u8>,
+    /// All frames that ever came from the tap.
+    seen: Vec<Vec<u8>>,
 }
 
 struct Received(Vec<u8>);
@@ -54,8 +54,9 @@ impl Device for Tap {
     fn receive(&mut self, _: Instant) -> Option<(Received, Sending<'_>)> {
         let mut bytes = vec![0; TAP_HEADER_BYTES + FRAME_BYTES_MAX];
         let length = rustix::io::read(&self.tap, &mut bytes).ok()?;
-        self.seen.extend_from_slice(&bytes[..length]);
-        Some((Received(bytes[TAP_HEADER_BYTES..length].to_vec()), Sending(&self.tap)))
+        let frame = bytes[TAP_HEADER_BYTES..length].to_vec();
+        self.seen.push(frame.clone());
+        Some((Received(frame), Sending(&self.tap)))
     }
 
     fn transmit(&mut self, _: Instant) -> Option<Sending<'_>> {
@@ -112,7 +113,33 @@ impl Guest {
 
     /// Whether these bytes ever came to the guest.
     pub fn has_seen(&self, bytes: &[u8]) -> bool {
-        self.device.seen.windows(bytes.len()).any(|part| part == bytes)
+        let all = self.device.seen.concat();
+        all.windows(bytes.len()).any(|part| part == bytes)
+    }
+
+    /// The kinds of frames that came (EtherTypes).
+    pub fn kinds_seen(&self) -> BTreeSet<[u8; 2]> {
+        let kind = |frame: &Vec<u8>| [frame[12], frame[13]];
+        self.device.seen.iter().map(kind).collect()
+    }
+
+    /// Sends a query for a name from any address, past the stack.
+    pub fn query_from(&mut self, mac: [u8; 6], address: Ipv4Addr, name: &str) {
+        let mut query = Message::query();
+        query.add_query(Query::query(Name::from_ascii(name).unwrap(), RecordType::A));
+        let query = query.to_vec().unwrap();
+        let udp_length = u16::try_from(8 + query.len()).unwrap();
+        let mut ip = [&[0x45, 0][..], &(20 + udp_length).to_be_bytes(), &[0, 0, 0, 0, 64, 17, 0, 0]].concat();
+        ip.extend(address.octets());
+        ip.extend(GATEWAY_ADDRESS.octets());
+        let sum: u32 = ip.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum();
+        let sum = !u16::try_from((sum & 0xffff) + (sum >> 16)).unwrap();
+        ip[10..12].copy_from_slice(&sum.to_be_bytes());
+        // Without a checksum of its own (RFC 768).
+        let udp = [9999_u16, 53, udp_length, 0].map(u16::to_be_bytes).concat();
+        let header = vec![0; TAP_HEADER_BYTES];
+        let frame = [&header, &GATEWAY_MAC[..], &mac, &[8, 0], &ip, &udp, &query].concat();
+        assert_eq!(rustix::io::write(&self.device.tap, &frame).unwrap(), frame.len());
     }
 
     /// Lets the stack work until `done`.
