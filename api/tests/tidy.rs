@@ -29,9 +29,11 @@ const ARROWS: &[(&str, &[&str])] = &[
         &["thaw-agent-protocol", "thaw-snapshot", "thaw-vmm-control"],
     ),
     ("thaw-bench-guest", &[]),
+    ("thaw-egress", &["thaw-network", "thaw-vmm-control"]),
     ("thaw-images", &[]),
     ("thaw-lab", &[]),
     ("thaw-loadtest", &[]),
+    ("thaw-network", &["thaw-vmm-control"]),
     (
         "thaw-runtime",
         &["thaw-agent-protocol", "thaw-snapshot", "thaw-vmm-control"],
@@ -61,6 +63,20 @@ const FORBIDDEN: &[(&str, &[&str])] = &[
     ("thaw-api", &["kvm-ioctls", "vm-memory", "thaw-vmm"]),
     ("thaw-api-types", &["tokio", "axum"]),
     ("thaw-bench", &["thaw-vmm"]),
+    (
+        "thaw-network",
+        &[
+            "hickory-proto",
+            "hickory-resolver",
+            "hyper",
+            "tokio-rustls",
+            "kvm-ioctls",
+        ],
+    ),
+    (
+        "thaw-egress",
+        &["kvm-ioctls", "vm-memory", "axum", "reqwest"],
+    ),
 ];
 /// Crates that may hold unsafe code, in modules of their own.
 const UNSAFE_ALLOWED: &[&str] = &[
@@ -68,6 +84,7 @@ const UNSAFE_ALLOWED: &[&str] = &[
     "runtime/bench",
     "runtime/bench/guest",
     "runtime/lab",
+    "runtime/network/egress",
     "runtime/vmm",
     "runtime/vmm/tests/guest",
     "snapshot/pager",

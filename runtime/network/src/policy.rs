@@ -215,7 +215,9 @@ pub enum PolicyError {
     #[error("a bandwidth of {0} bytes a second is too small: at least {BANDWIDTH_MIN}")]
     Bandwidth(u64),
     /// A header that cannot be a secret's.
-    #[error("a secret for {host} cannot be in header {header:?}: a name in lower case that does not frame the request")]
+    #[error(
+        "a secret for {host} cannot be in header {header:?}: a name in lower case that does not frame the request"
+    )]
     Header {
         /// The secret's host.
         host: DomainName,
@@ -226,7 +228,9 @@ pub enum PolicyError {
     #[error("the ca of the secret for {0} is not PEM")]
     Ca(DomainName),
     /// The value itself is not told.
-    #[error("the value of the secret for {0} is no header value: printable ASCII, at most {SECRET_BYTES_MAX} bytes")]
+    #[error(
+        "the value of the secret for {0} is no header value: printable ASCII, at most {SECRET_BYTES_MAX} bytes"
+    )]
     Value(DomainName),
 }
 
@@ -259,7 +263,10 @@ impl Policy {
             let ca = secret.ca.as_deref().unwrap_or_default();
             within("bytes in a secret's ca", ca.len(), CA_BYTES_MAX)?;
             // PEM is text; what JSON would blow up does not fit a message.
-            if !ca.bytes().all(|byte| matches!(byte, b' '..=b'~' | b'\n' | b'\r' | b'\t')) {
+            if !ca
+                .bytes()
+                .all(|byte| matches!(byte, b' '..=b'~' | b'\n' | b'\r' | b'\t'))
+            {
                 return Err(PolicyError::Ca(secret.host.clone()));
             }
             check_header(secret)?;
@@ -270,7 +277,8 @@ impl Policy {
 
 fn check_header(secret: &Secret) -> Result<(), PolicyError> {
     let header = &secret.header;
-    let token = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"-_.".contains(&byte);
+    let token =
+        |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"-_.".contains(&byte);
     if !(1..=256).contains(&header.len())
         || !header.bytes().all(token)
         || HEADERS_RESERVED.contains(&header.as_str())
@@ -305,7 +313,10 @@ mod tests {
                 "secrets": [{"host": "api.example.com", "header": "authorization", "value": "Bearer x"}]}"#,
         )
         .unwrap();
-        assert_eq!(policy.allow[0].target, Target::Cidr("10.1.0.0/16".parse().unwrap()));
+        assert_eq!(
+            policy.allow[0].target,
+            Target::Cidr("10.1.0.0/16".parse().unwrap())
+        );
         assert!(policy.allow[0].has_port(5432) && !policy.allow[0].has_port(5433));
         assert!(policy.allow[1].has_port(1));
         assert_eq!(policy.allow[2].target, Target::Internet);
@@ -320,7 +331,10 @@ mod tests {
         for (json, told) in [
             (r#"{"allow": ["all"]}"#, "the one word is"),
             (r#"{"allow": [{}]}"#, "either a cidr or a domain"),
-            (r#"{"allow": [{"cidr": "10.0.0.0/8", "domain": "a.b"}]}"#, "either"),
+            (
+                r#"{"allow": [{"cidr": "10.0.0.0/8", "domain": "a.b"}]}"#,
+                "either",
+            ),
             (r#"{"allow": [{"cidr": "fd00::/8"}]}"#, "IPv4"),
             (r#"{"allow": [{"cidr": "10.0.0.0/33"}]}"#, "IPv4"),
             (r#"{"allow": [{"domain": "a b"}]}"#, "no host name"),
@@ -329,10 +343,22 @@ mod tests {
             (r#"{"connections_max": 1025}"#, "1 to"),
             (r#"{"bandwidth_bytes_per_second": 1}"#, "too small"),
             (r#"{"typo": 1}"#, "unknown field"),
-            (r#"{"secrets": [{"host": "a.b", "header": "host", "value": "x"}]}"#, "header"),
-            (r#"{"secrets": [{"host": "a.b", "header": "X", "value": "x"}]}"#, "header"),
-            (r#"{"secrets": [{"host": "a.b", "header": "x", "value": "a\r\nb: c"}]}"#, "header value"),
-            (r#"{"secrets": [{"host": "a.b", "header": "x", "value": "x", "ca": "\u0000"}]}"#, "PEM"),
+            (
+                r#"{"secrets": [{"host": "a.b", "header": "host", "value": "x"}]}"#,
+                "header",
+            ),
+            (
+                r#"{"secrets": [{"host": "a.b", "header": "X", "value": "x"}]}"#,
+                "header",
+            ),
+            (
+                r#"{"secrets": [{"host": "a.b", "header": "x", "value": "a\r\nb: c"}]}"#,
+                "header value",
+            ),
+            (
+                r#"{"secrets": [{"host": "a.b", "header": "x", "value": "x", "ca": "\u0000"}]}"#,
+                "PEM",
+            ),
         ] {
             let error = read(json).unwrap_err();
             assert!(error.contains(told), "{json}: {error}");
@@ -352,9 +378,11 @@ mod tests {
 
     #[test]
     fn a_secret_is_not_printed() {
-        let policy = read(r#"{"secrets": [{"host": "a.b", "header": "x", "value": "hush"}]}"#).unwrap();
+        let policy =
+            read(r#"{"secrets": [{"host": "a.b", "header": "x", "value": "hush"}]}"#).unwrap();
         assert!(!format!("{policy:?}").contains("hush"));
-        let bad = read(r#"{"secrets": [{"host": "a.b", "header": "x", "value": "hush\n"}]}"#).unwrap_err();
+        let bad = read(r#"{"secrets": [{"host": "a.b", "header": "x", "value": "hush\n"}]}"#)
+            .unwrap_err();
         assert!(!bad.contains("hush"));
     }
 }

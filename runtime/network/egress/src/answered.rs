@@ -83,7 +83,12 @@ mod tests {
         let keep = Ipv4Addr::new(9, 9, 9, 9);
         answered.add(Duration::ZERO, &name("keep.me"), keep, TTL_MAX);
         for number in 0..5000_u32 {
-            answered.add(Duration::ZERO, &name("flood.me"), Ipv4Addr::from(number), Duration::from_secs(1));
+            answered.add(
+                Duration::ZERO,
+                &name("flood.me"),
+                Ipv4Addr::from(number),
+                Duration::from_secs(1),
+            );
         }
         assert_eq!(answered.ends.len(), PAIRS_MAX);
         assert_eq!(answered.names(Duration::ZERO, keep), [name("keep.me")]);

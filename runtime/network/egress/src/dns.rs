@@ -46,7 +46,11 @@ pub async fn serve_datagrams(slot: Arc<Slot>, socket: UdpSocket) {
                 slot.denied(&"names", Reason::TooMany);
                 continue;
             };
-            let (slot, socket, query) = (Arc::clone(&slot), Arc::clone(&socket), query[..length].to_vec());
+            let (slot, socket, query) = (
+                Arc::clone(&slot),
+                Arc::clone(&socket),
+                query[..length].to_vec(),
+            );
             tokio::spawn(async move {
                 let _permit = permit;
                 tokio::select! {
@@ -66,7 +70,10 @@ async fn answer_datagram(slot: &Slot, socket: &UdpSocket, query: &[u8], from: So
     let Some((answer, fits)) = answer(slot, query).await else {
         return;
     };
-    let whole = answer.to_vec().ok().filter(|bytes| bytes.len() <= usize::from(fits));
+    let whole = answer
+        .to_vec()
+        .ok()
+        .filter(|bytes| bytes.len() <= usize::from(fits));
     let bytes = whole.or_else(|| answer.truncate().to_vec().ok());
     if let Some(bytes) = bytes {
         // A guest that does not take its answer asks again.
@@ -112,13 +119,19 @@ async fn answer_connection(slot: &Slot, mut stream: TcpStream) -> Option<()> {
         if query.len() > QUERY_BYTES_MAX || !slot.admits_query() {
             return None;
         }
-        timeout(IDLE_MAX, stream.read_exact(&mut query)).await.ok()?.ok()?;
+        timeout(IDLE_MAX, stream.read_exact(&mut query))
+            .await
+            .ok()?
+            .ok()?;
         let _permit = slot.lookups.acquire().await.ok()?;
         let (answer, _) = answer(slot, &query).await?;
         let bytes = answer.to_vec().ok()?;
         let length = u16::try_from(bytes.len()).ok()?;
         let message = [&length.to_be_bytes()[..], &bytes].concat();
-        timeout(IDLE_MAX, stream.write_all(&message)).await.ok()?.ok()?;
+        timeout(IDLE_MAX, stream.write_all(&message))
+            .await
+            .ok()?
+            .ok()?;
     }
 }
 
@@ -137,10 +150,9 @@ fn understand(query: &[u8]) -> Option<(Message, Asked, u16)> {
     if query.metadata.message_type != MessageType::Query {
         return None;
     }
-    let fits = query
-        .edns
-        .as_ref()
-        .map_or(UDP_BYTES, |edns| edns.max_payload().clamp(UDP_BYTES, UDP_BYTES_MAX));
+    let fits = query.edns.as_ref().map_or(UDP_BYTES, |edns| {
+        edns.max_payload().clamp(UDP_BYTES, UDP_BYTES_MAX)
+    });
     let mut answer = Message::response(query.metadata.id, query.metadata.op_code);
     answer.metadata = Metadata::response_from_request(&query.metadata);
     answer.metadata.recursion_available = true;
@@ -165,9 +177,13 @@ fn what(question: &Query) -> Asked {
     // Only addresses of IPv4 lead anywhere. The others that say where a server is (HTTPS, SVCB) could name addresses past the table, or keys that hide
     // the name that a ClientHello asks for.
     let kind = match question.query_type {
-        kind @ (RecordType::A | RecordType::CNAME | RecordType::MX | RecordType::NS | RecordType::SOA | RecordType::SRV | RecordType::TXT) => {
-            Some(kind)
-        }
+        kind @ (RecordType::A
+        | RecordType::CNAME
+        | RecordType::MX
+        | RecordType::NS
+        | RecordType::SOA
+        | RecordType::SRV
+        | RecordType::TXT) => Some(kind),
         _ => None,
     };
     Asked::Name(name, kind)
@@ -192,18 +208,29 @@ async fn answer(slot: &Slot, query: &[u8]) -> Option<(Message, u16)> {
 async fn look_up(slot: &Slot, name: &DomainName, kind: RecordType) -> (ResponseCode, Vec<Record>) {
     let failed = (ResponseCode::ServFail, Vec::new());
     // The root's dot: names are whole, and the machine's search list is not the guest's.
-    let (Some(resolver), Ok(owner)) = (slot.machine.resolver(), Name::from_ascii(format!("{name}."))) else {
+    let (Some(resolver), Ok(owner)) = (
+        slot.machine.resolver(),
+        Name::from_ascii(format!("{name}.")),
+    ) else {
         return failed;
     };
     let found = match timeout(LOOKUP_LIMIT, resolver.lookup(owner.clone(), kind)).await {
         Ok(Ok(found)) => found,
         Ok(Err(error)) if error.is_nx_domain() => return (ResponseCode::NXDomain, Vec::new()),
-        Ok(Err(error)) if error.is_no_records_found() => return (ResponseCode::NoError, Vec::new()),
+        Ok(Err(error)) if error.is_no_records_found() => {
+            return (ResponseCode::NoError, Vec::new());
+        }
         _ => return failed,
     };
-    let of_kind = found.answers().iter().filter(|record| record.record_type() == kind);
+    let of_kind = found
+        .answers()
+        .iter()
+        .filter(|record| record.record_type() == kind);
     if kind != RecordType::A {
-        return (ResponseCode::NoError, of_kind.take(ADDRESSES_MAX).cloned().collect());
+        return (
+            ResponseCode::NoError,
+            of_kind.take(ADDRESSES_MAX).cloned().collect(),
+        );
     }
     let addresses: Vec<(Ipv4Addr, u32)> = of_kind
         .take(ADDRESSES_MAX)
@@ -214,7 +241,13 @@ async fn look_up(slot: &Slot, name: &DomainName, kind: RecordType) -> (ResponseC
         .collect();
     let told: Vec<Record> = addresses
         .iter()
-        .filter(|(address, ttl)| slot.tells(name, *address, Duration::from_secs(u64::from(*ttl)).min(TTL_MAX)))
+        .filter(|(address, ttl)| {
+            slot.tells(
+                name,
+                *address,
+                Duration::from_secs(u64::from(*ttl)).min(TTL_MAX),
+            )
+        })
         .map(|(address, ttl)| Record::from_rdata(owner.clone(), *ttl, RData::A(A(*address))))
         .collect();
     if told.len() < addresses.len() {
@@ -243,8 +276,16 @@ mod tests {
         let (answer, asked, fits) = understand(&query("API.Example.com.", RecordType::A)).unwrap();
         let name = DomainName::parse("api.example.com").unwrap();
         assert_eq!(asked, Asked::Name(name.clone(), Some(RecordType::A)));
-        assert_eq!((answer.metadata.id, answer.queries.len(), fits), (7, 1, 512));
-        for kind in [RecordType::AAAA, RecordType::HTTPS, RecordType::SVCB, RecordType::ANY] {
+        assert_eq!(
+            (answer.metadata.id, answer.queries.len(), fits),
+            (7, 1, 512)
+        );
+        for kind in [
+            RecordType::AAAA,
+            RecordType::HTTPS,
+            RecordType::SVCB,
+            RecordType::ANY,
+        ] {
             let (_, asked, _) = understand(&query("api.example.com.", kind)).unwrap();
             assert_eq!(asked, Asked::Name(name.clone(), None));
         }

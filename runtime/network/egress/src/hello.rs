@@ -101,7 +101,10 @@ mod tests {
     #[test]
     fn what_has_no_name_is_told_so() {
         assert_eq!(name_of(&[&hello("93.184.216.34")]), Err(NoName));
-        assert_eq!(name_of(&[b"GET / HTTP/1.1\r\nHost: a.b\r\n\r\n"]), Err(NoName));
+        assert_eq!(
+            name_of(&[b"GET / HTTP/1.1\r\nHost: a.b\r\n\r\n"]),
+            Err(NoName)
+        );
         // A handshake message that claims to be 8 MiB long, byte by byte: bounded.
         let flood = [&[0x16, 3, 1, 0x40, 0, 1, 0x80, 0, 0][..], &[0; 16_379]].concat();
         assert_eq!(name_of(&[&flood, &flood]), Err(NoName));

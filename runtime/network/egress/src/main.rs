@@ -57,7 +57,9 @@ fn chain(error: &dyn std::error::Error) -> String {
 
 fn main() -> ExitCode {
     tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::new("warn,hickory_resolver=error,hickory_net=error,hickory_proto=error"))
+        .with_env_filter(EnvFilter::new(
+            "warn,hickory_resolver=error,hickory_net=error,hickory_proto=error",
+        ))
         .with_writer(std::io::stderr)
         .with_ansi(false)
         .init();
@@ -67,7 +69,9 @@ fn main() -> ExitCode {
         ([MAKER], Some(control)) => maker::serve(control).map_err(|error| chain(&error)),
         (["--ready", count], Some(control)) => match count.parse() {
             Ok(ready @ 0..=READY_MAX) => serve(control, ready).map_err(|error| error.to_string()),
-            _ => Err(format!("{count} slots cannot be kept ready, {READY_MAX} at most")),
+            _ => Err(format!(
+                "{count} slots cannot be kept ready, {READY_MAX} at most"
+            )),
         },
         _ => {
             eprint!("{USAGE}");

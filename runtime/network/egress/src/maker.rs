@@ -4,7 +4,10 @@
 //! forwarded. TCP is handed to the relay's listener with its destination kept (TPROXY; `Documentation/networking/tproxy.rst`), which takes no NAT and no
 //! connection tracking, and so no table that a guest can fill. What no socket waits for is refused by the kernel: UDP but DNS, and TCP when the relay is gone.
 
-#[expect(unsafe_code, reason = "a tap is asked for by ioctl, which no library wraps without it")]
+#[expect(
+    unsafe_code,
+    reason = "a tap is asked for by ioctl, which no library wraps without it"
+)]
 mod tap;
 
 use std::io::{self, Write as _};

@@ -86,7 +86,8 @@ impl Pulse {
     /// Returns when nothing has passed for too long.
     pub async fn stopped(&self, slot: &Slot) {
         loop {
-            let idle = Duration::from_millis(milliseconds(slot).saturating_sub(self.0.load(Relaxed)));
+            let idle =
+                Duration::from_millis(milliseconds(slot).saturating_sub(self.0.load(Relaxed)));
             match IDLE_MAX.checked_sub(idle) {
                 None | Some(Duration::ZERO) => return,
                 Some(rest) => sleep(rest).await,

@@ -56,7 +56,12 @@ const NAMESPACES: &[i32] = &[
 /// Who the relay of a gateway that runs as root is: nobody.
 const NOBODY: u32 = 65534;
 /// What it reads while it runs: the machine's resolvers and hosts file, which may be links to elsewhere.
-const READABLE: &[&str] = &["/etc", "/run/systemd/resolve", "/run/resolvconf", "/run/NetworkManager"];
+const READABLE: &[&str] = &[
+    "/etc",
+    "/run/systemd/resolve",
+    "/run/resolvconf",
+    "/run/NetworkManager",
+];
 
 /// The kernel kills this process when the thread that started it ends.
 pub fn die_with_parent() -> io::Result<()> {
@@ -150,7 +155,11 @@ mod tests {
         let program = std::env::current_exe().unwrap();
         if std::env::var_os(INSIDE).is_none() {
             let status = Command::new(&program)
-                .args(["--exact", "privilege::tests::what_is_given_up_is_gone", "--nocapture"])
+                .args([
+                    "--exact",
+                    "privilege::tests::what_is_given_up_is_gone",
+                    "--nocapture",
+                ])
                 .env(INSIDE, "1")
                 .status()
                 .unwrap();
@@ -162,12 +171,17 @@ mod tests {
             assert_eq!(result.unwrap_err().raw_os_error(), Some(libc::EPERM));
         };
         denied(Command::new("/bin/true").status().map(drop));
-        for flag in [nix::sched::CloneFlags::CLONE_NEWUSER, nix::sched::CloneFlags::CLONE_NEWNET] {
+        for flag in [
+            nix::sched::CloneFlags::CLONE_NEWUSER,
+            nix::sched::CloneFlags::CLONE_NEWNET,
+        ] {
             denied(nix::sched::unshare(flag).map_err(io::Error::from));
         }
         denied(rustix::process::chroot("/").map_err(io::Error::from));
         // Threads are made all the same, names resolved and sockets opened.
-        std::thread::spawn(|| File::open("/etc/hosts").unwrap()).join().unwrap();
+        std::thread::spawn(|| File::open("/etc/hosts").unwrap())
+            .join()
+            .unwrap();
         std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         if status != RulesetStatus::NotEnforced {
             assert!(File::open("/proc/self/status").is_err());

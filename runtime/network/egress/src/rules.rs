@@ -177,14 +177,23 @@ mod tests {
     fn nothing_is_allowed_by_default() {
         let rules = rules(&[], &[]);
         assert_eq!(rules.decide(to("1.1.1.1:443"), &[], false), DENIED);
-        assert_eq!(rules.decide(to("1.1.1.1:443"), &[name("a.b")], false), DENIED);
+        assert_eq!(
+            rules.decide(to("1.1.1.1:443"), &[name("a.b")], false),
+            DENIED
+        );
         assert!(!rules.permits_name(&name("a.b")));
     }
 
     #[test]
     fn a_cidr_opens_its_addresses_and_ports_private_ones_too() {
-        let rules = rules(&[rule("10.1.0.0/16", &[5432]), rule("1.1.1.0/24", &[])], &[]);
-        assert_eq!(rules.decide(to("10.1.2.3:5432"), &[], false), Verdict::Direct);
+        let rules = rules(
+            &[rule("10.1.0.0/16", &[5432]), rule("1.1.1.0/24", &[])],
+            &[],
+        );
+        assert_eq!(
+            rules.decide(to("10.1.2.3:5432"), &[], false),
+            Verdict::Direct
+        );
         assert_eq!(
             rules.decide(to("10.1.2.3:80"), &[], false),
             Verdict::Denied(Reason::Private)
@@ -197,10 +206,19 @@ mod tests {
     #[test]
     fn what_is_blocked_stays_blocked_whatever_is_allowed() {
         let rules = rules(
-            &[rule("0.0.0.0/0", &[]), rule("internet", &[]), rule("*.b", &[])],
+            &[
+                rule("0.0.0.0/0", &[]),
+                rule("internet", &[]),
+                rule("*.b", &[]),
+            ],
             &["a.b"],
         );
-        for address in ["169.254.169.254:80", "127.0.0.1:80", "172.31.255.1:80", "100.100.100.200:80"] {
+        for address in [
+            "169.254.169.254:80",
+            "127.0.0.1:80",
+            "172.31.255.1:80",
+            "100.100.100.200:80",
+        ] {
             assert_eq!(
                 rules.decide(to(address), &[name("a.b")], false),
                 Verdict::Denied(Reason::AlwaysBlocked),
@@ -242,9 +260,15 @@ mod tests {
                 secret: vec![]
             })
         );
-        assert_eq!(rules.decide(to("1.1.1.1:5432"), &names, false), Verdict::Direct);
+        assert_eq!(
+            rules.decide(to("1.1.1.1:5432"), &names, false),
+            Verdict::Direct
+        );
         assert_eq!(rules.decide(to("1.1.1.1:25"), &names, false), DENIED);
-        assert_eq!(rules.decide(to("1.1.1.1:443"), &[name("other.org")], false), DENIED);
+        assert_eq!(
+            rules.decide(to("1.1.1.1:443"), &[name("other.org")], false),
+            DENIED
+        );
     }
 
     #[test]

@@ -224,7 +224,8 @@ impl Exchange {
             let value = |text: &str| HeaderValue::from_str(text).map_err(|_| UNREACHABLE);
             headers.insert(HOST, value(name.as_str())?);
             for secret in self.slot.rules.secrets(name) {
-                let header = HeaderName::from_bytes(secret.header.as_bytes()).map_err(|_| UNREACHABLE)?;
+                let header =
+                    HeaderName::from_bytes(secret.header.as_bytes()).map_err(|_| UNREACHABLE)?;
                 let mut value = value(&secret.value)?;
                 value.set_sensitive(true);
                 headers.insert(header, value);
@@ -251,7 +252,8 @@ impl Exchange {
                 };
                 let Some(stream) = shaken.await else {
                     // Its certificate, mostly.
-                    self.slot.denied(&format!("https://{name}"), Reason::Unreachable);
+                    self.slot
+                        .denied(&format!("https://{name}"), Reason::Unreachable);
                     return Err(UNREACHABLE);
                 };
                 self.begin(stream).await
@@ -339,7 +341,10 @@ mod tests {
     fn a_request_is_for_the_one_host_that_it_names() {
         assert_eq!(named("/", &["API.b"]), Some(Some("api.b".into())));
         assert_eq!(named("/", &["api.b.:80"]), Some(Some("api.b".into())));
-        assert_eq!(named("http://api.b/", &["api.b"]), Some(Some("api.b".into())));
+        assert_eq!(
+            named("http://api.b/", &["api.b"]),
+            Some(Some("api.b".into()))
+        );
         assert_eq!(named("http://evil.org/", &["api.b"]), None);
         assert_eq!(named("http://x@api.b/", &["api.b"]), None);
         assert_eq!(named("/", &[]), None);

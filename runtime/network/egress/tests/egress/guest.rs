@@ -129,36 +129,60 @@ impl Guest {
         query.add_query(Query::query(Name::from_ascii(name).unwrap(), RecordType::A));
         let query = query.to_vec().unwrap();
         let udp_length = u16::try_from(8 + query.len()).unwrap();
-        let mut ip = [&[0x45, 0][..], &(20 + udp_length).to_be_bytes(), &[0, 0, 0, 0, 64, 17, 0, 0]].concat();
+        let mut ip = [
+            &[0x45, 0][..],
+            &(20 + udp_length).to_be_bytes(),
+            &[0, 0, 0, 0, 64, 17, 0, 0],
+        ]
+        .concat();
         ip.extend(address.octets());
         ip.extend(GATEWAY_ADDRESS.octets());
-        let sum: u32 = ip.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum();
+        let sum: u32 = ip
+            .chunks(2)
+            .map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1]))
+            .sum();
         let sum = !u16::try_from((sum & 0xffff) + (sum >> 16)).unwrap();
         ip[10..12].copy_from_slice(&sum.to_be_bytes());
         // Without a checksum of its own (RFC 768).
         let udp = [9999_u16, 53, udp_length, 0].map(u16::to_be_bytes).concat();
         let header = vec![0; TAP_HEADER_BYTES];
         let frame = [&header, &GATEWAY_MAC[..], &mac, &[8, 0], &ip, &udp, &query].concat();
-        assert_eq!(rustix::io::write(&self.device.tap, &frame).unwrap(), frame.len());
+        assert_eq!(
+            rustix::io::write(&self.device.tap, &frame).unwrap(),
+            frame.len()
+        );
     }
 
     /// Lets the stack work until `done`.
-    pub fn until<T>(&mut self, what: &str, mut done: impl FnMut(&mut SocketSet<'static>) -> Option<T>) -> T {
+    pub fn until<T>(
+        &mut self,
+        what: &str,
+        mut done: impl FnMut(&mut SocketSet<'static>) -> Option<T>,
+    ) -> T {
         let began = Clock::now();
         loop {
             let now = Instant::now();
-            self.interface.poll(now, &mut self.device, &mut self.sockets);
+            self.interface
+                .poll(now, &mut self.device, &mut self.sockets);
             if let Some(result) = done(&mut self.sockets) {
                 // What that has queued goes out.
-                self.interface.poll(now, &mut self.device, &mut self.sockets);
+                self.interface
+                    .poll(now, &mut self.device, &mut self.sockets);
                 return result;
             }
-            assert!(began.elapsed() < LIMIT, "the guest waits in vain for {what}");
+            assert!(
+                began.elapsed() < LIMIT,
+                "the guest waits in vain for {what}"
+            );
             let wait = Timespec {
                 tv_sec: 0,
                 tv_nsec: 20_000_000,
             };
-            poll(&mut [PollFd::new(&self.device.tap.as_fd(), PollFlags::IN)], Some(&wait)).unwrap();
+            poll(
+                &mut [PollFd::new(&self.device.tap.as_fd(), PollFlags::IN)],
+                Some(&wait),
+            )
+            .unwrap();
         }
     }
 
@@ -194,7 +218,9 @@ impl Guest {
             match socket.state() {
                 tcp::State::Closed => Some(End::Reset),
                 tcp::State::CloseWait | tcp::State::TimeWait => Some(End::Closed),
-                tcp::State::Established if left.is_empty() && read.len() >= enough => Some(End::Open),
+                tcp::State::Established if left.is_empty() && read.len() >= enough => {
+                    Some(End::Open)
+                }
                 _ => None,
             }
         });

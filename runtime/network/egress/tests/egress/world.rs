@@ -179,7 +179,10 @@ fn link(asked: &Arc<Mutex<Vec<Asked>>>) -> String {
     });
     let world = thread.recv().unwrap();
     run("ip", "link set lo up");
-    run("ip", &format!("link add h0 type veth peer name w0 netns {world}"));
+    run(
+        "ip",
+        &format!("link add h0 type veth peer name w0 netns {world}"),
+    );
     run("ip", "addr add 198.51.100.1/24 dev h0");
     run("ip", &format!("addr add {OWN}/32 dev lo"));
     run("ip", "link set h0 up");
@@ -240,7 +243,12 @@ async fn answer(
 ) {
     let service = service_fn(|request: Request<Incoming>| {
         let headers = request.headers();
-        let all = |name| headers.get_all(name).iter().map(|value| value.to_str().unwrap().to_owned());
+        let all = |name| {
+            headers
+                .get_all(name)
+                .iter()
+                .map(|value| value.to_str().unwrap().to_owned())
+        };
         asked.lock().unwrap().push(Asked {
             tls,
             host: all("host").collect(),
@@ -271,7 +279,10 @@ async fn resolve(socket: UdpSocket) {
             Some(_) => {}
             None => answer.metadata.response_code = ResponseCode::NXDomain,
         }
-        socket.send_to(&answer.to_vec().unwrap(), from).await.unwrap();
+        socket
+            .send_to(&answer.to_vec().unwrap(), from)
+            .await
+            .unwrap();
     }
 }
 
