@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::net::{TcpListener, UdpSocket};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -44,7 +44,9 @@ struct Relay {
     pause: Option<Instant>,
     ready: VecDeque<Blank>,
     waiting: VecDeque<(u64, Policy)>,
-    taken: HashMap<SlotId, Arc<Slot>>,
+    taken: HashMap<SlotId, (Arc<Slot>, OwnedFd)>,
+    /// Taps that are used up.
+    closer: mpsc::Sender<OwnedFd>,
     made: u64,
     numbered: u64,
     failure: Option<String>,
@@ -72,6 +74,7 @@ pub async fn serve(
         ready: VecDeque::new(),
         waiting: VecDeque::new(),
         taken: HashMap::new(),
+        closer: closer()?,
         made: 0,
         numbered: 0,
         failure: None,
@@ -91,6 +94,16 @@ pub async fn serve(
             () = sleep_until(pause.unwrap_or_else(Instant::now)), if pause.is_some() => relay.pause = None,
         }
     }
+}
+
+/// A thread that closes taps, one after the other: for the last descriptor of one the kernel takes its network lock (rtnl) and waits until no processor
+/// uses the device any more, tens of milliseconds.
+fn closer() -> std::io::Result<mpsc::Sender<OwnedFd>> {
+    let (closer, taps) = mpsc::channel::<OwnedFd>();
+    std::thread::Builder::new()
+        .name("taps".into())
+        .spawn(move || taps.into_iter().for_each(drop))?;
+    Ok(closer)
 }
 
 impl Relay {
@@ -156,15 +169,17 @@ impl Relay {
                 (Ok(()), None) => Reply::Failed(format!("{WAITING_MAX} requests wait for a slot")),
             },
             Request::GiveBack(slot) => match self.taken.remove(&slot) {
-                Some(given) => {
-                    // Tasks and sockets go, then what is left of the namespace: the kernel's own work, in its own time.
+                Some((given, tap)) => {
+                    // Tasks and sockets go; with the tap the namespace, whose end is the kernel's own work.
                     given.ended.cancel();
+                    // Fails only without the thread, and closes it here.
+                    let _ = self.closer.send(tap);
                     Reply::Report(given.report())
                 }
                 None => no_slot(slot),
             },
             Request::Report(slot) => match self.taken.get(&slot) {
-                Some(slot) => Reply::Report(slot.report()),
+                Some((slot, _)) => Reply::Report(slot.report()),
                 None => no_slot(slot),
             },
             Request::Status => Reply::Status(Status {
@@ -199,13 +214,14 @@ impl Relay {
         tokio::spawn(dns::serve_datagrams(Arc::clone(&slot), datagrams));
         self.numbered += 1;
         let number = SlotId(self.numbered);
-        self.taken.insert(number, slot);
         let message = FromEgress {
             id,
             reply: Reply::Taken(number),
         };
-        // The tap's last descriptor here: it ends with the monitor that has it.
-        Ok(self.gateway.send(&message, &[tap.as_fd()]).await?)
+        self.gateway.send(&message, &[tap.as_fd()]).await?;
+        // Kept, so that the monitor's is never the last: who closes that waits for the kernel.
+        self.taken.insert(number, (slot, tap));
+        Ok(())
     }
 
     async fn reply(&mut self, id: u64, reply: Reply) -> anyhow::Result<()> {

@@ -157,6 +157,8 @@ pub async fn serve(slot: &Arc<Slot>, guest: Metered, to: SocketAddrV4, web: Web)
     let carrying = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_LIMIT)
+        // Who has said all it has to say may still listen.
+        .half_close(true)
         .max_buf_size(HEAD_BYTES_MAX)
         .serve_connection(TokioIo::new(guest), service);
     tokio::select! {
