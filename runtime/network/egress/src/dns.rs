@@ -54,6 +54,7 @@ pub async fn serve_datagrams(slot: Arc<Slot>, socket: UdpSocket) {
             tokio::spawn(async move {
                 let _permit = permit;
                 tokio::select! {
+                    biased;
                     () = slot.ended.cancelled() => {}
                     () = answer_datagram(&slot, &socket, &query, from) => {}
                 }
@@ -61,6 +62,7 @@ pub async fn serve_datagrams(slot: Arc<Slot>, socket: UdpSocket) {
         }
     };
     tokio::select! {
+        biased;
         () = slot.ended.cancelled() => {}
         () = answering => {}
     }
@@ -100,6 +102,7 @@ pub async fn serve_connections(slot: Arc<Slot>, listener: TcpListener) {
             tokio::spawn(async move {
                 let _permit = permit;
                 tokio::select! {
+                    biased;
                     () = slot.ended.cancelled() => {}
                     _ = answer_connection(&slot, stream) => {}
                 }
@@ -107,6 +110,7 @@ pub async fn serve_connections(slot: Arc<Slot>, listener: TcpListener) {
         }
     };
     tokio::select! {
+        biased;
         () = slot.ended.cancelled() => {}
         () = taking => {}
     }

@@ -109,11 +109,15 @@ impl Machine {
         }
     }
 
-    /// Looks again and again.
-    pub async fn keep_fresh(&self) {
+    /// Looks again and again, in threads that nobody waits for.
+    pub async fn keep_fresh(self: Arc<Self>) {
         loop {
             tokio::time::sleep(REFRESH).await;
-            self.refresh();
+            let machine = Arc::clone(&self);
+            if let Err(error) = tokio::task::spawn_blocking(move || machine.refresh()).await {
+                tracing::error!(%error, "this machine's addresses are not looked at any more");
+                return;
+            }
         }
     }
 }

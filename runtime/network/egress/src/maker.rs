@@ -103,9 +103,15 @@ pub fn serve(control: UnixStream) -> Result<(), MakerError> {
             let made = std::thread::spawn(make)
                 .join()
                 .unwrap_or(Err(SlotError::Panicked));
-            match made {
-                Ok(fds) => wire::send(&control, &Made::Slot, &fds.each_ref().map(|fd| fd.as_fd()))?,
-                Err(error) => wire::send(&control, &Made::Failed(crate::chain(&error)), &[])?,
+            let sent = match made {
+                Ok(fds) => wire::send(&control, &Made::Slot, &fds.each_ref().map(|fd| fd.as_fd())),
+                Err(error) => wire::send(&control, &Made::Failed(crate::chain(&error)), &[]),
+            };
+            match sent {
+                Err(WireError::Socket(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
+                    return Ok(());
+                }
+                sent => sent?,
             }
         }
         match receiver.read_from(&control) {

@@ -60,8 +60,7 @@ pub async fn serve(
     target: usize,
 ) -> anyhow::Result<()> {
     machine.refresh();
-    let fresh = Arc::clone(&machine);
-    tokio::spawn(async move { fresh.keep_fresh().await });
+    tokio::spawn(Arc::clone(&machine).keep_fresh());
     let (gateway, mut from_gateway) = halves(tokio::net::UnixStream::from_std(control)?);
     let (maker, mut from_maker) = halves(tokio::net::UnixStream::from_std(maker)?);
     let mut relay = Relay {

@@ -40,6 +40,8 @@ pub async fn serve(slot: Arc<Slot>, listener: TcpListener) {
         }
     };
     tokio::select! {
+        // Once it has ended, nothing begins any more.
+        biased;
         () = slot.ended.cancelled() => {}
         () = taking => {}
     }
@@ -63,6 +65,7 @@ fn begin(slot: &Arc<Slot>, stream: TcpStream) {
     let slot = Arc::clone(slot);
     tokio::spawn(async move {
         tokio::select! {
+            biased;
             () = slot.ended.cancelled() => {}
             () = carry(&slot, stream, to, verdict) => {}
         }

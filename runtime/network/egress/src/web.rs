@@ -276,6 +276,7 @@ impl Exchange {
         // Ends with its sender, and with the slot.
         tokio::spawn(async move {
             tokio::select! {
+                biased;
                 () = slot.ended.cancelled() => {}
                 _ = connection => {}
             }
