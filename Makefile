@@ -19,7 +19,7 @@ bench: build ## what a request costs, part by part
 
 build: setup
 	@echo "== build"
-	cargo build --release --locked -p thaw-api -p thaw-vmm -p thaw-loadtest -p thaw-bench
+	cargo build --release --locked -p thaw-api -p thaw-vmm -p thaw-egress -p thaw-loadtest -p thaw-bench
 	RUSTFLAGS='-C target-feature=+crt-static' cargo build --release --locked -p thaw-agent -p thaw-bench-guest --target $(AGENT_TARGET)
 	install -D -t target/release/guest target/$(AGENT_TARGET)/release/thaw-agent target/$(AGENT_TARGET)/release/thaw-bench-guest
 

@@ -34,10 +34,12 @@ const ARROWS: &[(&str, &[&str])] = &[
         ],
     ),
     ("thaw-bench-guest", &[]),
+    ("thaw-egress", &["thaw-network", "thaw-vmm-control"]),
     ("thaw-images", &[]),
     ("thaw-jail", &[]),
     ("thaw-lab", &[]),
     ("thaw-loadtest", &[]),
+    ("thaw-network", &["thaw-vmm-control"]),
     (
         "thaw-runtime",
         &[
@@ -78,6 +80,20 @@ const FORBIDDEN: &[(&str, &[&str])] = &[
     ("thaw-api", &["kvm-ioctls", "vm-memory", "thaw-vmm"]),
     ("thaw-api-types", &["tokio", "axum"]),
     ("thaw-bench", &["thaw-vmm"]),
+    (
+        "thaw-network",
+        &[
+            "hickory-proto",
+            "hickory-resolver",
+            "hyper",
+            "tokio-rustls",
+            "kvm-ioctls",
+        ],
+    ),
+    (
+        "thaw-egress",
+        &["kvm-ioctls", "vm-memory", "axum", "reqwest"],
+    ),
 ];
 /// Crates that may hold unsafe code, in modules of their own.
 const UNSAFE_ALLOWED: &[&str] = &[
@@ -86,6 +102,7 @@ const UNSAFE_ALLOWED: &[&str] = &[
     "runtime/bench/guest",
     "runtime/jail",
     "runtime/lab",
+    "runtime/network/egress",
     "runtime/vmm",
     "runtime/vmm/tests/guest",
     "snapshot/pager",

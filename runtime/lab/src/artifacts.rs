@@ -1,4 +1,4 @@
-//! The lab's files: `kernel/<package>_<version>/` with `vmlinux`, `modules/<release>/` and `initrd-<digest of the init>`; `kernel/current`
+//! The lab's files: `kernel/<package>_<version>/` with `vmlinux`, `modules/<release>/` and `initrd-<digest of the init and its modules>`; `kernel/current`
 //! names the folder in use.
 
 mod cpio;
@@ -85,7 +85,11 @@ pub struct Artifacts {
 
 impl Artifacts {
     fn at(folder: PathBuf) -> Self {
-        let digest = Sha256::digest(INIT);
+        let mut digest = Sha256::new();
+        digest.update(INIT);
+        // A lab that lacks a module that is wanted now is another one.
+        digest.update(modules::WANTED.join(" "));
+        let digest = digest.finalize();
         let digest: String = digest
             .iter()
             .take(6)
