@@ -153,9 +153,9 @@ impl Blame for RestoreError {
     fn fault(&self) -> Fault {
         match self {
             Self::Open(OpenError::Read { .. }) | Self::Read(VerifyError::Read(..)) => Fault::Host,
-            Self::DiskFile { .. } | Self::Interrupts(InterruptError::Call { .. }) | Self::Plug(_) => {
-                Fault::Host
-            }
+            Self::DiskFile { .. }
+            | Self::Interrupts(InterruptError::Call { .. })
+            | Self::Plug(_) => Fault::Host,
             Self::Prepare(error) => error.fault(),
             Self::Memory(error) => error.fault(),
             Self::Paging(error) => error.fault(),

@@ -8,6 +8,7 @@
 mod block;
 mod driver;
 mod hostile;
+mod net;
 mod reset;
 mod restore;
 mod thread;
