@@ -437,7 +437,9 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
             self.machine.take_code()?;
         }
         if configure.network {
-            self.machine.set_up_network().map_err(DriverError::Network)?;
+            self.machine
+                .set_up_network()
+                .map_err(DriverError::Network)?;
         }
         self.telemetry.starting(&configure);
         let address = self.serve(&configure)?;

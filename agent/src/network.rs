@@ -97,7 +97,10 @@ mod tests {
     #[test]
     fn the_resolver_replaces_a_link_and_not_what_it_leads_to() {
         let folder = tempfile::tempdir().unwrap();
-        let (file, target) = (folder.path().join("resolv.conf"), folder.path().join("stub"));
+        let (file, target) = (
+            folder.path().join("resolv.conf"),
+            folder.path().join("stub"),
+        );
         fs::write(&target, "nameserver 8.8.8.8\n").unwrap();
         std::os::unix::fs::symlink(&target, &file).unwrap();
         write_resolver(&file).unwrap();

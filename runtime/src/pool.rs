@@ -372,6 +372,7 @@ async fn verified(path: PathBuf, base: Option<PathBuf>) -> Result<Verified, Open
         let shape = Shape {
             vcpus: metadata.vcpu_count,
             memory_mib: metadata.memory_mib,
+            network: metadata.network,
         };
         if shape.vcpus == 0 || shape.memory_mib == 0 {
             return Err(unusable("its metadata tells no size of the VM".into()));

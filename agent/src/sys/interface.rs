@@ -61,11 +61,23 @@ pub fn up(name: &str) -> io::Result<()> {
     let mut request = named(name)?;
     let socket = socket()?;
     // SAFETY: SIOCGIFFLAGS reads the name and writes the flags of the ifreq it is given, which outlives the call.
-    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS as _, &raw mut request) })?;
+    check(unsafe {
+        libc::ioctl(
+            socket.as_raw_fd(),
+            libc::SIOCGIFFLAGS as _,
+            &raw mut request,
+        )
+    })?;
     // SAFETY: SIOCGIFFLAGS has set this member of the union; every bit pattern of it is a value.
     unsafe { request.ifr_ifru.ifru_flags |= IFF_UP };
     // SAFETY: SIOCSIFFLAGS reads the ifreq it is given, which outlives the call.
-    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS as _, &raw const request) })?;
+    check(unsafe {
+        libc::ioctl(
+            socket.as_raw_fd(),
+            libc::SIOCSIFFLAGS as _,
+            &raw const request,
+        )
+    })?;
     Ok(())
 }
 
@@ -78,10 +90,22 @@ pub fn set_address(name: &str, address: Ipv4Addr, netmask: Ipv4Addr) -> io::Resu
     let mut request = named(name)?;
     request.ifr_ifru.ifru_addr = internet(address);
     // SAFETY: SIOCSIFADDR reads the name and this member of the ifreq it is given, which outlives the call.
-    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFADDR as _, &raw const request) })?;
+    check(unsafe {
+        libc::ioctl(
+            socket.as_raw_fd(),
+            libc::SIOCSIFADDR as _,
+            &raw const request,
+        )
+    })?;
     request.ifr_ifru.ifru_netmask = internet(netmask);
     // SAFETY: SIOCSIFNETMASK does the same with this member.
-    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFNETMASK as _, &raw const request) })?;
+    check(unsafe {
+        libc::ioctl(
+            socket.as_raw_fd(),
+            libc::SIOCSIFNETMASK as _,
+            &raw const request,
+        )
+    })?;
     Ok(())
 }
 

@@ -13,8 +13,8 @@ use kvm_bindings::KVM_CAP_PRE_FAULT_MEMORY;
 use thaw_snapshot::{TouchedRun, WorkingSet, set_working_set};
 use thaw_vmm_control::wire::{self, Read, Receiver};
 use thaw_vmm_control::{
-    AGENT_FD, BootRequest, CONTROL_FD, Event, FromMonitor, Paging, Prefetch, PrepareRequest, Reply,
-    Request, RestoreRequest, SaveForm, SaveRequest, Timings,
+    AGENT_FD, BootRequest, CONTROL_FD, Event, FromMonitor, Network, Paging, Prefetch,
+    PrepareRequest, Reply, Request, RestoreRequest, SaveForm, SaveRequest, Timings,
 };
 
 use crate::echo::{COMMAND_LINE, PATIENCE, PROBE, READY};
@@ -47,6 +47,7 @@ impl Ours {
             command_line: COMMAND_LINE.into(),
             has_initramfs: true,
             disks: Vec::new(),
+            network: Network::Absent,
         });
         monitor.done(&boot, &[kernel.as_fd(), initramfs.as_fd()])?;
         let mut first = [0];
@@ -109,6 +110,7 @@ impl Ours {
             vcpu_count: 1,
             memory_mib: self.memory_mib,
             disks: Vec::new(),
+            has_network: false,
         });
         monitor.done(&prepare, &[])?;
         Ok(monitor)

@@ -1,7 +1,8 @@
 //! Freezing over a base: the runtime is booted once and frozen before it knows of any function; each function's snapshot starts
 //! there and stores what differs.
 
-use std::os::fd::AsFd as _;
+use std::fs::File;
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -60,6 +61,7 @@ pub(super) async fn make(
     let mut request = request.clone();
     request.base = None;
     request.code = base.code.clone();
+    request.tap = None;
     request.output = base.file.clone();
     request.metadata = Metadata {
         function: String::new(),
@@ -102,6 +104,7 @@ impl Freeze<'_> {
                 disk(overlay, DiskAccess::CopyOnWrite, DiskSource::Snapshot),
             ],
             resume: true,
+            has_tap: request.tap.is_some(),
             ..Default::default()
         });
         let files = [
@@ -109,7 +112,8 @@ impl Freeze<'_> {
             drive::open(&request.rootfs).await?,
             drive::open(&request.code).await?,
         ];
-        let fds = files.each_ref().map(|file| file.as_fd());
+        let tap = request.tap.as_ref().map(|tap| tap.as_fd());
+        let fds: Vec<_> = files.iter().map(File::as_fd).chain(tap).collect();
         let limit = self.config.restore_limit;
         let restored = self.vm.monitor.command(&restore, &fds, limit).await;
         restored.map_err(|error| match error {
