@@ -44,7 +44,12 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("thaw-snapshot-store", &["thaw-snapshot"]),
     (
         "thaw-vmm",
-        &["thaw-snapshot", "thaw-snapshot-pager", "thaw-vmm-control"],
+        &[
+            "thaw-agent-protocol",
+            "thaw-snapshot",
+            "thaw-snapshot-pager",
+            "thaw-vmm-control",
+        ],
     ),
     ("thaw-vmm-control", &[]),
     ("thaw-vmm-test-guest", &[]),

@@ -23,6 +23,9 @@ mod freeze;
 #[path = "harness/lazily.rs"]
 mod lazily;
 #[cfg(test)]
+#[path = "harness/net.rs"]
+mod net;
+#[cfg(test)]
 #[path = "harness/prefault.rs"]
 mod prefault;
 #[cfg(test)]
