@@ -335,12 +335,13 @@ impl Devices {
         })
     }
 
-    /// Connects the network device, which has no tap yet, to one: IFF_TAP, IFF_NO_PI and IFF_VNET_HDR with a header of 12 bytes
+    /// Connects the network device to a tap, instead of any it had: IFF_TAP, IFF_NO_PI and IFF_VNET_HDR with a header of 12 bytes
     /// (TUNSETVNETHDRSZ), no offloads (TUNSETOFFLOAD 0). It is made non-blocking.
     ///
     /// # Errors
     /// There is no network device, or the host cannot watch the descriptor.
     pub fn plug(&self, tap: OwnedFd) -> Result<(), DeviceBuildError> {
+        self.drop_tap()?;
         let fd = tap.as_raw_fd();
         let plugged = self.with_net(|net| net.plug(tap));
         plugged.ok_or(DeviceBuildError::NoNetwork)??;

@@ -527,6 +527,16 @@ fn a_reset_closes_the_tap_and_nothing_of_a_life_comes_through_the_next() {
 }
 
 #[test]
+fn a_second_tap_takes_the_place_of_the_first() {
+    let mut station = Station::new();
+    let first = std::mem::replace(&mut station.host, plug(&station.guest));
+    assert!(first.send(&[0; 72]).is_err(), "it is closed");
+    let packet = with_header([0; 12], &frame(5, 60));
+    station.send(&[Part::Out(&packet)]);
+    assert_eq!(sent(&station.host).unwrap(), packet);
+}
+
+#[test]
 fn a_state_of_another_network_is_refused() {
     let station = Station::new();
     station.guest.devices.pause().unwrap();
