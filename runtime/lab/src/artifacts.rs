@@ -1,5 +1,5 @@
-//! The lab's files: `kernel/<package>_<version>/` with `vmlinux`, `modules/<release>/` and `initrd-<digest of the init>`; `kernel/current`
-//! names the folder in use.
+//! The lab's files: `kernel/<package>_<version>/` with `vmlinux`, `modules/<release>/` and `initrd-<digest of the init and
+//! the names of the modules wanted>`; `kernel/current` names the folder in use.
 
 mod cpio;
 mod debian;
@@ -85,7 +85,12 @@ pub struct Artifacts {
 
 impl Artifacts {
     fn at(folder: PathBuf) -> Self {
-        let digest = Sha256::digest(INIT);
+        let mut digest = Sha256::new_with_prefix(INIT);
+        for module in modules::WANTED {
+            digest.update(module);
+            digest.update([0]);
+        }
+        let digest = digest.finalize();
         let digest: String = digest
             .iter()
             .take(6)

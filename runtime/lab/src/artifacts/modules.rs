@@ -9,7 +9,7 @@ use std::{
 
 /// Needed before anything can be shared or run, then what sandboxes, images and networks use. Loading a module later patches the running
 /// kernel, which can hang the lab (see the init's `boot.rs`), so what may be used is loaded at once.
-const WANTED: &[&str] = &[
+pub const WANTED: &[&str] = &[
     "virtio_pci",
     "virtio_console",
     "virtio_net",

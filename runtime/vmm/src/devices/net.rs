@@ -150,7 +150,7 @@ impl Net {
         let Some(tap) = &self.tap else {
             return Ok(());
         };
-        let packet = self.packet.for_tap(length);
+        let packet = self.packet.outgoing_room(length);
         chain
             .readable
             .read(memory, HEADER_BYTES, &mut packet[HEADER_BYTES..])
@@ -172,11 +172,11 @@ impl Net {
             if queue.is_empty(memory)? && !queue.rearm(memory)? {
                 return Ok(Turn::Idle);
             }
-            let length = match tap.receive(self.packet.from_tap()) {
+            let length = match tap.receive(self.packet.incoming_room()) {
                 Received::Packet(length) => length,
                 Received::Nothing => return Ok(Turn::Idle),
             };
-            let Some(packet) = self.packet.for_guest(length) else {
+            let Some(packet) = self.packet.incoming(length) else {
                 continue;
             };
             // Gone only if the guest has taken it back, which no driver may: the frame is lost.

@@ -54,7 +54,7 @@ impl Packet {
     }
 
     /// Room for a header, which is zero (no checksum to complete, no segments), and a frame from the guest.
-    pub(super) fn for_tap(&mut self, frame_length: usize) -> &mut [u8] {
+    pub(super) fn outgoing_room(&mut self, frame_length: usize) -> &mut [u8] {
         let length = HEADER_BYTES + frame_length;
         self.used = self.used.max(length);
         self.bytes[..HEADER_BYTES].fill(0);
@@ -62,12 +62,12 @@ impl Packet {
     }
 
     /// Room for whatever comes from the tap.
-    pub(super) fn from_tap(&mut self) -> &mut [u8] {
+    pub(super) fn incoming_room(&mut self) -> &mut [u8] {
         &mut self.bytes[..]
     }
 
     /// What came from the tap, `length` bytes, under a header of ours; `None` if it is not fit for the guest.
-    pub(super) fn for_guest(&mut self, length: usize) -> Option<&[u8]> {
+    pub(super) fn incoming(&mut self, length: usize) -> Option<&[u8]> {
         self.used = self.used.max(length);
         let Outgoing::Frame(_) = outgoing(length) else {
             return None;
@@ -107,11 +107,11 @@ mod tests {
     #[test]
     fn the_header_is_ours_both_ways_and_wiping_leaves_nothing() {
         let mut packet = Packet::new();
-        packet.from_tap().fill(0xff);
-        let shown = packet.for_guest(PACKET_BYTES_MAX).unwrap();
+        packet.incoming_room().fill(0xff);
+        let shown = packet.incoming(PACKET_BYTES_MAX).unwrap();
         assert_eq!(shown[..12], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
-        assert!(packet.for_guest(PACKET_BYTES_MAX + 1).is_none());
-        assert_eq!(packet.for_tap(20)[..12], [0; 12]);
+        assert!(packet.incoming(PACKET_BYTES_MAX + 1).is_none());
+        assert_eq!(packet.outgoing_room(20)[..12], [0; 12]);
         packet.wipe();
         assert!(packet.is_wiped());
     }
