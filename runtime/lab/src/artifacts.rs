@@ -1,5 +1,5 @@
-//! The lab's files: `kernel/<package>_<version>/` with `vmlinux`, `modules/<release>/` and `initrd-<digest of the init and
-//! the names of the modules wanted>`; `kernel/current` names the folder in use.
+//! The lab's files: `kernel/<package>_<version>/` with `vmlinux`, `modules/<release>/` and `initrd-<digest of the init and its modules>`; `kernel/current`
+//! names the folder in use.
 
 mod cpio;
 mod debian;
@@ -85,11 +85,10 @@ pub struct Artifacts {
 
 impl Artifacts {
     fn at(folder: PathBuf) -> Self {
-        let mut digest = Sha256::new_with_prefix(INIT);
-        for module in modules::WANTED {
-            digest.update(module);
-            digest.update([0]);
-        }
+        let mut digest = Sha256::new();
+        digest.update(INIT);
+        // A lab that lacks a module that is wanted now is another one.
+        digest.update(modules::WANTED.join(" "));
         let digest = digest.finalize();
         let digest: String = digest
             .iter()
