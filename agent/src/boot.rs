@@ -1,6 +1,6 @@
 //! From the kernel's first program to a root file system in which a function can run.
 //!
-//! Expects from the initramfs `/init` (this program) and `/modules` with a file `order`; from the machine the disks
+//! Expects from the initramfs `/init` (this program) and `/modules` with its lists ([`modules`]); from the machine the disks
 //! that [`disks`] names. Afterwards the initramfs is gone and `/` is the runtime's image under a writable overlay.
 
 pub mod disks;
@@ -13,7 +13,8 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-use crate::sys;
+use crate::network;
+use crate::sys::interface;
 
 /// Which step of the boot failed, on what.
 #[derive(Debug, Error)]
@@ -53,11 +54,15 @@ pub fn boot() -> Result<(), BootError> {
         fs::write("/proc/self/oom_score_adj", "-1000"),
     )?;
     end_thrashing_early();
-    modules::load_all(Path::new(modules::FOLDER))?;
+    let modules = Path::new(modules::FOLDER);
+    modules::load_all(modules, modules::ORDER)?;
+    if network::has_device(Path::new(network::DEVICES))? {
+        modules::load_all(modules, modules::NETWORK_ORDER)?;
+    }
     let disks = disks::find(Path::new("/dev"))?;
     mounts::root(&disks, Path::new(mounts::NEW_ROOT))?;
     mounts::switch_root(Path::new(mounts::NEW_ROOT))?;
-    step("bringing up", "lo", sys::interface_up("lo"))
+    step("bringing up", "lo", interface::up("lo"))
 }
 
 /// A guest out of memory would drop and read its program pages again for a long time before the kernel kills anything: the

@@ -63,6 +63,9 @@ pub enum DriverError {
     /// A restored base's function cannot be mounted.
     #[error("mounting the function's code")]
     Code(#[from] BootError),
+    /// The host has promised the function a network.
+    #[error("setting up the network")]
+    Network(#[source] BootError),
     /// The Runtime API's task is gone.
     #[error("the Runtime API server ended")]
     ServerEnded,
@@ -432,6 +435,11 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
         self.machine.set_hostname(&configure.hostname)?;
         if self.life.generation() != Generation::default() {
             self.machine.take_code()?;
+        }
+        if configure.network {
+            self.machine
+                .set_up_network()
+                .map_err(DriverError::Network)?;
         }
         self.telemetry.starting(&configure);
         let address = self.serve(&configure)?;

@@ -13,6 +13,7 @@ use thaw_agent_protocol::Thaw;
 use thiserror::Error;
 
 use crate::boot::{BootError, mounts, step};
+use crate::network;
 use crate::sys;
 use files::Files;
 
@@ -65,6 +66,12 @@ pub trait Machine {
     /// # Errors
     /// There is no code on the disk, or it cannot be mounted.
     fn take_code(&mut self) -> Result<(), BootError>;
+
+    /// Sets up the network interface, before anything of the function runs.
+    ///
+    /// # Errors
+    /// There is no network device, or the kernel refused.
+    fn set_up_network(&mut self) -> Result<(), BootError>;
 }
 
 /// The virtual machine in which the agent is PID 1.
@@ -115,6 +122,10 @@ impl Machine for Guest {
 
     fn take_code(&mut self) -> Result<(), BootError> {
         mounts::remount_code()
+    }
+
+    fn set_up_network(&mut self) -> Result<(), BootError> {
+        network::set_up()
     }
 }
 

@@ -18,6 +18,7 @@ pub mod driver;
 pub mod extensions;
 pub mod identity;
 pub mod life;
+pub mod network;
 pub mod output;
 pub mod process;
 #[expect(

@@ -1,4 +1,6 @@
-//! The agent's system calls that no safe wrapper covers. The only module with `unsafe` in it.
+//! The agent's system calls that no safe wrapper covers. The only module, with its parts, that has `unsafe` in it.
+
+pub mod interface;
 
 use std::ffi::{CString, NulError};
 use std::io;
@@ -11,8 +13,6 @@ use rustix::process::{Gid, Resource, Rlimit, Uid};
 /// Constants of libc in the types of the structures that take them.
 const AF_VSOCK: libc::sa_family_t = 40;
 const _: () = assert!(AF_VSOCK as libc::c_int == libc::AF_VSOCK);
-const IFF_UP: libc::c_short = 1;
-const _: () = assert!(IFF_UP as libc::c_int == libc::IFF_UP);
 
 /// Context id of the host, seen from a guest (vsock(7)).
 const HOST_CID: u32 = 2;
@@ -62,29 +62,6 @@ pub fn connect_host(port: u32) -> io::Result<OwnedFd> {
     // SAFETY: the pointer is to a sockaddr_vm that outlives the call, and the length is its size.
     check(unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), length) })?;
     Ok(socket)
-}
-
-/// Brings a network interface up (netdevice(7)).
-///
-/// # Errors
-/// No such interface, or no privilege.
-pub fn interface_up(name: &str) -> io::Result<()> {
-    // SAFETY: ifreq is plain integers and a union of them, for which all zeroes is a value.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    if name.len() >= request.ifr_name.len() {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
-        *to = from as libc::c_char;
-    }
-    let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
-    // SAFETY: SIOCGIFFLAGS reads the name and writes the flags of the ifreq it is given, which outlives the call.
-    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS, &raw mut request) })?;
-    // SAFETY: SIOCGIFFLAGS has set this member of the union; every bit pattern of it is a value.
-    unsafe { request.ifr_ifru.ifru_flags |= IFF_UP };
-    // SAFETY: SIOCSIFFLAGS reads the ifreq it is given, which outlives the call.
-    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) })?;
-    Ok(())
 }
 
 /// `struct rand_pool_info` of random(4), with room for [`ENTROPY_BYTES_MAX`].

@@ -39,7 +39,10 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("thaw-jail", &[]),
     ("thaw-lab", &[]),
     ("thaw-loadtest", &[]),
-    ("thaw-network", &["thaw-vmm-control"]),
+    (
+        "thaw-network",
+        &["thaw-agent-protocol", "thaw-vmm-control"],
+    ),
     (
         "thaw-runtime",
         &[
@@ -58,6 +61,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     (
         "thaw-vmm",
         &[
+            "thaw-agent-protocol",
             "thaw-jail",
             "thaw-snapshot",
             "thaw-snapshot-pager",

@@ -88,18 +88,24 @@ fn pack(kernel: &Kernel, agent: &Path) -> Result<Vec<u8>, InitramfsError> {
     // The kernel opens /dev/console for init before init can mount devtmpfs.
     archive.character_device("dev/console", 0o600, 5, 1)?;
     archive.file("init", 0o755, &program)?;
-    let mut order = String::new();
-    for path in &kernel.modules {
-        let name = path
-            .file_name()
-            .and_then(|name| name.to_str())
-            .unwrap_or_default();
-        let module = fs::read(path).map_err(FileError::on("reading", path))?;
-        archive.file(&format!("modules/{name}"), 0o644, &module)?;
-        order.push_str(name);
-        order.push('\n');
+    // The agent's `boot/modules.rs` reads these two lists.
+    for (list, modules) in [
+        ("order", &kernel.modules),
+        ("network-order", &kernel.network_modules),
+    ] {
+        let mut order = String::new();
+        for path in modules {
+            let name = path
+                .file_name()
+                .and_then(|name| name.to_str())
+                .unwrap_or_default();
+            let module = fs::read(path).map_err(FileError::on("reading", path))?;
+            archive.file(&format!("modules/{name}"), 0o644, &module)?;
+            order.push_str(name);
+            order.push('\n');
+        }
+        archive.file(&format!("modules/{list}"), 0o644, order.as_bytes())?;
     }
-    archive.file("modules/order", 0o644, order.as_bytes())?;
     Ok(archive.finish()?)
 }
 
@@ -142,6 +148,7 @@ mod tests {
             bzimage: PathBuf::new(),
             vmlinux: PathBuf::new(),
             modules: Vec::new(),
+            network_modules: Vec::new(),
             digest: String::new(),
         };
         pack(&kernel, agent).unwrap_err().to_string()

@@ -30,8 +30,10 @@ const WANTED: [&str; 7] = [
     "overlay",
     "ext4",
 ];
+/// What a guest with a network device needs beyond these.
+const WANTED_FOR_NETWORK: [&str; 1] = ["virtio_net"];
 /// Goes up when the content of the kernel folder changes for the same package.
-const RECIPE: u32 = 1;
+const RECIPE: u32 = 2;
 const MANIFEST: &str = "manifest.json";
 
 /// A kernel on disk, complete.
@@ -45,6 +47,8 @@ pub struct Kernel {
     pub vmlinux: PathBuf,
     /// The module files in the order in which they load.
     pub modules: Vec<PathBuf>,
+    /// What only a guest with a network device loads, after the others.
+    pub network_modules: Vec<PathBuf>,
     /// Identifies the content of all of the above: SHA-256 in hexadecimal.
     pub digest: String,
 }
@@ -100,6 +104,8 @@ struct Manifest {
     package: Package,
     /// In load order.
     modules: Vec<String>,
+    /// In load order, after those.
+    network_modules: Vec<String>,
     /// Path within the folder → SHA-256.
     files: BTreeMap<String, FileRecord>,
 }
@@ -121,16 +127,16 @@ pub(crate) fn open(folder: &Path) -> Option<Kernel> {
     if manifest.recipe != RECIPE || !is_whole {
         return None;
     }
-    let modules = manifest
-        .modules
-        .iter()
-        .map(|name| folder.join("modules").join(name))
-        .collect();
+    let paths = |names: &[String]| {
+        let path = |name| folder.join("modules").join(name);
+        names.iter().map(path).collect()
+    };
     Some(Kernel {
         release: manifest.release,
         bzimage: folder.join("bzImage"),
         vmlinux: folder.join("vmlinux"),
-        modules,
+        modules: paths(&manifest.modules),
+        network_modules: paths(&manifest.network_modules),
         digest: digest::bytes(&text),
     })
 }
@@ -158,7 +164,8 @@ pub(crate) fn build(
         let release = release(&tree, &package)?;
         write_images(&tree, &release, &out)?;
         let modules = write_modules(&tree, &release, &package, &out)?;
-        progress.detail(&format!("{release}, {} modules", modules.len()));
+        let count = modules.always.len() + modules.network.len();
+        progress.detail(&format!("{release}, {count} modules"));
         write_manifest(&out, package, release, modules)?;
         install(&out, folder)?;
         open(folder).ok_or_else(|| KernelError::Layout {
@@ -209,13 +216,20 @@ fn write_images(tree: &Path, release: &str, out: &Path) -> Result<(), KernelErro
     Ok(())
 }
 
-/// Copies the modules that the guest needs; answers their file names in load order.
+/// File names of modules, in load order.
+struct Modules {
+    always: Vec<String>,
+    /// After the others.
+    network: Vec<String>,
+}
+
+/// Copies the modules that the guest needs.
 fn write_modules(
     tree: &Path,
     release: &str,
     package: &Package,
     out: &Path,
-) -> Result<Vec<String>, KernelError> {
+) -> Result<Modules, KernelError> {
     let folder = ["lib/modules", "usr/lib/modules"]
         .map(|prefix| tree.join(prefix).join(release))
         .into_iter()
@@ -230,7 +244,7 @@ fn write_modules(
         .map(|text| modules::builtin_names(&text))?;
     let mut files = BTreeMap::new();
     index_modules(&folder, &mut files)?;
-    let order = modules::load_order(&WANTED, &builtin, &mut |name| -> Result<_, KernelError> {
+    let mut info = |name: &str| -> Result<_, KernelError> {
         let Some(path) = files.get(name) else {
             return Ok(None);
         };
@@ -241,7 +255,11 @@ fn write_modules(
                 path: path.clone(),
                 source,
             })
-    })?;
+    };
+    let always = modules::load_order(&WANTED, &builtin, &mut info)?;
+    let wanted = [&WANTED[..], &WANTED_FOR_NETWORK].concat();
+    // Begins as the other does: what is wanted later is visited later.
+    let order = modules::load_order(&wanted, &builtin, &mut info)?;
     let mut names = Vec::with_capacity(order.len());
     for name in order {
         let file_name = format!("{name}.ko");
@@ -249,7 +267,11 @@ fn write_modules(
         fs::copy(&files[&name], &to).map_err(FileError::on("writing", &to))?;
         names.push(file_name);
     }
-    Ok(names)
+    let network = names.split_off(always.len());
+    Ok(Modules {
+        always: names,
+        network,
+    })
 }
 
 /// Finds every module file below `folder`; the key is its normalised name.
@@ -272,11 +294,12 @@ fn write_manifest(
     out: &Path,
     package: Package,
     release: String,
-    modules: Vec<String>,
+    modules: Modules,
 ) -> Result<(), KernelError> {
+    let Modules { always, network } = modules;
     let names = ["bzImage".to_owned(), "vmlinux".to_owned()]
         .into_iter()
-        .chain(modules.iter().map(|name| format!("modules/{name}")));
+        .chain((always.iter().chain(&network)).map(|name| format!("modules/{name}")));
     let mut files = BTreeMap::new();
     for name in names {
         let path = out.join(&name);
@@ -295,7 +318,8 @@ fn write_manifest(
         recipe: RECIPE,
         release,
         package,
-        modules,
+        modules: always,
+        network_modules: network,
         files,
     };
     let text = serde_json::to_vec_pretty(&manifest).expect("a manifest has string keys only");

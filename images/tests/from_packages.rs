@@ -53,11 +53,13 @@ fn the_kernel_is_built_once_and_its_modules_are_in_order() {
     let kernel = store.kernel(&mut Quiet).unwrap();
     assert!(fs::read(&kernel.vmlinux).unwrap().starts_with(b"\x7fELF"));
     assert_eq!(&fs::read(&kernel.bzimage).unwrap()[0x202..0x206], b"HdrS");
-    let names: Vec<_> = kernel
-        .modules
-        .iter()
-        .map(|path| path.file_stem().unwrap().to_str().unwrap())
-        .collect();
+    let names = |modules: &[std::path::PathBuf]| -> Vec<String> {
+        let name = |path: &std::path::PathBuf| path.file_stem().unwrap().to_str().unwrap().into();
+        modules.iter().map(name).collect()
+    };
+    let network = names(&kernel.network_modules);
+    assert_eq!(network, ["failover", "net_failover", "virtio_net"]);
+    let names = names(&kernel.modules);
     let place = |name: &str| {
         names
             .iter()

@@ -3,7 +3,9 @@
 mod base;
 mod drive;
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use thaw_agent_protocol::{Configure, RuntimeExit};
@@ -53,7 +55,10 @@ pub struct FreezeRequest {
     pub memory_mib: u32,
     /// What the agent starts.
     pub configure: Configure,
-    /// The snapshot's metadata; agent version, processor count and memory size are filled in here.
+    /// Where the network of the function leads while it initialises, if [`Configure::network`] gives it one; `None`: what it sends
+    /// is lost. It is no part of the snapshot.
+    pub tap: Option<Arc<OwnedFd>>,
+    /// The snapshot's metadata; agent version, processor count, memory size and network are filled in here.
     pub metadata: Metadata,
     /// Final name of the snapshot file. It is there in full or not at all.
     pub output: PathBuf,
@@ -66,7 +71,7 @@ pub struct FreezeRequest {
 /// The snapshot of a runtime that was booted and knows no function yet; functions' snapshots store what differs from it.
 #[derive(Clone, Debug)]
 pub struct BaseRequest {
-    /// Its file, made if it is not there. Its name tells runtime, kernel, agent, memory and processors apart: a base of others
+    /// Its file, made if it is not there. Its name tells runtime, kernel, agent, memory, processors and network apart: a base of others
     /// is not recognised as such.
     pub file: PathBuf,
     /// A code disk without code, as long as every function's.

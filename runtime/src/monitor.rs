@@ -395,13 +395,14 @@ impl Monitor {
         }
     }
 
-    /// [`Request::Rewind`] onto a new agent channel, whose other end is `channel`.
+    /// [`Request::Rewind`] onto a new agent channel, whose other end is `channel`, and a new tap if there is one.
     pub(crate) async fn rewind(
         &mut self,
-        channel: BorrowedFd<'_>,
+        (channel, tap): (BorrowedFd<'_>, Option<BorrowedFd<'_>>),
         limit: Duration,
     ) -> Result<Rewound, HostError> {
-        match self.request(&Request::Rewind, &[channel], limit).await? {
+        let fds: Vec<_> = [channel].into_iter().chain(tap).collect();
+        match self.request(&Request::Rewind, &fds, limit).await? {
             Reply::Rewound(rewound) => Ok(rewound),
             other => Err(unexpected(&Request::Rewind, &other)),
         }

@@ -295,7 +295,7 @@ impl Node {
                 none.insert(Sandbox::spawn(&self.spawner, size).await?)
             }
         };
-        sandbox.claim(&member.files(), &self.config).await
+        sandbox.claim(&member.files(), None, &self.config).await
     }
 
     async fn destroy(self: Arc<Self>, id: VmId, sandbox: Option<Sandbox>) {
@@ -337,7 +337,7 @@ impl Node {
     async fn rewind(self: Arc<Self>, id: VmId, mut sandbox: Sandbox, member: Arc<Member>) {
         let taught = sandbox.taught(&self.config).await;
         let began = Instant::now();
-        let rewound = sandbox.rewind(&self.config).await;
+        let rewound = sandbox.rewind(None, &self.config).await;
         self.apply_with(|desk| {
             desk.held.insert(id, sandbox);
             match rewound {

@@ -384,6 +384,7 @@ async fn verified(
         let shape = Shape {
             vcpus: metadata.vcpu_count,
             memory_mib: metadata.memory_mib,
+            network: metadata.network,
         };
         let memory_bytes = snapshot
             .memory_bytes()

@@ -4,7 +4,7 @@ pub(crate) mod answer;
 pub(crate) mod life;
 pub(crate) mod settle;
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -50,7 +50,7 @@ enum Run {
     Later,
 }
 
-fn restore(run: Run, files: &SnapshotFiles) -> Request {
+fn restore(run: Run, files: &SnapshotFiles, tap: Option<&OwnedFd>) -> Request {
     let disks = DISK_IDS.iter().zip(DISKS);
     let disks = disks.map(|(id, (access, source))| Disk {
         id: (*id).into(),
@@ -63,6 +63,7 @@ fn restore(run: Run, files: &SnapshotFiles) -> Request {
         has_base: files.base.is_some() && files.paging != Paging::Store,
         prefetch: Prefetch::WorkingSet,
         paging: files.paging,
+        has_tap: tap.is_some(),
     })
 }
 
@@ -82,7 +83,7 @@ pub(crate) struct SnapshotFiles {
 
 impl SnapshotFiles {
     /// In the order that [`Request::Restore`] names.
-    fn fds(&self) -> Vec<BorrowedFd<'_>> {
+    fn fds<'a>(&'a self, tap: Option<&'a OwnedFd>) -> Vec<BorrowedFd<'a>> {
         let Self {
             snapshot,
             base,
@@ -92,7 +93,8 @@ impl SnapshotFiles {
             code,
         } = self;
         let files = [Some(snapshot), base.as_ref(), Some(rootfs), Some(code)];
-        files.into_iter().flatten().map(AsFd::as_fd).collect()
+        let files = files.into_iter().flatten().map(AsFd::as_fd);
+        files.chain(tap.map(AsFd::as_fd)).collect()
     }
 
     /// The same files under new descriptors.
@@ -218,23 +220,25 @@ impl Sandbox {
             vcpu_count: shape.vcpus,
             memory_mib: shape.memory_mib,
             disks: DISKS.map(|(access, _)| DiskShape { access }).to_vec(),
+            has_network: shape.network,
         });
         let monitor = &mut self.vm.monitor;
         monitor.command(&request, &[], config.restore_limit).await
     }
 
-    /// Gives it a snapshot, and leaves it paused.
+    /// Gives it a snapshot, and a tap if the snapshot has a network device, and leaves it paused.
     pub(crate) async fn claim(
         &mut self,
         files: &SnapshotFiles,
+        tap: Option<OwnedFd>,
         config: &RuntimeConfig,
     ) -> Result<(), HostError> {
         self.fit(files)?;
         let monitor = &mut self.vm.monitor;
         monitor
             .command(
-                &restore(Run::Later, files),
-                &files.fds(),
+                &restore(Run::Later, files, tap.as_ref()),
+                &files.fds(tap.as_ref()),
                 config.restore_limit,
             )
             .await?;
@@ -251,11 +255,17 @@ impl Sandbox {
         Ok(())
     }
 
-    /// Puts it back to its snapshot, paused, with a new agent channel: nothing that its last life said can come any more.
-    pub(crate) async fn rewind(&mut self, config: &RuntimeConfig) -> Result<Rewound, HostError> {
+    /// Puts it back to its snapshot, paused, with a new agent channel and a new tap, if one is given: nothing that its last life
+    /// said can come any more.
+    pub(crate) async fn rewind(
+        &mut self,
+        tap: Option<OwnedFd>,
+        config: &RuntimeConfig,
+    ) -> Result<Rewound, HostError> {
         let (ours, theirs) = socket_pair().map_err(HostError::Channel)?;
         let monitor = &mut self.vm.monitor;
-        let rewound = monitor.rewind(theirs.as_fd(), config.reply_limit).await?;
+        let fds = (theirs.as_fd(), tap.as_ref().map(AsFd::as_fd));
+        let rewound = monitor.rewind(fds, config.reply_limit).await?;
         if let Some(exit) = monitor.take_exit() {
             // It ended by itself between its answer and the rewind. Whether that is undone, too, need not be found out.
             return Err(HostError::Refused {
@@ -317,12 +327,12 @@ impl Sandbox {
         self.vm.monitor.end().await;
     }
 
-    /// Runs one invocation; a shell is claimed in the same breath. `begun` is called when the guest is known to run.
+    /// Runs one invocation; a shell is claimed in the same breath, with the tap. `begun` is called when the guest is known to run.
     /// Afterwards the sandbox is good for a rewind alone; for nothing if this failed or its future was dropped.
     pub(crate) async fn run(
         &mut self,
         invocation: &Invocation,
-        files: &SnapshotFiles,
+        (files, tap): (&SnapshotFiles, Option<OwnedFd>),
         answer: &mut Answer,
         (asked, claimed): (Moment, Moment),
         config: &RuntimeConfig,
@@ -341,8 +351,8 @@ impl Sandbox {
         let monitor = &mut self.vm.monitor;
         match begin {
             Begin::Claim => {
-                let request = restore(Run::AtOnce, files);
-                monitor.send(&request, &files.fds()).await?;
+                let request = restore(Run::AtOnce, files, tap.as_ref());
+                monitor.send(&request, &files.fds(tap.as_ref())).await?;
             }
             Begin::Resume => monitor.send(&Request::Resume, &[]).await?,
             Begin::Continue => {}

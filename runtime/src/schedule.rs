@@ -49,6 +49,8 @@ pub(crate) struct VmId(pub(crate) u64);
 pub(crate) struct Shape {
     pub(crate) vcpus: u8,
     pub(crate) memory_mib: u32,
+    /// There is a network device.
+    pub(crate) network: bool,
 }
 
 /// The node's limits.

@@ -28,6 +28,9 @@ pub struct Metadata {
     pub vcpu_count: u8,
     /// Guest memory, MiB.
     pub memory_mib: u32,
+    /// The VM has a network device.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub network: bool,
     /// Everything else.
     #[serde(flatten)]
     pub other: serde_json::Map<String, serde_json::Value>,

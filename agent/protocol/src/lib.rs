@@ -2,7 +2,7 @@
 //!
 //! Owns: frames (bytes), messages (meaning), their limits. Must not know: sockets, clocks, threads: the codec is
 //! sans-I/O, so that both sides and the fuzzers drive the same code. Start at [`HostMessage`] and [`AgentMessage`];
-//! [`frame`] is the layer below.
+//! [`frame`] is the layer below. [`network`] has the addresses that both sides agree upon.
 //!
 //! Always holds: an agent frozen in a snapshot outlives host upgrades, therefore every frame carries a version and
 //! every message's head is self-describing JSON in which unknown fields are ignored and new ones have defaults.
@@ -10,6 +10,7 @@
 
 pub mod frame;
 pub mod message;
+pub mod network;
 
 pub use frame::{Decoder, Frame, FrameError, Generation};
 pub use message::{

@@ -27,6 +27,9 @@ pub struct Configure {
     /// The function's account, for extensions that ask for it.
     #[serde(default)]
     pub account_id: Option<String>,
+    /// Set up `eth0` as [`crate::network`] says, before anything of the function runs. The VM must have a network device.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub network: bool,
 }
 
 /// Makes a clone unique. Always the first message after a restore; no request runs before it is carried out. A guest
@@ -521,6 +524,7 @@ mod tests {
             init_limit_ms: 10_000,
             hostname: "sandbox".into(),
             account_id: Some("000000000000".into()),
+            network: true,
         }));
         round_trip(HostMessage::Thaw(Thaw {
             unix_time_ns: 5,
@@ -616,6 +620,16 @@ mod tests {
                 extensions: false,
             }
         );
+    }
+
+    #[test]
+    fn an_older_hosts_configure_asks_for_no_network_and_one_without_says_nothing_of_it() {
+        let frame = HostMessage::Configure(Configure::default())
+            .into_frame(Generation(0))
+            .unwrap();
+        assert!(!String::from_utf8_lossy(&frame.head).contains("network"));
+        let read = HostMessage::from_frame(frame).unwrap();
+        assert_eq!(read, HostMessage::Configure(Configure::default()));
     }
 
     #[test]

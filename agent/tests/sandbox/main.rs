@@ -3,6 +3,7 @@
 
 mod channel;
 mod extensions;
+mod network;
 mod processes;
 mod runtime_api;
 mod runtimes;

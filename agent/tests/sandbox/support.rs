@@ -28,6 +28,12 @@ pub const UNFIT: &str = "unfit";
 /// Appears in the task root when code was mounted anew.
 pub const CODE_TAKEN: &str = "code-taken";
 
+/// Appears in the task root when the network was set up.
+pub const NETWORK_UP: &str = "network-up";
+
+/// Something of this name in the task root keeps the network from being set up.
+pub const NO_NETWORK: &str = "no-network";
+
 /// Records thaws instead of setting this machine's clock.
 struct Recorder {
     thaws: mpsc::Sender<Thaw>,
@@ -53,6 +59,18 @@ impl Machine for Recorder {
 
     fn take_code(&mut self) -> Result<(), BootError> {
         std::fs::create_dir(self.task_root.join(CODE_TAKEN)).unwrap(); // once, or it fails
+        Ok(())
+    }
+
+    fn set_up_network(&mut self) -> Result<(), BootError> {
+        if self.task_root.join(NO_NETWORK).exists() {
+            return Err(BootError {
+                act: "giving its address to",
+                object: "eth0".into(),
+                source: std::io::ErrorKind::NotFound.into(),
+            });
+        }
+        std::fs::create_dir(self.task_root.join(NETWORK_UP)).unwrap(); // once, or it fails
         Ok(())
     }
 }
@@ -182,6 +200,7 @@ impl Sandbox {
                 init_limit_ms: u64::try_from(init_limit.as_millis()).unwrap(),
                 hostname: "snapshot".into(),
                 account_id: Some("123456789012".into()),
+                network: false,
             }),
         );
     }

@@ -32,6 +32,7 @@ pub fn request(home: &Path, request: &FreezeRequest) -> BaseRequest {
         overlay,
         vcpu_count,
         memory_mib,
+        configure,
         metadata,
         ..
     } = request;
@@ -51,7 +52,11 @@ pub fn request(home: &Path, request: &FreezeRequest) -> BaseRequest {
         .iter()
         .map(|byte| format!("{byte:02x}"))
         .collect();
-    let name = format!("{}-{memory_mib}M-{vcpu_count}-{digest}", metadata.runtime);
+    let network = if configure.network { "-net" } else { "" };
+    let name = format!(
+        "{}-{memory_mib}M-{vcpu_count}{network}-{digest}",
+        metadata.runtime
+    );
     let folder = home.join(BASES_FOLDER).join(name);
     BaseRequest {
         file: folder.join(BASE_FILE),

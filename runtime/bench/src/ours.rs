@@ -17,8 +17,8 @@ use thaw_jail::{Cell, JAIL_ARGUMENT, Jailer, Limits, Owner};
 use thaw_snapshot::{TouchedRun, WorkingSet, set_working_set};
 use thaw_vmm_control::wire::{self, Read, Receiver};
 use thaw_vmm_control::{
-    AGENT_FD, BootRequest, CONTROL_FD, Event, FromMonitor, Paging, Prefetch, PrepareRequest, Reply,
-    Request, RestoreRequest, SaveForm, SaveRequest, Timings,
+    AGENT_FD, BootRequest, CONTROL_FD, Event, FromMonitor, Network, Paging, Prefetch,
+    PrepareRequest, Reply, Request, RestoreRequest, SaveForm, SaveRequest, Timings,
 };
 
 use crate::echo::{COMMAND_LINE, PATIENCE, PROBE, READY};
@@ -78,6 +78,7 @@ impl Ours {
             command_line: COMMAND_LINE.into(),
             has_initramfs: true,
             disks: Vec::new(),
+            network: Network::Absent,
         });
         monitor.done(&boot, &[kernel.as_fd(), initramfs.as_fd()])?;
         let mut first = [0];
@@ -140,6 +141,7 @@ impl Ours {
             vcpu_count: 1,
             memory_mib: self.memory_mib,
             disks: Vec::new(),
+            has_network: false,
         });
         monitor.done(&prepare, &[])?;
         Ok(monitor)

@@ -156,7 +156,7 @@ impl Egress {
         self.pid
     }
 
-    /// A slot under `policy`, and the descriptor of its tap (non-blocking; see [`crate::TAP_HEADER_BYTES`]). No call into the kernel's configuration is made
+    /// A slot under `policy`, and the descriptor of its tap (non-blocking; see [`crate::VNET_HEADER_BYTES`]). No call into the kernel's configuration is made
     /// for it if one is ready; else it waits for the next, `limit` at most. Dropping the future loses no slot.
     ///
     /// # Errors

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::{File, Metadata as FileMetadata};
-use std::os::fd::AsFd as _;
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::sync::PoisonError;
@@ -67,6 +67,7 @@ pub(super) async fn make(
     let mut request = request.clone();
     request.base = None;
     request.code = base.code.clone();
+    request.tap = None;
     request.output = base.file.clone();
     request.metadata = Metadata {
         function: String::new(),
@@ -113,6 +114,7 @@ impl Freeze<'_> {
                 disk(overlay, DiskAccess::CopyOnWrite, DiskSource::Snapshot),
             ],
             resume: true,
+            has_tap: request.tap.is_some(),
             ..Default::default()
         });
         let files = [
@@ -120,7 +122,8 @@ impl Freeze<'_> {
             drive::open(&request.rootfs).await?,
             drive::open(&request.code).await?,
         ];
-        let fds = files.each_ref().map(|file| file.as_fd());
+        let tap = request.tap.as_ref().map(|tap| tap.as_fd());
+        let fds: Vec<_> = files.iter().map(File::as_fd).chain(tap).collect();
         let limit = self.node.config.restore_limit;
         let restored = self.vm.monitor.command(&restore, &fds, limit).await;
         restored.map_err(|error| match error {

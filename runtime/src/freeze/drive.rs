@@ -1,14 +1,15 @@
 //! Drives one freeze: monitor, agent and files, step by step, each with its deadline.
 
 use std::fs::File;
-use std::os::fd::AsFd as _;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use thaw_agent_protocol::{AgentMessage, HostMessage};
 use thaw_snapshot::{PendingFile, TagError, tag};
 use thaw_vmm_control::{
-    BootRequest, Disk, DiskAccess, DiskSource, ExitReason, Failure, Fault, Request, SaveRequest,
+    BootRequest, Disk, DiskAccess, DiskSource, ExitReason, Failure, Fault, Network, Request,
+    SaveRequest,
 };
 use tokio::time::Instant;
 
@@ -210,6 +211,7 @@ impl Freeze<'_> {
         request.metadata.agent_version.clone_from(&agent_version);
         request.metadata.vcpu_count = request.vcpu_count;
         request.metadata.memory_mib = request.memory_mib;
+        request.metadata.network = request.configure.network;
         if goal == Goal::Base {
             self.save(&request, progress).await?;
             return Ok(None);
@@ -275,21 +277,23 @@ impl Freeze<'_> {
                 source: DiskSource::Descriptor,
             })
             .collect();
+        let tap = request.tap.as_ref().filter(|_| request.configure.network);
         let boot = Request::Boot(BootRequest {
             vcpu_count: request.vcpu_count,
             memory_mib: request.memory_mib,
             command_line: GUEST_COMMAND_LINE.into(),
             has_initramfs: true,
             disks,
+            network: match tap {
+                Some(_) => Network::Plugged,
+                None if request.configure.network => Network::Unplugged,
+                None => Network::Absent,
+            },
         });
         let [rootfs, code, overlay] = &files.disks;
-        let fds = [
-            files.kernel.as_fd(),
-            files.initramfs.as_fd(),
-            rootfs.as_fd(),
-            code.as_fd(),
-            overlay.as_fd(),
-        ];
+        let files = [&files.kernel, &files.initramfs, rootfs, code, overlay];
+        let files = files.into_iter().map(AsFd::as_fd);
+        let fds: Vec<_> = files.chain(tap.map(|tap| tap.as_fd())).collect();
         self.vm
             .monitor
             .command(&boot, &fds, request.boot_limit)

@@ -109,7 +109,7 @@ impl Lease {
         let result = sandbox
             .run(
                 invocation,
-                &member.files(),
+                (&member.files(), None),
                 answer,
                 (asked, claimed_at),
                 &node.config,

@@ -43,7 +43,7 @@ impl Pool {
         let ran = sandbox
             .run(
                 invocation,
-                &files,
+                (&files, None),
                 &mut Answer::whole(),
                 (asked, asked),
                 &node.config,

@@ -66,6 +66,7 @@ fn shape(dice: &mut Dice) -> Shape {
     Shape {
         vcpus: *dice.pick(&[1, 1, 1, 2]),
         memory_mib: *dice.pick(&[64, 128, 256]),
+        network: *dice.pick(&[false, false, true]),
     }
 }
 

@@ -28,6 +28,7 @@ fn limits(ready_min: usize, concurrency_max: usize, queue_max: usize) -> Limits 
         shape: Shape {
             vcpus: 1,
             memory_mib: 100,
+            network: false,
         },
         ready_min,
         concurrency_max,
@@ -308,6 +309,7 @@ fn a_large_function_is_not_passed_by_small_ones_for_ever() {
         shape: Shape {
             vcpus: 1,
             memory_mib: 200,
+            network: false,
         },
         ..limits(0, 4, 4)
     };
@@ -333,6 +335,7 @@ fn what_can_never_fit_is_refused_at_once_and_the_rest_when_its_time_is_over() {
         shape: Shape {
             vcpus: 1,
             memory_mib: 141,
+            network: false,
         },
         ..limits(2, 4, 4)
     };

@@ -128,6 +128,7 @@ impl Stage {
             vcpu_count: 1,
             memory_mib: 128,
             configure: Configure::default(),
+            tap: None,
             metadata: Metadata::default(),
             output: self.path("out.thaw"),
             base: None,

@@ -2,10 +2,13 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
+use rustix::fs::{FileType, fstat};
 use thaw_vmm_control::{
-    BootRequest, DISK_COUNT_MAX, Disk, DiskAccess as Access, DiskSource, Timings, VCPU_COUNT_MAX,
+    BootRequest, DISK_COUNT_MAX, Disk, DiskAccess as Access, DiskSource, Network, Timings,
+    VCPU_COUNT_MAX,
 };
 use thiserror::Error;
 
@@ -13,7 +16,9 @@ use crate::arch::x86_64::acpi::{self, AcpiError};
 use crate::arch::x86_64::loader::{self, LoadError};
 use crate::arch::x86_64::vcpu_state::{self, VcpuStateError};
 use crate::arch::x86_64::{msr, regs};
-use crate::devices::{DeviceBuildError, Devices, DevicesConfig, DiskAccess, DiskConfig};
+use crate::devices::{
+    DeviceBuildError, Devices, DevicesConfig, DiskAccess, DiskConfig, NetworkDevice,
+};
 use crate::fault::{Blame, Fault};
 use crate::host::{Bare, Host, HostError};
 use crate::machine::{AssembleError, DiskBase, GUEST_CID, Machine, Parts, acpi_windows};
@@ -51,6 +56,9 @@ pub enum BootError {
         #[source]
         source: io::Error,
     },
+    /// What should be a tap is none.
+    #[error("the descriptor of the tap is another file's")]
+    Tap,
     /// This host.
     #[error("virtual machine could not be made")]
     Host(#[source] HostError),
@@ -86,7 +94,9 @@ pub enum BootError {
 impl Blame for BootError {
     fn fault(&self) -> Fault {
         match self {
-            Self::Limit { .. } | Self::Descriptors { .. } | Self::DiskSource(_) => Fault::Caller,
+            Self::Limit { .. } | Self::Descriptors { .. } | Self::DiskSource(_) | Self::Tap => {
+                Fault::Caller
+            }
             Self::Host(error) => error.fault(),
             Self::Memory(error) => error.fault(),
             Self::Load(error) => error.fault(),
@@ -106,6 +116,13 @@ pub(crate) fn access(access: Access) -> DiskAccess {
         Access::ReadOnly => DiskAccess::ReadOnly,
         Access::CopyOnWrite => DiskAccess::CopyOnWrite,
     }
+}
+
+/// Takes a tap: a character device. Whatever else of it is wrong only loses frames.
+pub(crate) fn tap(file: File) -> Option<OwnedFd> {
+    let mode = fstat(&file).ok()?.st_mode;
+    let is_tap = FileType::from_raw_mode(mode) == FileType::CharacterDevice;
+    is_tap.then(|| file.into())
 }
 
 /// Takes a disk that is a whole file.
@@ -134,6 +151,7 @@ fn check(request: &BootRequest, descriptors: usize) -> Result<(), BootError> {
         command_line: _,
         has_initramfs,
         disks,
+        network,
     } = request;
     if *vcpu_count == 0 || *vcpu_count > VCPU_COUNT_MAX {
         return Err(BootError::Limit {
@@ -153,7 +171,8 @@ fn check(request: &BootRequest, descriptors: usize) -> Result<(), BootError> {
     {
         return Err(BootError::DiskSource(disk));
     }
-    let expected = 1 + usize::from(*has_initramfs) + disks.len();
+    let has_tap = *network == Network::Plugged;
+    let expected = 1 + usize::from(*has_initramfs) + disks.len() + usize::from(has_tap);
     if descriptors != expected {
         return Err(BootError::Descriptors {
             expected,
@@ -219,6 +238,10 @@ pub fn boot(
     } else {
         None
     };
+    let tap = match request.network {
+        Network::Plugged => Some(files.next_back().and_then(tap).ok_or(BootError::Tap)?),
+        Network::Absent | Network::Unplugged => None,
+    };
     let disks = request
         .disks
         .iter()
@@ -233,8 +256,15 @@ pub fn boot(
         disks,
         guest_cid: GUEST_CID,
         agent_stream: agent,
+        network: match request.network {
+            Network::Absent => NetworkDevice::Absent,
+            Network::Unplugged | Network::Plugged => NetworkDevice::Present,
+        },
     };
     let devices = Devices::new(config, view.clone()).map_err(BootError::Devices)?;
+    if let Some(tap) = tap {
+        devices.plug(tap).map_err(BootError::Devices)?;
+    }
     let windows = devices.mmio_windows().map_err(BootError::Devices)?;
 
     let described = acpi_windows(&windows).map_err(BootError::Assemble)?;
@@ -279,6 +309,7 @@ mod tests {
             command_line: String::new(),
             has_initramfs: true,
             disks: vec![disk],
+            network: Network::Absent,
         }
     }
 
@@ -290,6 +321,24 @@ mod tests {
             assert!(matches!(error, BootError::Descriptors { expected: 3, .. }));
             assert_eq!(error.fault(), Fault::Caller);
         }
+    }
+
+    #[test]
+    fn a_tap_is_one_descriptor_more_and_a_character_device() {
+        for (network, expected) in [
+            (Network::Absent, 3),
+            (Network::Unplugged, 3),
+            (Network::Plugged, 4),
+        ] {
+            let request = BootRequest {
+                network,
+                ..request()
+            };
+            assert!(check(&request, expected).is_ok());
+            assert!(check(&request, 7 - expected).is_err());
+        }
+        assert!(tap(File::open("/dev/null").unwrap()).is_some());
+        assert!(tap(File::open("/proc/self/exe").unwrap()).is_none());
     }
 
     #[test]

@@ -1,8 +1,8 @@
-//! The devices of one machine: disks, the socket, entropy and the serial console.
+//! The devices of one machine: disks, the socket, entropy, the network and the serial console.
 //!
 //! Owns everything that a guest can reach by a register or a queue. Knows nothing of KVM: the machine gives
 //! it exits and eventfds. Start at [`Devices`]. Each virtio device is a register model (`registers`), a shell
-//! (`slot`) and a backend (`block`, `vsock`, `rng`); its frozen form is in [`state`].
+//! (`slot`) and a backend (`block`, `vsock`, `rng`, `net`); its frozen form is in [`state`].
 //!
 //! **Invariants:** no byte from a guest or a saved state panics; one turn of one device is bounded; nothing
 //! is in flight when a slot's lock is free; vCPU threads never do a device's I/O.
@@ -11,6 +11,7 @@ mod block;
 mod config;
 mod fault;
 mod interrupt;
+mod net;
 mod registers;
 mod rng;
 mod serial;
@@ -23,7 +24,7 @@ mod vsock;
 #[cfg(test)]
 pub(crate) mod tests;
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
@@ -35,6 +36,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::memory::GuestMemoryMmap;
 use block::Block;
 use fault::Faults;
+use net::Net;
 use rng::Rng;
 use serial::Console;
 use slot::{Backend, Slot};
@@ -45,7 +47,7 @@ use vsock::Vsock;
 pub use block::DiskReadError;
 pub use config::{
     DISKS_MAX, DeviceBuildError, DeviceRestoreError, DevicesConfig, DiskAccess, DiskConfig,
-    DiskFiles, SlotError,
+    DiskFiles, NetworkDevice, SlotError,
 };
 pub use fault::{DeviceFault, DeviceName, GuestFault};
 pub use registers::RegistersError;
@@ -133,25 +135,26 @@ impl Devices {
             disks,
             guest_cid,
             agent_stream,
+            network,
         } = config;
         let disks = disks
             .into_iter()
             .enumerate()
             .map(|(index, disk)| Block::new(index, disk))
             .collect::<Result<_, _>>()?;
-        let devices = Self::build(disks, guest_cid, memory, Start::Running)?;
+        let devices = Self::build((disks, network), guest_cid, memory, Start::Running)?;
         devices.set_stream(agent_stream)?;
         Ok(Arc::new(devices))
     }
 
-    /// Builds devices for a guest that is not known yet, **paused**, with one disk for each of `disks`. Their
-    /// eventfds are final: windows and interrupts may be told to KVM and the thread started ([`Devices::start`])
+    /// Builds devices for a guest that is not known yet, **paused**, with one disk for each of `disks`, and a network
+    /// device without a tap if there is to be one. Their eventfds are final: windows and interrupts may be told to KVM and the thread started ([`Devices::start`])
     /// before [`Devices::reset_to`] gives them a guest. `memory` must be the guest's whole RAM, filled or not.
     ///
     /// # Errors
     /// The shape is out of limits or the host refused a descriptor.
     pub fn prepare(
-        disks: &[DiskAccess],
+        (disks, network): (&[DiskAccess], NetworkDevice),
         guest_cid: u64,
         memory: GuestMemoryMmap,
     ) -> Result<Arc<Self>, DeviceBuildError> {
@@ -162,7 +165,7 @@ impl Devices {
             .map(|(index, &access)| Block::prepare(index, access))
             .collect::<Result<_, _>>()?;
         Ok(Arc::new(Self::build(
-            disks,
+            (disks, network),
             guest_cid,
             memory,
             Start::Paused,
@@ -183,15 +186,16 @@ impl Devices {
             disks,
             guest_cid,
             agent_stream,
+            network,
         } = config;
         let shape: Vec<DiskAccess> = disks.iter().map(|disk| disk.access).collect();
-        let devices = Self::prepare(&shape, guest_cid, memory)?;
+        let devices = Self::prepare((&shape, network), guest_cid, memory)?;
         devices.reset_to(state, DiskFiles::Replaced(disks), agent_stream)?;
         Ok(devices)
     }
 
     fn build(
-        disks: Vec<Block>,
+        (disks, network): (Vec<Block>, NetworkDevice),
         guest_cid: u64,
         memory: GuestMemoryMmap,
         start: Start,
@@ -199,13 +203,16 @@ impl Devices {
         let disk_count = disks.len();
         let faults = Arc::new(Faults::default());
         let clock = Arc::new(AgentClock::default());
-        let mut backends = Vec::with_capacity(disk_count + 2);
+        let mut backends = Vec::with_capacity(disk_count + 3);
         for (index, disk) in disks.into_iter().enumerate() {
             backends.push((DeviceName::Disk(index), Backend::Block(Box::new(disk))));
         }
         let vsock = Vsock::new(guest_cid, faults.clone(), clock.clone());
         backends.push((DeviceName::Vsock, Backend::Vsock(Box::new(vsock))));
         backends.push((DeviceName::Rng, Backend::Rng(Rng::new(Instant::now()))));
+        if network == NetworkDevice::Present {
+            backends.push((DeviceName::Network, Backend::Net(Box::new(Net::new()))));
+        }
         let slots: Vec<Slot> = backends
             .into_iter()
             .map(|(name, backend)| Slot::new(name, backend, memory.clone(), faults.clone()))
@@ -230,7 +237,8 @@ impl Devices {
     /// a byte in a disk's delta, a buffer, the console, a notification or an interrupt that was signalled and not
     /// taken. Paused only, with every vCPU stopped; call [`Devices::prime`] and [`Devices::resume`] next.
     ///
-    /// `disks` must be of the access that the devices were built with. The old agent stream is closed.
+    /// `disks` must be of the access that the devices were built with. The old agent stream and the old tap are closed; a
+    /// new tap comes with [`Devices::plug`].
     ///
     /// # Errors
     /// The state does not fit the devices or no device could have produced it: nothing has changed then. The devices
@@ -280,6 +288,7 @@ impl Devices {
         let successor = console.successor(serial)?;
 
         self.drop_stream()?;
+        self.drop_tap()?;
         for (slot, plan) in slots.iter().zip(plans) {
             slot.reset_to(plan)?;
         }
@@ -307,15 +316,47 @@ impl Devices {
     /// Stops to watch the host socket, which closes with the next state.
     fn drop_stream(&self) -> Result<(), DeviceBuildError> {
         match self.with_vsock(|vsock| vsock.stream_fd()) {
-            Some(fd) => self
-                .watch
-                .remove_stream(fd)
-                .map_err(DeviceBuildError::Watch),
+            Some(fd) => self.watch.remove(fd).map_err(DeviceBuildError::Watch),
             None => Ok(()),
         }
     }
 
-    /// The windows in order: disks, vsock, rng.
+    /// The window of the network device, which comes last.
+    fn network_window(&self) -> Option<usize> {
+        let window = self.disk_count + 2;
+        (window < self.slots.len()).then_some(window)
+    }
+
+    fn with_net<T>(&self, look: impl FnOnce(&mut Net) -> T) -> Option<T> {
+        let slot = &self.slots[self.network_window()?];
+        slot.with_backend(|backend| match backend {
+            Backend::Net(net) => Some(look(net)),
+            other => unreachable!("the window after the entropy device's holds {other:?}"),
+        })
+    }
+
+    /// Connects the network device to a tap, instead of any it had: IFF_TAP, IFF_NO_PI and IFF_VNET_HDR with a header of 12 bytes
+    /// (TUNSETVNETHDRSZ), no offloads (TUNSETOFFLOAD 0). It is made non-blocking.
+    ///
+    /// # Errors
+    /// There is no network device, or the host cannot watch the descriptor.
+    pub fn plug(&self, tap: OwnedFd) -> Result<(), DeviceBuildError> {
+        self.drop_tap()?;
+        let fd = tap.as_raw_fd();
+        let plugged = self.with_net(|net| net.plug(tap));
+        plugged.ok_or(DeviceBuildError::NoNetwork)??;
+        self.watch.add_tap(fd).map_err(DeviceBuildError::Watch)
+    }
+
+    /// Stops to watch the tap, which closes with the next state.
+    fn drop_tap(&self) -> Result<(), DeviceBuildError> {
+        match self.with_net(|net| net.tap_fd()).flatten() {
+            Some(fd) => self.watch.remove(fd).map_err(DeviceBuildError::Watch),
+            None => Ok(()),
+        }
+    }
+
+    /// The windows in order: disks, vsock, rng, network.
     ///
     /// # Errors
     /// An eventfd could not be duplicated.
@@ -482,7 +523,7 @@ impl Devices {
         let slot = self.slots[..self.disk_count].get(disk)?;
         slot.with_backend(|backend| match backend {
             Backend::Block(block) => Some(look(block)),
-            Backend::Vsock(_) | Backend::Rng(_) => None,
+            Backend::Vsock(_) | Backend::Rng(_) | Backend::Net(_) => None,
         })
     }
 

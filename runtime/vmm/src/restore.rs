@@ -19,8 +19,10 @@ use crate::arch::x86_64::cpuid;
 use crate::arch::x86_64::interrupts::{self, InterruptError};
 use crate::arch::x86_64::msr::MsrError;
 use crate::arch::x86_64::vcpu_state::{self, FreshVcpu, HostVcpuLimits, VcpuStateError};
-use crate::boot::{access, whole_file};
-use crate::devices::{DeviceRestoreError, DiskAccess, DiskConfig, DiskFiles};
+use crate::boot::{access, tap, whole_file};
+use crate::devices::{
+    DeviceBuildError, DeviceRestoreError, DiskAccess, DiskConfig, DiskFiles, NetworkDevice,
+};
 use crate::fault::{Blame, Fault};
 use crate::machine::{Clocks, DiskBase, Machine, Origin};
 use crate::memory::MemoryError;
@@ -77,6 +79,15 @@ pub enum RestoreError {
         #[source]
         source: io::Error,
     },
+    /// What should be a tap is none.
+    #[error("the descriptor of the tap is another file's")]
+    Tap,
+    /// A tap for a guest that has no network device.
+    #[error("a tap was given, but the snapshot has no network device")]
+    NoNetwork,
+    /// The tap cannot be used.
+    #[error("tap could not be connected")]
+    Plug(#[source] DeviceBuildError),
     /// Descriptors do not match the request.
     #[error("request names {expected} descriptors but brought {found}")]
     Descriptors {
@@ -124,9 +135,10 @@ fn shape(shape: &Shape) -> String {
         vcpu_count,
         memory_bytes,
         disks,
+        network,
     } = shape;
     format!(
-        "{vcpu_count} vcpus, {} mib, disks {disks:?}",
+        "{vcpu_count} vcpus, {} mib, disks {disks:?}, network {network:?}",
         memory_bytes >> 20
     )
 }
@@ -143,7 +155,9 @@ impl Blame for RestoreError {
     fn fault(&self) -> Fault {
         match self {
             Self::Open(OpenError::Read { .. }) | Self::Read(VerifyError::Read(..)) => Fault::Host,
-            Self::DiskFile { .. } | Self::Interrupts(InterruptError::Call { .. }) => Fault::Host,
+            Self::DiskFile { .. }
+            | Self::Interrupts(InterruptError::Call { .. })
+            | Self::Plug(_) => Fault::Host,
             Self::Prepare(error) => error.fault(),
             Self::Memory(error) => error.fault(),
             Self::Paging(error) => error.fault(),
@@ -309,6 +323,7 @@ fn shape_of(state: &MachineStateV1) -> Result<Shape, RestoreError> {
         vcpu_count,
         memory_bytes: state.memory_bytes,
         disks: state.disks.iter().map(access).collect(),
+        network: state.devices.network(),
     })
 }
 
@@ -359,7 +374,14 @@ pub fn restore(
         (false, Paging::Store) => (None, files.next()),
         (false, _) => (None, None),
     };
+    let tap = match request.has_tap {
+        true => Some(files.next_back().and_then(tap).ok_or(RestoreError::Tap)?),
+        false => None,
+    };
     let mut saved = read(file, base)?;
+    if tap.is_some() && saved.state.devices.network() == NetworkDevice::Absent {
+        return Err(RestoreError::NoNetwork);
+    }
     let decoded_ns = monotonic_ns();
     let shell = shell_for(&saved, shell, claimed_ns)?;
     check(&mut saved, &shell.fresh, &shell.machine.limits)?;
@@ -413,6 +435,9 @@ pub fn restore(
         .devices
         .reset_to(&state.devices, DiskFiles::Replaced(disks), agent)
         .map_err(RestoreError::Devices)?;
+    if let Some(tap) = tap {
+        machine.devices.plug(tap).map_err(RestoreError::Plug)?;
+    }
     timings.state_set_ns = Some(monotonic_ns());
 
     machine.disk_bases = disk_bases;

@@ -10,7 +10,7 @@
 //!    pages are dropped, and come anew from where they came.
 //! 2. **vCPUs**: what KVM keeps beside the state that is saved ([`vcpu_rewind`]), then that state, all of it.
 //! 3. **Interrupt chips**.
-//! 4. **Devices** ([`Devices::reset_to`](crate::devices::Devices::reset_to)): disks' deltas, queues, the agent channel, console.
+//! 4. **Devices** ([`Devices::reset_to`](crate::devices::Devices::reset_to)): disks' deltas, queues, the agent channel, the tap, console.
 //! 5. **Clocks** stand again, as after a restore; the next resume sets them.
 //!
 //! # Which pages were written
@@ -38,7 +38,8 @@ use thiserror::Error;
 use crate::arch::x86_64::interrupts::{self, InterruptError};
 use crate::arch::x86_64::vcpu_rewind;
 use crate::arch::x86_64::vcpu_state::{self, VcpuStateError};
-use crate::devices::{DeviceRestoreError, DiskFiles};
+use crate::boot;
+use crate::devices::{DeviceBuildError, DeviceRestoreError, DiskFiles, NetworkDevice};
 use crate::fault::{Blame, Fault};
 use crate::host;
 use crate::machine::{Machine, SwitchError};
@@ -53,9 +54,15 @@ pub const PAGES_MAX: u64 = 8192;
 /// Why a machine could not be rewound. It is of no use then.
 #[derive(Debug, Error)]
 pub enum RewindError {
-    /// Not one socket.
-    #[error("rewind needs one socket, the agent's")]
+    /// Not one socket, or what follows it is no tap.
+    #[error("rewind needs one socket, the agent's, and at most one tap after it")]
     Descriptors,
+    /// A tap for a guest that has no network device.
+    #[error("a tap was given, but the snapshot has no network device")]
+    NoNetwork,
+    /// The new tap cannot be used.
+    #[error("tap could not be connected")]
+    Plug(#[source] DeviceBuildError),
     /// It was booted.
     #[error("machine was not restored from a snapshot")]
     NoOrigin,
@@ -94,24 +101,30 @@ pub enum RewindError {
 impl Blame for RewindError {
     fn fault(&self) -> Fault {
         match self {
-            Self::Descriptors | Self::NoOrigin => Fault::Caller,
+            Self::Descriptors | Self::NoNetwork | Self::NoOrigin => Fault::Caller,
             Self::TooMuch { .. } | Self::Devices(DeviceRestoreError::Ended) => Fault::Guest,
             Self::Stop(error) => error.fault(),
             Self::Memory(_)
             | Self::Snapshot(_)
             | Self::Vcpu { .. }
             | Self::Interrupts(_)
+            | Self::Plug(_)
             | Self::Devices(_) => Fault::Host,
         }
     }
 }
 
-/// The one descriptor of the request, if it is a socket.
-fn agent_stream(mut files: Vec<File>) -> Option<UnixStream> {
-    let file = files.pop().filter(|_| files.is_empty())?;
-    let mode = fstat(&file).ok()?.st_mode;
-    let is_socket = FileType::from_raw_mode(mode) == FileType::Socket;
-    is_socket.then(|| UnixStream::from(OwnedFd::from(file)))
+/// The descriptors of the request, if they are a socket and at most one tap.
+fn descriptors(files: Vec<File>) -> Option<(UnixStream, Option<OwnedFd>)> {
+    let mut files = files.into_iter();
+    let (agent, tap) = (files.next()?, files.next());
+    let mode = fstat(&agent).ok()?.st_mode;
+    let fits = FileType::from_raw_mode(mode) == FileType::Socket && files.next().is_none();
+    let tap = match tap {
+        Some(tap) => Some(boot::tap(tap)?),
+        None => None,
+    };
+    fits.then(|| (UnixStream::from(OwnedFd::from(agent)), tap))
 }
 
 /// Stops a machine that was restored, if it runs, and puts it back to its snapshot; the request came at `asked_ns`. The old
@@ -124,7 +137,11 @@ pub fn rewind(
     files: Vec<File>,
     asked_ns: u64,
 ) -> Result<Rewound, RewindError> {
-    let agent = agent_stream(files).ok_or(RewindError::Descriptors)?;
+    let (agent, tap) = descriptors(files).ok_or(RewindError::Descriptors)?;
+    let network = (machine.origin.as_ref()).map(|origin| origin.state.devices.network());
+    if tap.is_some() && network == Some(NetworkDevice::Absent) {
+        return Err(RewindError::NoNetwork);
+    }
     // Taken out, so that a machine that fails on the way cannot be resumed or rewound again.
     let mut origin = machine.origin.take().ok_or(RewindError::NoOrigin)?;
     machine.park().map_err(RewindError::Stop)?;
@@ -177,6 +194,9 @@ pub fn rewind(
         .devices
         .reset_to(&state.devices, DiskFiles::Kept, agent)
         .map_err(RewindError::Devices)?;
+    if let Some(tap) = tap {
+        machine.devices.plug(tap).map_err(RewindError::Plug)?;
+    }
     timings.state_set_ns = Some(monotonic_ns());
     machine.begin_anew(origin, timings);
     Ok(Rewound { pages, disk_bytes })

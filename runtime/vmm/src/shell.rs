@@ -19,7 +19,7 @@ use thiserror::Error;
 
 use crate::arch::x86_64::vcpu_state::{self, FreshVcpu, VcpuStateError};
 use crate::boot::access;
-use crate::devices::{DeviceBuildError, Devices, DiskAccess};
+use crate::devices::{DeviceBuildError, Devices, DiskAccess, NetworkDevice};
 use crate::fault::{Blame, Fault};
 use crate::host::{Host, HostError};
 use crate::machine::{AssembleError, GUEST_CID, Machine, Parts};
@@ -85,6 +85,8 @@ pub struct Shape {
     pub memory_bytes: u64,
     /// Disks in order, at most [`DISK_COUNT_MAX`].
     pub disks: Vec<DiskAccess>,
+    /// Whether there is a network device.
+    pub network: NetworkDevice,
 }
 
 impl TryFrom<&PrepareRequest> for Shape {
@@ -95,6 +97,7 @@ impl TryFrom<&PrepareRequest> for Shape {
             vcpu_count,
             memory_mib,
             disks,
+            has_network,
         } = request;
         let limit = |what, value| PrepareError::Limit { what, value };
         if *vcpu_count == 0 || *vcpu_count > VCPU_COUNT_MAX {
@@ -111,6 +114,10 @@ impl TryFrom<&PrepareRequest> for Shape {
             vcpu_count: *vcpu_count,
             memory_bytes: u64::from(*memory_mib) << 20,
             disks: disks.iter().map(disk).collect(),
+            network: match has_network {
+                true => NetworkDevice::Present,
+                false => NetworkDevice::Absent,
+            },
         })
     }
 }
@@ -161,7 +168,7 @@ pub fn make(shape: Shape, asked_ns: u64) -> Result<Shell, PrepareError> {
     }
     let tsc_khz = fresh.first().map_or(0, FreshVcpu::tsc_khz);
     let cpu = state::cpu_record(&host.cpuid(0, shape.vcpu_count), tsc_khz);
-    let devices = Devices::prepare(&shape.disks, GUEST_CID, bare.memory.view())
+    let devices = Devices::prepare((&shape.disks, shape.network), GUEST_CID, bare.memory.view())
         .map_err(PrepareError::Devices)?;
     let windows = devices.mmio_windows().map_err(PrepareError::Devices)?;
     timings.vm_made_ns = Some(monotonic_ns());
@@ -193,6 +200,7 @@ mod tests {
             vcpu_count: 2,
             memory_mib: 128,
             disks: vec![disk(Access::ReadOnly), disk(Access::CopyOnWrite)],
+            has_network: false,
         }
     }
 
@@ -205,6 +213,7 @@ mod tests {
                 vcpu_count: 2,
                 memory_bytes: 128 << 20,
                 disks: vec![DiskAccess::ReadOnly, DiskAccess::CopyOnWrite],
+                network: NetworkDevice::Absent,
             }
         );
     }

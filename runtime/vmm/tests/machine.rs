@@ -30,6 +30,9 @@ mod lazily;
 #[expect(dead_code, reason = "the rest is for tests without KVM")]
 mod mutation;
 #[cfg(test)]
+#[path = "harness/net.rs"]
+mod net;
+#[cfg(test)]
 #[path = "harness/prefault.rs"]
 mod prefault;
 #[cfg(test)]

@@ -22,7 +22,7 @@ use nix::sys::socket::{
     sockopt,
 };
 use serde::{Deserialize, Serialize};
-use thaw_network::{GATEWAY_ADDRESS, GATEWAY_MAC, GUEST_ADDRESS, GUEST_MAC, PREFIX_LENGTH};
+use thaw_network::{GATEWAY_ADDRESS, GATEWAY_MAC, GUEST_ADDRESS, GUEST_MAC, PREFIX_BITS};
 use thaw_vmm_control::wire::{self, Read, Receiver, WireError};
 use thiserror::Error;
 
@@ -174,7 +174,7 @@ fn addresses() -> String {
     let (gateway, guest) = (mac(GATEWAY_MAC), mac(GUEST_MAC));
     format!(
         "link set {TAP} address {gateway} addrgenmode none\n\
-         addr add {GATEWAY_ADDRESS}/{PREFIX_LENGTH} dev {TAP}\n\
+         addr add {GATEWAY_ADDRESS}/{PREFIX_BITS} dev {TAP}\n\
          link set lo up\n\
          link set {TAP} up\n\
          neigh replace {GUEST_ADDRESS} lladdr {guest} dev {TAP} nud permanent\n\

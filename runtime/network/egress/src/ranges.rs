@@ -3,7 +3,7 @@
 use std::net::Ipv4Addr;
 
 use ipnet::Ipv4Net;
-use thaw_network::{GATEWAY_ADDRESS, PREFIX_LENGTH};
+use thaw_network::{GATEWAY_ADDRESS, PREFIX_BITS};
 
 /// What a policy can do with an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,7 +30,7 @@ const BLOCKED: &[Ipv4Net] = &[
     net(240, 0, 0, 0, 4),
     net(168, 63, 129, 16, 32),
     net(100, 100, 100, 200, 32),
-    Ipv4Net::new_assert(GATEWAY_ADDRESS, PREFIX_LENGTH),
+    Ipv4Net::new_assert(GATEWAY_ADDRESS, PREFIX_BITS),
 ];
 
 /// What is not routed in the Internet (RFC 1918, 6598, 6890, 2544, 5737, 7526).

@@ -35,19 +35,21 @@ pub const DISK_COUNT_MAX: usize = 8;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "snake_case")]
 pub enum Request {
-    /// Make a VM and start its kernel. Descriptors: kernel, initramfs (if any), then one for each disk, all readable.
+    /// Make a VM and start its kernel. Descriptors: kernel, initramfs (if any), then one for each disk, all readable; last the
+    /// tap, if [`Network::Plugged`].
     Boot(BootRequest),
     /// Become a shell: make everything of a VM that no snapshot is needed for. No descriptors.
     Prepare(PrepareRequest),
     /// Make a VM from a snapshot. Descriptors: the snapshot, its base if [`RestoreRequest::has_base`], the store's folder if
-    /// [`Paging::Store`], then one for each disk with [`DiskSource::Descriptor`]. A shell of the snapshot's shape is *claimed*; an empty monitor is prepared first.
+    /// [`Paging::Store`], then one for each disk with [`DiskSource::Descriptor`], last the tap if [`RestoreRequest::has_tap`]. A shell of the snapshot's shape is *claimed*; an empty monitor is prepared first.
     Restore(RestoreRequest),
     /// Run the VM. Bytes already waiting in the agent channel are in the guest's receive queue before its first instruction.
     Resume,
     /// Stop all vCPUs and finish what the devices have begun.
     Pause,
     /// Put the VM back to the snapshot that it was restored from, paused, as if it had never run. Descriptor: a fresh agent
-    /// channel (Unix stream), which replaces the old one. After a failure the VM is of no use.
+    /// channel (Unix stream), which replaces the old one; then a fresh tap, if the VM is to have one again: the old one is closed
+    /// in any case. After a failure the VM is of no use.
     Rewind,
     /// Write the paused VM as a snapshot. Descriptor: an empty writable file. It is complete and synced on `Done`; naming
     /// (renaming) it is the caller's part. The VM stays paused.
@@ -73,6 +75,23 @@ pub struct BootRequest {
     pub has_initramfs: bool,
     /// In order: the guest's /dev/vda, /dev/vdb, …
     pub disks: Vec<Disk>,
+    /// The guest's network.
+    #[serde(default)]
+    pub network: Network,
+}
+
+/// A VM's network device. A tap is one of IFF_TAP, IFF_NO_PI and IFF_VNET_HDR with a header of 12 bytes and no offloads; the monitor
+/// reads and writes it and asks nothing else of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Network {
+    /// The guest has none.
+    #[default]
+    Absent,
+    /// It has one, with nothing at the other end: what it sends is lost. A restored guest may get a tap all the same.
+    Unplugged,
+    /// It has one, with the tap behind the last descriptor.
+    Plugged,
 }
 
 /// The shape of a VM whose snapshot is not known yet.
@@ -84,6 +103,9 @@ pub struct PrepareRequest {
     pub memory_mib: u32,
     /// In order: the guest's /dev/vda, /dev/vdb, …
     pub disks: Vec<DiskShape>,
+    /// There is a network device. Its tap comes with the claim.
+    #[serde(default)]
+    pub has_network: bool,
 }
 
 /// What of a disk must be known before its content.
@@ -110,6 +132,9 @@ pub struct RestoreRequest {
     /// How its memory is brought in.
     #[serde(default)]
     pub paging: Paging,
+    /// The last descriptor is a tap for the snapshot's network device, which it must have. Without it, the device is unplugged.
+    #[serde(default)]
+    pub has_tap: bool,
 }
 
 /// How guest memory is brought in.

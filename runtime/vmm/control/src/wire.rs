@@ -191,7 +191,9 @@ impl Receiver {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{BootRequest, Disk, DiskAccess, DiskSource, FromMonitor, Reply, Request, Status};
+    use crate::{
+        BootRequest, Disk, DiskAccess, DiskSource, FromMonitor, Network, Reply, Request, Status,
+    };
     use std::fs::File;
     use std::io::Read as _;
     use std::os::unix::net::UnixStream;
@@ -209,6 +211,7 @@ mod tests {
                 access: DiskAccess::ReadOnly,
                 source: DiskSource::Descriptor,
             }],
+            network: Network::Absent,
         });
         let (one, two) = (
             File::open("/proc/self/comm").unwrap(),

@@ -10,8 +10,8 @@ use super::serial::SerialError;
 use super::vsock::VsockError;
 use super::{MMIO_WINDOWS_MAX, block};
 
-/// Disks that fit beside vsock and rng.
-pub const DISKS_MAX: usize = MMIO_WINDOWS_MAX - 2;
+/// Disks that fit beside vsock, rng and network.
+pub const DISKS_MAX: usize = MMIO_WINDOWS_MAX - 3;
 
 /// What a guest may do with a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -46,6 +46,16 @@ pub enum DiskFiles {
     Replaced(Vec<DiskConfig>),
 }
 
+/// Whether a machine has a network device. One without has not even its registers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum NetworkDevice {
+    /// None.
+    #[default]
+    Absent,
+    /// One, after all other devices. It has no tap until [`Devices::plug`](super::Devices::plug).
+    Present,
+}
+
 /// The devices of one machine.
 #[derive(Debug)]
 pub struct DevicesConfig {
@@ -55,6 +65,8 @@ pub struct DevicesConfig {
     pub guest_cid: u64,
     /// Host end of the agent channel.
     pub agent_stream: UnixStream,
+    /// Whether there is a network.
+    pub network: NetworkDevice,
 }
 
 impl DevicesConfig {
@@ -130,6 +142,12 @@ pub enum DeviceBuildError {
     /// The agent stream cannot be made non-blocking.
     #[error("agent stream cannot be made non-blocking")]
     AgentStream(#[source] io::Error),
+    /// A tap for a machine without a network device.
+    #[error("a tap was given, but there is no network device")]
+    NoNetwork,
+    /// The tap cannot be made non-blocking.
+    #[error("tap cannot be made non-blocking")]
+    Tap(#[source] io::Error),
     /// An eventfd cannot be made.
     #[error("eventfd cannot be made")]
     EventFd(#[source] io::Error),
@@ -167,6 +185,9 @@ pub enum DeviceRestoreError {
         /// Index of the disk.
         disk: usize,
     },
+    /// The network device's address or MTU are not what this monitor gives every guest.
+    #[error("network device differs from the one saved")]
+    Network,
     /// A transport that could not have been saved.
     #[error("state of {device} is not possible")]
     Slot {

@@ -17,6 +17,8 @@ pub enum DeviceName {
     Vsock,
     /// The entropy device.
     Rng,
+    /// The network device.
+    Network,
 }
 
 impl fmt::Display for DeviceName {
@@ -25,6 +27,7 @@ impl fmt::Display for DeviceName {
             Self::Disk(index) => write!(formatter, "disk {index}"),
             Self::Vsock => formatter.write_str("vsock"),
             Self::Rng => formatter.write_str("rng"),
+            Self::Network => formatter.write_str("network"),
         }
     }
 }

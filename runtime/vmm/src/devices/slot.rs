@@ -13,6 +13,7 @@ use super::block::Block;
 use super::fault::{DeviceFault, DeviceName, Faults, GuestFault};
 use super::interrupt::{Interrupt, STATUS_MASK};
 use super::lock;
+use super::net::{self, Net};
 use super::registers::{CONFIG_OFFSET, Effect, Identity, Registers};
 use super::rng::{self, Rng};
 use super::state::{DeviceStateV1, RngStateV1, SlotStateV1};
@@ -38,6 +39,7 @@ pub(super) enum Backend {
     Block(Box<Block>),
     Vsock(Box<Vsock>),
     Rng(Rng),
+    Net(Box<Net>),
 }
 
 impl Backend {
@@ -46,6 +48,7 @@ impl Backend {
             Self::Block(block) => block.identity(),
             Self::Vsock(_) => vsock::IDENTITY,
             Self::Rng(_) => rng::IDENTITY,
+            Self::Net(_) => net::IDENTITY,
         }
     }
 
@@ -56,6 +59,7 @@ impl Backend {
             Self::Block(block) => block.config_space(),
             Self::Vsock(vsock) => vsock.config_space(),
             Self::Rng(_) => Vec::new(),
+            Self::Net(net) => net.config_space(),
         };
         let Some(rest) = usize::try_from(offset)
             .ok()
@@ -76,6 +80,7 @@ impl Backend {
             Self::Block(block) => block.serve(queues, memory),
             Self::Vsock(vsock) => vsock.serve(queues, memory),
             Self::Rng(rng) => rng.serve(queues, memory, Instant::now()),
+            Self::Net(net) => net.serve(queues, memory),
         }
     }
 
@@ -84,6 +89,7 @@ impl Backend {
             Self::Block(block) => block.reset(),
             Self::Vsock(vsock) => vsock.reset(),
             Self::Rng(rng) => rng.reset(),
+            Self::Net(net) => net.reset(),
         }
     }
 
@@ -92,6 +98,7 @@ impl Backend {
             Self::Block(block) => DeviceStateV1::Block(block.save()),
             Self::Vsock(vsock) => DeviceStateV1::Vsock(vsock.save()),
             Self::Rng(rng) => DeviceStateV1::Rng(rng.save()),
+            Self::Net(net) => DeviceStateV1::Net(net.save()),
         }
     }
 }
@@ -356,6 +363,12 @@ impl Slot {
                 PlannedDevice::Vsock(vsock.plan(state)?)
             }
             (Backend::Rng(_), DeviceStateV1::Rng(RngStateV1 {})) => PlannedDevice::Rng,
+            (Backend::Net(net), DeviceStateV1::Net(state)) => {
+                if !net.check_state(state) {
+                    return Err(DeviceRestoreError::Network);
+                }
+                PlannedDevice::Net
+            }
             _ => return Err(DeviceRestoreError::SlotKind { slot: index }),
         };
         let refuse = |reason| DeviceRestoreError::Slot {
@@ -416,6 +429,7 @@ impl Slot {
                 .map_err(|source| DeviceBuildError::Delta { disk, source })?,
             (Backend::Vsock(vsock), PlannedDevice::Vsock(channel), _) => vsock.reset_to(channel),
             (Backend::Rng(rng), PlannedDevice::Rng, _) => *rng = Rng::new(Instant::now()),
+            (Backend::Net(net), PlannedDevice::Net, _) => net.reset_to(),
             (backend, ..) => unreachable!("planned for another device than {backend:?}"),
         }
         for queue in 0..notify.len() {
@@ -442,4 +456,5 @@ enum PlannedDevice {
     Block(Option<DiskConfig>),
     Vsock(Channel),
     Rng,
+    Net,
 }

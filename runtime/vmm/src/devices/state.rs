@@ -4,6 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 pub use super::block::{BlockStateV1, DiskAccessStateV1};
+pub use super::net::NetStateV1;
 pub use super::registers::{QueueRegistersStateV1, RegistersStateV1};
 pub use super::rng::RngStateV1;
 pub use super::serial::SerialStateV1;
@@ -15,8 +16,20 @@ pub use super::vsock::{ChannelStateV1, ConnectionStateV1, ReplyStateV1};
 pub struct DevicesStateV1 {
     /// The serial port.
     pub serial: SerialStateV1,
-    /// The virtio devices in window order: disks, vsock, rng.
+    /// The virtio devices in window order: disks, vsock, rng, network if there is one.
     pub slots: Vec<SlotStateV1>,
+}
+
+impl DevicesStateV1 {
+    /// Whether there is a network device among them.
+    pub fn network(&self) -> super::NetworkDevice {
+        let is_net = |slot: &SlotStateV1| matches!(slot.device, DeviceStateV1::Net(_));
+        if self.slots.iter().any(is_net) {
+            super::NetworkDevice::Present
+        } else {
+            super::NetworkDevice::Absent
+        }
+    }
 }
 
 /// One virtio device with its transport.
@@ -41,4 +54,6 @@ pub enum DeviceStateV1 {
     Vsock(ChannelStateV1),
     /// The entropy device.
     Rng(RngStateV1),
+    /// The network device.
+    Net(NetStateV1),
 }

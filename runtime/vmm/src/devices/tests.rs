@@ -8,6 +8,7 @@
 mod block;
 pub(crate) mod driver;
 mod hostile;
+mod net;
 mod reset;
 pub(crate) mod restore;
 mod thread;

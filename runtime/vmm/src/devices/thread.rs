@@ -1,4 +1,4 @@
-//! The one thread that serves queues and the agent stream, and how it is parked.
+//! The one thread that serves queues, the agent stream and the tap, and how it is parked.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -23,6 +23,8 @@ const EVENTS_MAX: usize = 32;
 const TOKEN_WAKE: u64 = u64::MAX;
 /// Epoll token of the agent stream.
 const TOKEN_AGENT: u64 = u64::MAX - 1;
+/// Epoll token of the tap.
+const TOKEN_TAP: u64 = u64::MAX - 2;
 
 /// The device thread could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -234,14 +236,14 @@ pub(super) fn start(devices: &Arc<Devices>) -> Result<DeviceThread, DeviceStartE
     })
 }
 
-/// What the device thread waits for. It exists before the thread and outlives the agent streams.
+/// What the device thread waits for. It exists before the thread and outlives agent streams and taps.
 #[derive(Debug)]
 pub(super) struct Watch {
     epoll: Epoll,
 }
 
 impl Watch {
-    /// Watches the wake-up and every queue's notification, but no agent stream yet.
+    /// Watches the wake-up and every queue's notification, but no agent stream or tap yet.
     pub(super) fn new(control: &Control, slots: &[Slot]) -> io::Result<Self> {
         let watch = Self {
             epoll: Epoll::new()?,
@@ -268,8 +270,14 @@ impl Watch {
         self.add(fd, events, TOKEN_AGENT)
     }
 
-    /// Forgets an agent stream and the events of it that nobody has looked at.
-    pub(super) fn remove_stream(&self, fd: RawFd) -> io::Result<()> {
+    /// Begins to watch a tap, edge-triggered for the same reason. Whether it takes frames nobody waits for: what it does not
+    /// take is lost.
+    pub(super) fn add_tap(&self, fd: RawFd) -> io::Result<()> {
+        self.add(fd, EventSet::IN | EventSet::EDGE_TRIGGERED, TOKEN_TAP)
+    }
+
+    /// Forgets an agent stream or a tap, and the events of it that nobody has looked at.
+    pub(super) fn remove(&self, fd: RawFd) -> io::Result<()> {
         self.epoll
             .ctl(ControlOperation::Delete, fd, EpollEvent::default())
     }
@@ -313,10 +321,15 @@ fn note(devices: &Devices, event: &EpollEvent, ready: &mut [bool; MMIO_WINDOWS_M
             {
                 devices.slots[window].with_backend(|backend| match backend {
                     Backend::Vsock(vsock) => vsock.note_hangup(),
-                    Backend::Block(_) | Backend::Rng(_) => {}
+                    Backend::Block(_) | Backend::Rng(_) | Backend::Net(_) => {}
                 });
             }
             ready[window] = true;
+        }
+        TOKEN_TAP => {
+            if let Some(window) = devices.network_window() {
+                ready[window] = true;
+            }
         }
         token => {
             let window = usize::try_from(token >> 8).expect("tokens are made from small indices");

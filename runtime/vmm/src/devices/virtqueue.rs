@@ -3,6 +3,8 @@
 //! **Invariant:** every chain that is popped is completed before the device's lock is released, so that
 //! nothing is in flight when state is saved.
 
+use std::sync::atomic::Ordering;
+
 use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError, Permissions};
@@ -186,6 +188,15 @@ impl VirtQueue {
             queue: self.index,
             source,
         }
+    }
+
+    /// Whether the driver has made no other chain available.
+    pub(super) fn is_empty(&self, memory: &GuestMemoryMmap) -> Result<bool, GuestFault> {
+        let available = self
+            .queue
+            .avail_idx(memory, Ordering::Acquire)
+            .map_err(|e| self.ring_fault(e))?;
+        Ok(available.0 == self.queue.next_avail())
     }
 
     /// Takes the next chain, or `None` when the driver has made no other available.

@@ -111,6 +111,7 @@ impl Bench {
                 vcpu_count: VCPUS,
                 memory_bytes: MEMORY_BYTES,
                 disks: vec![DiskAccess::CopyOnWrite, DiskAccess::ReadOnly],
+                network: NetworkDevice::Absent,
             },
             fresh: (0..VCPUS)
                 .map(|vcpu| FreshVcpu::of(leaves(vcpu), msrs.clone()))
@@ -180,7 +181,8 @@ impl Bench {
 
     /// Devices that go on with the state, on memory that the file gave.
     fn run(&self, state: &MachineStateV1, disks: Vec<DiskConfig>) -> Option<&'static str> {
-        let devices = Devices::prepare(&self.shape.disks, GUEST_CID, self.memory.view()).unwrap();
+        let shape = (&self.shape.disks[..], self.shape.network);
+        let devices = Devices::prepare(shape, GUEST_CID, self.memory.view()).unwrap();
         let (_host, agent) = UnixStream::pair().unwrap();
         let took = devices.reset_to(&state.devices, DiskFiles::Replaced(disks), agent);
         if took.is_err() {

@@ -7,6 +7,7 @@
     reason = "a test's program: its panic is the guest's, and its numbers are the test's own"
 )]
 
+mod network;
 mod secrets;
 
 use std::fs::{self, File, OpenOptions};
@@ -45,8 +46,9 @@ fn mount(source: &str, target: &str, kind: &str) {
     check(&format!("mount {kind} on {target}"), result.into());
 }
 
-fn load_modules() {
-    let Ok(order) = fs::read_to_string("/modules/order") else {
+/// Loads what a list of the initramfs names, in its order.
+fn load_modules(list: &str) {
+    let Ok(order) = fs::read_to_string(format!("/modules/{list}")) else {
         return;
     };
     for name in order.lines().filter(|line| !line.is_empty()) {
@@ -170,6 +172,7 @@ struct Guest {
     socket: File,
     counter: u64,
     memory: Vec<u8>,
+    network: Option<network::Station>,
 }
 
 impl Guest {
@@ -239,6 +242,21 @@ impl Guest {
                 self.socket.write_all(&bytes).unwrap();
                 String::new()
             }
+            "network" => {
+                load_modules("network-order");
+                let station = self
+                    .network
+                    .insert(network::Station::new(words[1], words[2]));
+                station.describe()
+            }
+            "datagram" | "stream" | "heard" => {
+                let station = self.network.as_mut().unwrap();
+                outcome(match words[0] {
+                    "datagram" => station.exchange_datagram(words[1]),
+                    "stream" => station.exchange_stream(number(1)),
+                    _ => station.heard(words[1]),
+                })
+            }
             "hide" => outcome(secrets::hide(words[1])),
             "churn" => {
                 secrets::churn();
@@ -268,7 +286,7 @@ fn main() {
     mount("dev", "/dev", "devtmpfs");
     mount("proc", "/proc", "proc");
     mount("sys", "/sys", "sysfs");
-    load_modules();
+    load_modules("order");
     for cpu in 0..cpus() {
         thread::spawn(move || tick_on(cpu));
     }
@@ -278,6 +296,7 @@ fn main() {
         socket,
         counter: 0,
         memory: Vec::new(),
+        network: None,
     };
     guest.socket.write_all(b"hello\n").unwrap();
     let mut line = String::new();

@@ -1,6 +1,6 @@
 //! Booting, and every way in which a guest ends.
 
-use thaw_vmm_control::{BootRequest, ExitReason, Fault, Reply, Request};
+use thaw_vmm_control::{BootRequest, ExitReason, Fault, Network, Reply, Request};
 
 use crate::guest::{disk_of, ext4, kernel};
 use crate::monitor::{Monitor, copy_on_write, read_only};
@@ -132,6 +132,7 @@ fn what_is_no_kernel_is_the_callers_fault() {
         command_line: String::new(),
         has_initramfs: false,
         disks: Vec::new(),
+        network: Network::Absent,
     });
     let Reply::Failed(failure) = monitor.ask(&request, &[&disk_of(0, 4096)]) else {
         panic!("booted zeros")

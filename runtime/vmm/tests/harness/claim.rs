@@ -24,6 +24,7 @@ fn shape(vcpu_count: u8, disks: &[Disk]) -> PrepareRequest {
         vcpu_count,
         memory_mib: 256,
         disks: disks.iter().map(shape).collect(),
+        has_network: false,
     }
 }
 

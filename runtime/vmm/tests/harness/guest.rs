@@ -46,16 +46,12 @@ fn member(archive: &mut Vec<u8>, name: &str, mode: u32, content: &[u8]) {
     archive.resize(archive.len().next_multiple_of(4), 0);
 }
 
-/// The test guest's program as /init, with the kernel's modules.
+/// The test guest's program as /init, with the kernel's modules in two lists: what every guest loads, and what one with a network
+/// loads when it is told to.
 pub fn initramfs() -> File {
     let folder = named("THAW_TEST_KERNEL_DIR");
     let manifest: serde_json::Value =
         serde_json::from_slice(&fs::read(folder.join("manifest.json")).unwrap()).unwrap();
-    let modules = manifest["modules"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|name| name.as_str().unwrap());
     let mut archive = Vec::new();
     for name in ["dev", "proc", "sys", "disk", "modules"] {
         member(&mut archive, name, 0o040_755, b"");
@@ -66,18 +62,19 @@ pub fn initramfs() -> File {
         0o100_755,
         &fs::read(named("THAW_TEST_GUEST")).unwrap(),
     );
-    let mut order = String::new();
-    for name in modules {
-        member(
-            &mut archive,
-            &format!("modules/{name}"),
-            0o100_644,
-            &fs::read(folder.join("modules").join(name)).unwrap(),
-        );
-        order.push_str(name);
-        order.push('\n');
+    for (modules, list) in [("modules", "order"), ("network_modules", "network-order")] {
+        let mut order = String::new();
+        for name in manifest[modules].as_array().unwrap() {
+            let name = name.as_str().unwrap();
+            let module = fs::read(folder.join("modules").join(name)).unwrap();
+            let path = format!("modules/{name}");
+            member(&mut archive, &path, 0o100_644, &module);
+            order.push_str(name);
+            order.push('\n');
+        }
+        let path = format!("modules/{list}");
+        member(&mut archive, &path, 0o100_644, order.as_bytes());
     }
-    member(&mut archive, "modules/order", 0o100_644, order.as_bytes());
     member(&mut archive, "TRAILER!!!", 0, b"");
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(&archive).unwrap();

@@ -14,7 +14,7 @@ use std::time::Duration;
 use thaw_vmm_control::wire::{self, Read, Receiver};
 use thaw_vmm_control::{
     AGENT_FD, BootRequest, CONTROL_FD, Disk, DiskAccess, DiskSource, Event, Exit, FromMonitor,
-    Reply, Request, RestoreRequest, SaveForm, SaveRequest, Status,
+    Network, Reply, Request, RestoreRequest, SaveForm, SaveRequest, Status,
 };
 
 const MONITOR: &str = env!("CARGO_BIN_EXE_thaw-vmm");
@@ -265,6 +265,16 @@ impl Monitor {
 
     /// Boots the test guest and waits for its first line.
     pub fn boot(kernel: &str, vcpu_count: u8, disks: &[(Disk, &File)]) -> Self {
+        Self::boot_with(kernel, vcpu_count, disks, None)
+    }
+
+    /// The same, with a network device on this tap if there is one.
+    pub fn boot_with(
+        kernel: &str,
+        vcpu_count: u8,
+        disks: &[(Disk, &File)],
+        tap: Option<&File>,
+    ) -> Self {
         let mut monitor = Self::start();
         let (kernel, initramfs) = (crate::guest::kernel(kernel), crate::guest::initramfs());
         let request = Request::Boot(BootRequest {
@@ -273,9 +283,14 @@ impl Monitor {
             command_line: "console=ttyS0 quiet panic=-1 pci=off mitigations=off".into(),
             has_initramfs: true,
             disks: disks.iter().map(|(disk, _)| disk.clone()).collect(),
+            network: match tap {
+                Some(_) => Network::Plugged,
+                None => Network::Absent,
+            },
         });
         let mut files = vec![&kernel, &initramfs];
         files.extend(disks.iter().map(|(_, file)| *file));
+        files.extend(tap);
         monitor.done(&request, &files);
         assert_eq!(monitor.hear(), "hello");
         monitor

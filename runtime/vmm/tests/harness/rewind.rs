@@ -69,17 +69,23 @@ impl Frozen {
     }
 }
 
-fn ask_to_rewind(monitor: &mut Monitor) -> (Reply, UnixStream) {
+fn ask_to_rewind(monitor: &mut Monitor, tap: Option<&File>) -> (Reply, UnixStream) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     ours.set_read_timeout(monitor.agent.read_timeout().unwrap())
         .unwrap();
     let theirs = File::from(OwnedFd::from(theirs));
-    (monitor.ask(&Request::Rewind, &[&theirs]), ours)
+    let files: Vec<&File> = [&theirs].into_iter().chain(tap).collect();
+    (monitor.ask(&Request::Rewind, &files), ours)
 }
 
 /// Puts it back, onto a new agent channel.
 pub fn rewind(monitor: &mut Monitor) -> Rewound {
-    match ask_to_rewind(monitor) {
+    rewind_onto(monitor, None)
+}
+
+/// The same, onto a new tap as well, if there is one.
+pub fn rewind_onto(monitor: &mut Monitor, tap: Option<&File>) -> Rewound {
+    match ask_to_rewind(monitor, tap) {
         (Reply::Rewound(rewound), agent) => {
             monitor.agent = agent;
             rewound
@@ -302,7 +308,7 @@ fn a_guest_that_wrote_too_much_is_not_rewound() {
     let mut monitor = frozen(1).restore();
     monitor.done(&Request::Resume, &[]);
     assert_eq!(monitor.command("fill 40"), (40 << 20).to_string());
-    let (Reply::Failed(failure), _) = ask_to_rewind(&mut monitor) else {
+    let (Reply::Failed(failure), _) = ask_to_rewind(&mut monitor, None) else {
         panic!("rewound")
     };
     assert!(failure.message.contains("pages"), "{}", failure.message);
@@ -319,7 +325,7 @@ fn a_guest_that_ended_is_not_rewound() {
     monitor.tell("poweroff");
     monitor.exit();
     assert!(
-        matches!(ask_to_rewind(&mut monitor).0, Reply::Failed(failure) if failure.fault == Fault::Guest)
+        matches!(ask_to_rewind(&mut monitor, None).0, Reply::Failed(failure) if failure.fault == Fault::Guest)
     );
     monitor.quit();
 }

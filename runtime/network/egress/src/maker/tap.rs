@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 
 use rustix::fs::{Mode, OFlags, open as open_file};
 use rustix::ioctl::{IntegerSetter, Opcode, Setter, Updater, ioctl, opcode};
-use thaw_network::TAP_HEADER_BYTES;
+use thaw_network::VNET_HEADER_BYTES;
 
 /// Values of `linux/if_tun.h`.
 const IFF_TAP: c_short = 0x0002;
@@ -29,7 +29,7 @@ const TUNSETIFF: Opcode = opcode::write::<c_int>(b'T', 202);
 const TUNSETOFFLOAD: Opcode = opcode::write::<std::ffi::c_uint>(b'T', 208);
 const TUNSETVNETHDRSZ: Opcode = opcode::write::<c_int>(b'T', 216);
 
-/// A tap that ends with its descriptor, which does not block; each frame has a header of [`TAP_HEADER_BYTES`], and nothing is offloaded.
+/// A tap that ends with its descriptor, which does not block; each frame has a header of [`VNET_HEADER_BYTES`], and nothing is offloaded.
 pub fn open(name: &str) -> io::Result<OwnedFd> {
     let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;
     let tap = open_file("/dev/net/tun", flags, Mode::empty())?;
@@ -42,7 +42,7 @@ pub fn open(name: &str) -> io::Result<OwnedFd> {
     for (to, from) in room.iter_mut().zip(name.bytes()) {
         *to = from;
     }
-    let header = c_int::try_from(TAP_HEADER_BYTES).map_err(io::Error::other)?;
+    let header = c_int::try_from(VNET_HEADER_BYTES).map_err(io::Error::other)?;
     // SAFETY: TUNSETIFF reads and writes a `struct ifreq`, which the type is in size and layout (asserted above).
     unsafe { ioctl(&tap, Updater::<TUNSETIFF, _>::new(&mut request))? };
     // SAFETY: TUNSETVNETHDRSZ reads an int.

@@ -15,7 +15,7 @@ use smoltcp::socket::{tcp, udp};
 use smoltcp::time::Instant;
 use smoltcp::wire::{EthernetAddress, IpCidr};
 use thaw_network::{
-    GATEWAY_ADDRESS, GATEWAY_MAC, GUEST_ADDRESS, GUEST_MAC, PREFIX_LENGTH, TAP_HEADER_BYTES,
+    GATEWAY_ADDRESS, GATEWAY_MAC, GUEST_ADDRESS, GUEST_MAC, PREFIX_BITS, VNET_HEADER_BYTES,
 };
 
 use super::world::LIMIT;
@@ -39,8 +39,8 @@ impl phy::RxToken for Received {
 
 impl phy::TxToken for Sending<'_> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, length: usize, fill: F) -> R {
-        let mut bytes = vec![0; TAP_HEADER_BYTES + length];
-        let result = fill(&mut bytes[TAP_HEADER_BYTES..]);
+        let mut bytes = vec![0; VNET_HEADER_BYTES + length];
+        let result = fill(&mut bytes[VNET_HEADER_BYTES..]);
         // A full queue drops the frame, as a wire would.
         let _ = rustix::io::write(self.0, &bytes);
         result
@@ -52,9 +52,9 @@ impl Device for Tap {
     type TxToken<'a> = Sending<'a>;
 
     fn receive(&mut self, _: Instant) -> Option<(Received, Sending<'_>)> {
-        let mut bytes = vec![0; TAP_HEADER_BYTES + FRAME_BYTES_MAX];
+        let mut bytes = vec![0; VNET_HEADER_BYTES + FRAME_BYTES_MAX];
         let length = rustix::io::read(&self.tap, &mut bytes).ok()?;
-        let frame = bytes[TAP_HEADER_BYTES..length].to_vec();
+        let frame = bytes[VNET_HEADER_BYTES..length].to_vec();
         self.seen.push(frame.clone());
         Some((Received(frame), Sending(&self.tap)))
     }
@@ -96,7 +96,7 @@ impl Guest {
         let mut interface = Interface::new(config, &mut device, Instant::now());
         interface.update_ip_addrs(|addresses| {
             addresses
-                .push(IpCidr::new(GUEST_ADDRESS.into(), PREFIX_LENGTH))
+                .push(IpCidr::new(GUEST_ADDRESS.into(), PREFIX_BITS))
                 .unwrap();
         });
         interface
@@ -145,7 +145,7 @@ impl Guest {
         ip[10..12].copy_from_slice(&sum.to_be_bytes());
         // Without a checksum of its own (RFC 768).
         let udp = [9999_u16, 53, udp_length, 0].map(u16::to_be_bytes).concat();
-        let header = vec![0; TAP_HEADER_BYTES];
+        let header = vec![0; VNET_HEADER_BYTES];
         let frame = [&header, &GATEWAY_MAC[..], &mac, &[8, 0], &ip, &udp, &query].concat();
         assert_eq!(
             rustix::io::write(&self.device.tap, &frame).unwrap(),

@@ -303,7 +303,7 @@ mod tests {
             length: 0x1000,
             gsi: 5 + n,
         };
-        let windows: Vec<_> = (0..10).map(window).collect();
+        let windows: Vec<_> = (0..11).map(window).collect();
         assert!(tables(4, &windows).bytes.len() < 0x1_0000);
     }
 }

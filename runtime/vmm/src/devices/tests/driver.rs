@@ -9,7 +9,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::devices::state::DevicesStateV1;
 use crate::devices::{
-    Devices, DevicesConfig, DiskAccess, DiskConfig, MMIO_BASE, MMIO_WINDOW_BYTES,
+    Devices, DevicesConfig, DiskAccess, DiskConfig, MMIO_BASE, MMIO_WINDOW_BYTES, NetworkDevice,
 };
 use crate::memory::GuestMemoryMmap;
 
@@ -77,6 +77,7 @@ pub fn config(disks: &[&[u8]], agent_stream: UnixStream) -> DevicesConfig {
         disks,
         guest_cid: GUEST_CID,
         agent_stream,
+        network: NetworkDevice::Absent,
     }
 }
 

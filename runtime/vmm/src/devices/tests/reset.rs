@@ -13,7 +13,9 @@ use super::driver::{
 };
 use super::restore::busy_guest;
 use crate::devices::state::DevicesStateV1;
-use crate::devices::{DeviceRestoreError, Devices, DiskAccess, DiskFiles, SERIAL_PORT};
+use crate::devices::{
+    DeviceRestoreError, Devices, DiskAccess, DiskFiles, NetworkDevice, SERIAL_PORT,
+};
 
 /// What a guest or its host does.
 #[derive(Debug, Clone)]
@@ -214,7 +216,8 @@ fn devices_made_ahead_take_on_a_state_and_keep_their_eventfds() {
     let state = frozen.devices.save();
     let memory = memory();
     let shape = [DiskAccess::CopyOnWrite, DiskAccess::ReadOnly];
-    let devices = Devices::prepare(&shape, GUEST_CID, memory.clone()).unwrap();
+    let devices =
+        Devices::prepare((&shape, NetworkDevice::Absent), GUEST_CID, memory.clone()).unwrap();
     let windows = devices.mmio_windows().unwrap();
     let (sender, _faults) = std::sync::mpsc::channel();
     let thread = devices.start(sender).unwrap();
