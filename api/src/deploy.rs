@@ -389,6 +389,7 @@ async fn open_pool(app: &App, live: &Live, artifact: &Artifact) -> Result<Pool, 
             concurrency_max: app.limits.concurrency_max,
             queue_max: app.limits.queue_max,
             queue_wait_max: app.limits.queue_wait_max,
+            network: None,
             learn: Learn::WorkingSet,
         })
         .await

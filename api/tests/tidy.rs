@@ -39,15 +39,13 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("thaw-jail", &[]),
     ("thaw-lab", &[]),
     ("thaw-loadtest", &[]),
-    (
-        "thaw-network",
-        &["thaw-agent-protocol", "thaw-vmm-control"],
-    ),
+    ("thaw-network", &["thaw-agent-protocol", "thaw-vmm-control"]),
     (
         "thaw-runtime",
         &[
             "thaw-agent-protocol",
             "thaw-jail",
+            "thaw-network",
             "thaw-snapshot",
             "thaw-vmm-control",
         ],

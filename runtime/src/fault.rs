@@ -34,6 +34,9 @@ pub enum HostError {
     /// What keeps the monitor apart from this machine could not be made.
     #[error("cannot make a jail for a monitor")]
     Jail(#[source] thaw_jail::JailerError),
+    /// The function's network.
+    #[error("cannot give a sandbox its network")]
+    Network(#[source] thaw_network::EgressError),
     /// The monitor refused or failed a request.
     #[error("monitor failed to {request}")]
     Refused {

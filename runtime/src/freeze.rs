@@ -3,12 +3,11 @@
 mod base;
 mod drive;
 
-use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Duration;
 
 use thaw_agent_protocol::{Configure, RuntimeExit};
+use thaw_network::Policy;
 use thaw_snapshot::Metadata;
 use thaw_vmm_control::{ExitReason, Fault};
 use thiserror::Error;
@@ -55,9 +54,9 @@ pub struct FreezeRequest {
     pub memory_mib: u32,
     /// What the agent starts.
     pub configure: Configure,
-    /// Where the network of the function leads while it initialises, if [`Configure::network`] gives it one; `None`: what it sends
-    /// is lost. It is no part of the snapshot.
-    pub tap: Option<Arc<OwnedFd>>,
+    /// What the function may reach while it initialises, if [`Configure::network`] gives it a network; `None`: nothing, and what it
+    /// sends is lost. It is no part of the snapshot.
+    pub network: Option<Policy>,
     /// The snapshot's metadata; agent version, processor count, memory size and network are filled in here.
     pub metadata: Metadata,
     /// Final name of the snapshot file. It is there in full or not at all.

@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::desk::{Deed, Desk};
 use crate::monitor::{Size, Spawner};
+use crate::network::{Networks, Plug};
 use crate::sandbox::{Sandbox, SnapshotFiles};
 use crate::schedule::{FunctionId, Input, Rules, Shape, Ticket, Time, Turn, VmId};
 use crate::vm::chain;
@@ -48,6 +49,7 @@ pub(crate) struct Node {
     /// Monitors, which hold guests, never get it.
     pub(crate) key: Key,
     pub(crate) spawner: Spawner,
+    pub(crate) networks: Arc<Networks>,
     /// Ends freezes and everything that is made ahead.
     pub(crate) stop: CancellationToken,
     tokio: Handle,
@@ -122,6 +124,7 @@ impl Node {
         let alarm = watch::Sender::new(None);
         let times = alarm.subscribe();
         let node = Arc::new(Self {
+            networks: Arc::new(Networks::new(config.egress.clone())),
             config,
             key,
             spawner,
@@ -133,6 +136,10 @@ impl Node {
         });
         node.tokio.spawn(ring(Arc::downgrade(&node), times));
         node
+    }
+
+    pub(crate) fn tokio(&self) -> &Handle {
+        &self.tokio
     }
 
     /// The schedule's clock.
@@ -295,7 +302,19 @@ impl Node {
                 none.insert(Sandbox::spawn(&self.spawner, size).await?)
             }
         };
-        sandbox.claim(&member.files(), None, &self.config).await
+        let plug = self.plug(member).await?;
+        sandbox.claim(&member.files(), plug, &self.config).await
+    }
+
+    /// The network of the next life of one of the function's sandboxes, if it has one.
+    pub(crate) async fn plug(&self, member: &Member) -> Result<Option<Plug>, HostError> {
+        match &member.spec.network {
+            Some(policy) if member.shape.network => {
+                let plug = self.networks.plug(policy, self.config.restore_limit);
+                plug.await.map(Some)
+            }
+            _ => Ok(None),
+        }
     }
 
     async fn destroy(self: Arc<Self>, id: VmId, sandbox: Option<Sandbox>) {
@@ -337,7 +356,11 @@ impl Node {
     async fn rewind(self: Arc<Self>, id: VmId, mut sandbox: Sandbox, member: Arc<Member>) {
         let taught = sandbox.taught(&self.config).await;
         let began = Instant::now();
-        let rewound = sandbox.rewind(None, &self.config).await;
+        // Each life has a slot of its own: nothing of an earlier one's connections can come.
+        let rewound = match self.plug(&member).await {
+            Ok(plug) => sandbox.rewind(plug, &self.config).await,
+            Err(error) => Err(error),
+        };
         self.apply_with(|desk| {
             desk.held.insert(id, sandbox);
             match rewound {

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use thaw_agent_protocol::{FrameError, PAYLOAD_BYTES_MAX};
+use thaw_network::Policy;
 use thaw_snapshot::{Key, SectionKind, Snapshot};
 use thaw_vmm_control::{Paging, VCPU_COUNT_MAX};
 use thiserror::Error;
@@ -48,6 +49,8 @@ pub struct PoolSpec {
     pub queue_max: usize,
     /// Longest wait for a VM.
     pub queue_wait_max: Duration,
+    /// What its guests may reach, if the snapshot has a network device; `None`: nothing, and what they send is lost.
+    pub network: Option<Policy>,
     /// What is learned from the first invocations.
     pub learn: Learn,
 }
@@ -165,6 +168,9 @@ impl Pool {
             stop_running: CancellationToken::new(),
             gone: watch::Sender::new(false),
         });
+        if member.spec.network.is_some() {
+            node.networks.warm(node.tokio());
+        }
         node.add(&member);
         if node.stop.is_cancelled() {
             node.apply(Input::Remove(member.id));

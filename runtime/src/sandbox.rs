@@ -22,6 +22,7 @@ use self::life::{Begin, Input, Life, Step};
 use self::settle::Unsettled;
 use crate::channel::AgentChannel;
 use crate::monitor::{Size, Spawner, socket_pair};
+use crate::network::{Plug, Socket};
 use crate::node::Lesson;
 use crate::schedule::{Shape, Start};
 use crate::vm::{Vm, after};
@@ -125,6 +126,8 @@ pub(crate) struct Sandbox {
     lesson: Option<Lesson>,
     /// Its last invocation is not over for its guest.
     unsettled: Option<Unsettled>,
+    /// The network of its present life.
+    network: Option<Socket>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -207,6 +210,7 @@ impl Sandbox {
             generation: Generation(0),
             lesson: None,
             unsettled: None,
+            network: None,
         })
     }
 
@@ -230,10 +234,11 @@ impl Sandbox {
     pub(crate) async fn claim(
         &mut self,
         files: &SnapshotFiles,
-        tap: Option<OwnedFd>,
+        plug: Option<Plug>,
         config: &RuntimeConfig,
     ) -> Result<(), HostError> {
         self.fit(files)?;
+        let tap = self.connect(plug);
         let monitor = &mut self.vm.monitor;
         monitor
             .command(
@@ -255,13 +260,25 @@ impl Sandbox {
         Ok(())
     }
 
+    /// Its network is this one from now on; what its monitor is to be given. The one before is gone, with its connections.
+    fn connect(&mut self, plug: Option<Plug>) -> Option<OwnedFd> {
+        let (socket, tap) = plug.map(|plug| (plug.socket, plug.tap)).unzip();
+        self.network = socket;
+        tap
+    }
+
+    pub(crate) fn has_network(&self) -> bool {
+        self.network.is_some()
+    }
+
     /// Puts it back to its snapshot, paused, with a new agent channel and a new tap, if one is given: nothing that its last life
     /// said can come any more.
     pub(crate) async fn rewind(
         &mut self,
-        tap: Option<OwnedFd>,
+        plug: Option<Plug>,
         config: &RuntimeConfig,
     ) -> Result<Rewound, HostError> {
+        let tap = self.connect(plug);
         let (ours, theirs) = socket_pair().map_err(HostError::Channel)?;
         let monitor = &mut self.vm.monitor;
         let fds = (theirs.as_fd(), tap.as_ref().map(AsFd::as_fd));
@@ -332,7 +349,7 @@ impl Sandbox {
     pub(crate) async fn run(
         &mut self,
         invocation: &Invocation,
-        (files, tap): (&SnapshotFiles, Option<OwnedFd>),
+        (files, plug): (&SnapshotFiles, Option<Plug>),
         answer: &mut Answer,
         (asked, claimed): (Moment, Moment),
         config: &RuntimeConfig,
@@ -345,8 +362,10 @@ impl Sandbox {
         };
         self.stage = Stage::Used;
         self.hand_over(invocation).map_err(NotRun::Perhaps)?;
+        let mut tap = None;
         if begin == Begin::Claim {
             self.fit(files)?;
+            tap = self.connect(plug);
         }
         let monitor = &mut self.vm.monitor;
         match begin {

@@ -9,6 +9,7 @@ use thiserror::Error;
 use tokio::runtime::Handle;
 
 use thaw_jail::Jailer;
+use thaw_network::EgressOptions;
 
 use crate::freeze::freeze;
 use crate::monitor::Spawner;
@@ -28,6 +29,8 @@ pub struct RuntimeConfig {
     pub vmm: PathBuf,
     /// What keeps monitors apart from this machine and from each other; `None`: nothing but what a process does by itself.
     pub jailer: Option<Jailer>,
+    /// The program that gives functions a network; `None`: they have none.
+    pub egress: Option<EgressOptions>,
     /// Memory that all monitors together may come to use, MiB; `None` for no limit. A VM that runs or has run counts with
     /// its whole memory. What guests write to their copy-on-write disks is not counted: leave room for it.
     pub memory_budget_mib: Option<u64>,
@@ -59,6 +62,7 @@ impl Default for RuntimeConfig {
         Self {
             vmm: PathBuf::from("thaw-vmm"),
             jailer: None,
+            egress: None,
             memory_budget_mib: None,
             vcpu_budget: None,
             keep_alive: Duration::from_secs(60),

@@ -94,7 +94,7 @@ fn request(handler: &str, output: PathBuf) -> FreezeRequest {
             account_id: None,
             network: false,
         },
-        tap: None,
+        network: None,
         metadata: Metadata::default(),
         output,
         base: None,
@@ -163,6 +163,7 @@ async fn pool(ready_count: usize) -> (Runtime, Pool) {
         concurrency_max: 4,
         queue_max: 64,
         queue_wait_max: AMPLE,
+        network: None,
         learn: Learn::Nothing,
     };
     let pool = runtime.open_pool(spec).await.unwrap();
@@ -429,6 +430,7 @@ async fn a_function_lazily_served_from_a_store_after_it_was_recorded_answers() {
         concurrency_max: 4,
         queue_max: 64,
         queue_wait_max: AMPLE,
+        network: None,
         learn: Learn::Nothing,
     };
     let pool = runtime.open_pool(spec(&path, None)).await.unwrap();
@@ -491,6 +493,7 @@ async fn a_function_learns_its_working_set_from_its_first_request_and_no_more() 
             concurrency_max: 4,
             queue_max: 64,
             queue_wait_max: AMPLE,
+            network: None,
             learn: Learn::WorkingSet,
         };
         let pool = runtime.open_pool(spec).await.unwrap();
@@ -715,6 +718,7 @@ async fn a_second_function_over_a_base_takes_less_than_half_of_the_time_and_disk
         concurrency_max: 1,
         queue_max: 1,
         queue_wait_max: AMPLE,
+        network: None,
         learn: Learn::Nothing,
     };
     let pool = runtime.open_pool(spec).await.unwrap();

@@ -328,7 +328,7 @@ fn request(job: FreezeJob, base: Base, rootfs: &RuntimeImage, code: PathBuf) -> 
             account_id: job.account_id,
             network: false,
         },
-        tap: None,
+        network: None,
         metadata: Metadata {
             function: job.function,
             revision: job.revision,

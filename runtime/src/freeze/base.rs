@@ -67,7 +67,7 @@ pub(super) async fn make(
     let mut request = request.clone();
     request.base = None;
     request.code = base.code.clone();
-    request.tap = None;
+    request.network = None;
     request.output = base.file.clone();
     request.metadata = Metadata {
         function: String::new(),
@@ -114,7 +114,7 @@ impl Freeze<'_> {
                 disk(overlay, DiskAccess::CopyOnWrite, DiskSource::Snapshot),
             ],
             resume: true,
-            has_tap: request.tap.is_some(),
+            has_tap: self.plug.is_some(),
             ..Default::default()
         });
         let files = [
@@ -122,7 +122,7 @@ impl Freeze<'_> {
             drive::open(&request.rootfs).await?,
             drive::open(&request.code).await?,
         ];
-        let tap = request.tap.as_ref().map(|tap| tap.as_fd());
+        let tap = self.plug.as_ref().map(|plug| plug.tap.as_fd());
         let fds: Vec<_> = files.iter().map(File::as_fd).chain(tap).collect();
         let limit = self.node.config.restore_limit;
         let restored = self.vm.monitor.command(&restore, &fds, limit).await;

@@ -19,6 +19,7 @@ use super::{
 };
 use crate::HostError;
 use crate::monitor::Size;
+use crate::network::Plug;
 use crate::node::Node;
 use crate::sandbox::DISK_IDS;
 use crate::tail::Tail;
@@ -104,8 +105,16 @@ async fn attempts(
     let size = size(request).await?;
     let mut attempt = 1;
     loop {
+        let plug = match &request.network {
+            Some(policy) if request.configure.network => {
+                let limit = node.config.restore_limit;
+                Some(node.networks.plug(policy, limit).await?)
+            }
+            _ => None,
+        };
         let (monitor, channel) = node.spawner.spawn(size).await?;
         let mut freeze = Freeze {
+            plug,
             vm: Vm::new(monitor, channel),
             log: Tail::new(INIT_LOG_BYTES_MAX),
             agent_is_up: false,
@@ -186,6 +195,8 @@ pub(crate) async fn open(path: &Path) -> Result<File, HostError> {
 
 pub(super) struct Freeze<'a> {
     pub(super) vm: Vm,
+    /// The function's network while it initialises.
+    pub(super) plug: Option<Plug>,
     log: Tail,
     agent_is_up: bool,
     pub(super) node: &'a Node,
@@ -277,7 +288,7 @@ impl Freeze<'_> {
                 source: DiskSource::Descriptor,
             })
             .collect();
-        let tap = request.tap.as_ref().filter(|_| request.configure.network);
+        let tap = self.plug.as_ref().map(|plug| &plug.tap);
         let boot = Request::Boot(BootRequest {
             vcpu_count: request.vcpu_count,
             memory_mib: request.memory_mib,

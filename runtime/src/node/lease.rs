@@ -100,6 +100,17 @@ impl Lease {
                 }
             },
         };
+        let plug = match sandbox.is_shell() {
+            true => match self.node.plug(member).await {
+                Ok(plug) => plug,
+                Err(error) => {
+                    let error = Arc::new(error);
+                    self.fate = Fate::ClaimFailed(Arc::clone(&error));
+                    return Err(RunError::NotRun(error));
+                }
+            },
+            false => None,
+        };
         let (mut claims, node, vm) = (sandbox.is_shell(), &self.node, *vm);
         let mut begun = || {
             if std::mem::take(&mut claims) {
@@ -109,7 +120,7 @@ impl Lease {
         let result = sandbox
             .run(
                 invocation,
-                (&member.files(), None),
+                (&member.files(), plug),
                 answer,
                 (asked, claimed_at),
                 &node.config,
@@ -119,7 +130,7 @@ impl Lease {
         match result {
             Ok(mut outcome) => {
                 outcome.start = *start;
-                if sandbox.is_unsettled() {
+                if sandbox.is_unsettled() || sandbox.has_network() {
                     let (sender, late_log) = LateLog::new();
                     self.late_log = Some(sender);
                     outcome.late_log = Some(late_log);

@@ -43,7 +43,7 @@ impl Pool {
         let ran = sandbox
             .run(
                 invocation,
-                (&files, None),
+                (&files, node.plug(member).await.map_err(host)?),
                 &mut Answer::whole(),
                 (asked, asked),
                 &node.config,

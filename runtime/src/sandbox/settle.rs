@@ -54,8 +54,17 @@ impl Sandbox {
         self.unsettled.is_some()
     }
 
-    /// Waits until the extensions have done their part, within their limit; what they wrote meanwhile. Cancelling loses that.
+    /// Waits until the extensions have done their part, within their limit; what they wrote meanwhile, and what the network
+    /// denied to the guest. Cancelling loses that.
     pub(crate) async fn settle(&mut self) -> (Vec<u8>, Left) {
+        let (mut log, left) = self.settle_extensions().await;
+        if let Some(network) = &self.network {
+            log.extend(network.denials().await);
+        }
+        (log, left)
+    }
+
+    async fn settle_extensions(&mut self) -> (Vec<u8>, Left) {
         let Some(unsettled) = self.unsettled.take() else {
             return (Vec::new(), Left::Running);
         };

@@ -101,6 +101,7 @@ impl Stage {
             concurrency_max: 2,
             queue_max: 8,
             queue_wait_max: AMPLE,
+            network: None,
             learn: Learn::Nothing,
         }
     }
@@ -128,7 +129,7 @@ impl Stage {
             vcpu_count: 1,
             memory_mib: 128,
             configure: Configure::default(),
-            tap: None,
+            network: None,
             metadata: Metadata::default(),
             output: self.path("out.thaw"),
             base: None,

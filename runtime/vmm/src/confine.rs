@@ -186,6 +186,11 @@ const VCPU: &[Rule] = &[only(libc::SYS_ioctl, KVM, "KVM_RUN")];
 
 /// The thread of all devices.
 const DEVICES: &[Rule] = &[
+    only(
+        libc::SYS_ioctl,
+        OF_FILES,
+        "a channel or tap that does not block",
+    ),
     any(libc::SYS_epoll_wait, "doorbells and the agent's channel"),
     any(libc::SYS_epoll_pwait, "the same"),
     any(libc::SYS_epoll_ctl, "an agent's channel that is watched"),

@@ -214,6 +214,7 @@ impl Parts {
             concurrency_max: 1,
             queue_max: 1,
             queue_wait_max: WAIT_LIMIT,
+            network: None,
             learn: Learn::Nothing,
         }
     }

@@ -1,0 +1,103 @@
+//! Slots for the guests of functions with a network: from the process `thaw-egress`, which is started when the first one is wanted, and
+//! again when it has ended.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use thaw_network::{Egress, EgressError, EgressOptions, Policy, Slot};
+
+use crate::HostError;
+
+/// Why there is no network.
+const NONE_HERE: &str = "no program that makes networks was named";
+
+/// Where slots come from.
+#[derive(Debug)]
+pub(crate) struct Networks {
+    options: Option<EgressOptions>,
+    current: tokio::sync::Mutex<Option<Egress>>,
+}
+
+/// A slot and the end of it that a monitor gets.
+#[derive(Debug)]
+pub(crate) struct Plug {
+    pub(crate) socket: Socket,
+    pub(crate) tap: OwnedFd,
+}
+
+/// A slot in use. Dropping it ends every connection of its guest and gives it back, in the background.
+#[derive(Debug)]
+pub(crate) struct Socket {
+    egress: Egress,
+    slot: Slot,
+}
+
+impl Networks {
+    pub(crate) fn new(options: Option<EgressOptions>) -> Self {
+        Self {
+            options,
+            current: tokio::sync::Mutex::new(None),
+        }
+    }
+
+    /// A fresh slot, within `limit`. One that is ready costs a message and no call that configures a network.
+    pub(crate) async fn plug(&self, policy: &Policy, limit: Duration) -> Result<Plug, HostError> {
+        let egress = self.egress().await.map_err(HostError::Network)?;
+        let taken = egress.take(policy, limit).await;
+        if matches!(taken, Err(EgressError::Ended(_) | EgressError::Protocol)) {
+            // The next one starts it again.
+            *self.current.lock().await = None;
+        }
+        let (slot, tap) = taken.map_err(HostError::Network)?;
+        let socket = Socket { egress, slot };
+        Ok(Plug { socket, tap })
+    }
+
+    /// Starts the process ahead of the first slot that is wanted.
+    pub(crate) fn warm(self: &Arc<Self>, tokio: &tokio::runtime::Handle) {
+        let networks = Arc::clone(self);
+        tokio.spawn(async move {
+            if let Err(error) = networks.egress().await {
+                tracing::warn!(
+                    error = crate::vm::chain(&error),
+                    "functions have no network"
+                );
+            }
+        });
+    }
+
+    async fn egress(&self) -> Result<Egress, EgressError> {
+        let mut current = self.current.lock().await;
+        if let Some(egress) = &*current {
+            return Ok(egress.clone());
+        }
+        let Some(options) = &self.options else {
+            return Err(EgressError::Refused(NONE_HERE.into()));
+        };
+        let egress = Egress::start(options).await?;
+        Ok(current.insert(egress).clone())
+    }
+}
+
+impl Socket {
+    /// A line for the function's log about each thing that its guest wanted and did not get; empty if there was none.
+    pub(crate) async fn denials(&self) -> Vec<u8> {
+        let report = match self.egress.report(&self.slot).await {
+            Ok(report) => report,
+            Err(error) => {
+                tracing::debug!(%error, "no report of a network");
+                return Vec::new();
+            }
+        };
+        let mut lines = String::new();
+        for denial in &report.denials {
+            lines.push_str(&format!("thaw: network: denied {denial}\n"));
+        }
+        let told = u64::try_from(report.denials.len()).unwrap_or(u64::MAX);
+        if report.denied > told {
+            lines.push_str(&format!("thaw: network: denied {} in all\n", report.denied));
+        }
+        lines.into_bytes()
+    }
+}
