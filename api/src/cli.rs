@@ -19,6 +19,7 @@ mod list;
 mod logs;
 mod manifest;
 mod near;
+mod network;
 mod output;
 mod package;
 mod plan;

@@ -191,7 +191,7 @@ async fn reopen(app: Arc<App>, live: Arc<Live>) {
             .usable(artifact, &revision.settings.runtime)
             .await
         {
-            match open_pool(&app, &live, artifact).await {
+            match open_pool(&app, &live, revision, artifact).await {
                 Ok(pool) => {
                     live.pool.send_if_modified(|slot| {
                         // An update may have been quicker.
@@ -330,7 +330,7 @@ async fn freeze(
     match app.engine.freeze(job, &mut step).await {
         Ok(artifact) => {
             live.progress.push(Step::Pool, "restore sandboxes ahead");
-            let pool = open_pool(app, live, &artifact).await?;
+            let pool = open_pool(app, live, revision, &artifact).await?;
             Ok((Outcome::Frozen(bounded(artifact)), Some(pool)))
         }
         Err(EngineError::Freeze(error)) => match init_failure(error, limit) {
@@ -359,6 +359,7 @@ fn job(app: &App, live: &Live, revision: &Revision) -> FreezeJob {
         bootstrap: environment::bootstrap(&settings.runtime),
         environment: environment::variables(&live.name, live.id, &app.region, settings),
         account_id: Some(app.account_id.clone()),
+        network: settings.network.clone(),
         init_limit: match is_optimised(live, revision) {
             true => snap_start_init_limit(settings.timeout_seconds, app.limits.init_limit),
             false => app.limits.init_limit,
@@ -373,7 +374,12 @@ fn snap_start_init_limit(timeout_seconds: u32, ordinary: Duration) -> Duration {
     ordinary.max(SNAP_START_INIT_LIMIT).max(own)
 }
 
-async fn open_pool(app: &App, live: &Live, artifact: &Artifact) -> Result<Pool, String> {
+async fn open_pool(
+    app: &App,
+    live: &Live,
+    revision: &Revision,
+    artifact: &Artifact,
+) -> Result<Pool, String> {
     app.engine
         .open_pool(PoolSpec {
             name: live.label.clone(),
@@ -389,7 +395,7 @@ async fn open_pool(app: &App, live: &Live, artifact: &Artifact) -> Result<Pool, 
             concurrency_max: app.limits.concurrency_max,
             queue_max: app.limits.queue_max,
             queue_wait_max: app.limits.queue_wait_max,
-            network: None,
+            network: revision.settings.network.clone(),
             learn: Learn::WorkingSet,
         })
         .await

@@ -11,8 +11,8 @@ use std::time::Duration;
 use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 use thaw_runtime::{
-    End, FreezeError, Invocation, InvokeError, OpenPoolError, Outcome, PoolSpec, PoolStats,
-    RuntimeStats, StreamPart,
+    End, FreezeError, Invocation, InvokeError, NetworkPolicy, OpenPoolError, Outcome, PoolSpec,
+    PoolStats, RuntimeStats, StreamPart,
 };
 use thiserror::Error;
 use tokio::sync::mpsc;
@@ -116,6 +116,8 @@ pub struct FreezeJob {
     pub account_id: Option<String>,
     /// Environment of the function's runtime.
     pub environment: BTreeMap<String, String>,
+    /// What the function may reach; `None`: nothing, and its guests have no network device.
+    pub network: Option<NetworkPolicy>,
     /// Longest initialisation.
     pub init_limit: Duration,
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::serve::ListenerExt as _;
-use thaw_runtime::{Jailer, JailerError, Owner, Reach, Runtime, RuntimeConfig};
+use thaw_runtime::{EgressOptions, Jailer, JailerError, Owner, Reach, Runtime, RuntimeConfig};
 use thiserror::Error;
 use tokio::net::TcpListener;
 
@@ -36,6 +36,8 @@ pub struct GatewayConfig {
     pub exposure: Exposure,
     /// The `thaw-vmm` executable.
     pub vmm: PathBuf,
+    /// The `thaw-egress` executable; without it functions have no network.
+    pub egress: Option<PathBuf>,
     /// What keeps its processes apart from this machine.
     pub confinement: Confinement,
     /// The agent: a static executable, init of every guest.
@@ -75,6 +77,7 @@ impl GatewayConfig {
             listener,
             exposure: Exposure::Loopback,
             vmm,
+            egress: None,
             confinement: Confinement::Jail,
             agent,
             ready_count: 2,
@@ -124,6 +127,8 @@ pub struct Limits {
     pub freeze_concurrency_max: usize,
     /// Restores at once, over all functions.
     pub restore_concurrency_max: usize,
+    /// Networks that are kept ready for functions that have one: a burst of so many claims waits for none.
+    pub slots_ready: usize,
     /// Longest initialisation of a function. AWS gives 10 s on its own hardware; an emulated host is ten times slower,
     /// and nobody waits for it but the deployment.
     pub init_limit: Duration,
@@ -142,6 +147,7 @@ impl Default for Limits {
             function_count_max: 1000,
             freeze_concurrency_max: 1,
             restore_concurrency_max: 2,
+            slots_ready: 16,
             init_limit: Duration::from_secs(60),
             event_retries: Retries::default(),
             drain_limit: Duration::from_secs(15),
@@ -247,6 +253,10 @@ impl Gateway {
         let runtime_config = RuntimeConfig {
             vmm: config.vmm.clone(),
             jailer,
+            egress: config.egress.clone().map(|program| EgressOptions {
+                program,
+                ready: config.limits.slots_ready,
+            }),
             memory_budget_mib: Some(config.budget.memory_mib),
             vcpu_budget: Some(config.budget.vcpus),
             keep_alive: config.keep_alive,

@@ -27,6 +27,7 @@ pub mod invocation;
 pub mod lambda;
 pub mod layers;
 pub mod logs;
+pub mod network;
 pub mod policy;
 pub mod progress;
 pub mod record;

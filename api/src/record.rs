@@ -10,6 +10,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 use thaw_api_types::lambda::Cors;
+use thaw_runtime::NetworkPolicy;
 use uuid::Uuid;
 
 use crate::engine::{Artifact, EPHEMERAL_MIB_DEFAULT};
@@ -329,6 +330,9 @@ pub struct Settings {
     /// What X-Ray is told; recorded only, as there is none here: no trace that Thaw begins is sampled.
     #[serde(default)]
     pub tracing: Tracing,
+    /// What it may reach; `None`: nothing, and it has no network device.
+    #[serde(default)]
+    pub network: Option<NetworkPolicy>,
 }
 
 /// Whose decision it is that an invocation is traced.

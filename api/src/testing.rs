@@ -32,6 +32,7 @@ pub fn version(name: &str) -> Version {
                 ephemeral_mib: crate::engine::EPHEMERAL_MIB_DEFAULT,
                 logging: crate::record::Logging::default(),
                 tracing: crate::record::Tracing::default(),
+                network: None,
             },
             code: Code {
                 bytes: 10,

@@ -63,6 +63,7 @@ impl Deployment {
             ephemeral_mib: thaw_api::engine::EPHEMERAL_MIB_DEFAULT,
             logging: thaw_api::record::Logging::default(),
             tracing: thaw_api::record::Tracing::default(),
+            network: None,
         };
         Self {
             name: name.to_owned(),
@@ -474,6 +475,8 @@ fn configuration(deployment: &Deployment) -> Value {
         "MemorySize": settings.memory_mib, "Environment": { "Variables": settings.environment.clone().unwrap_or_default() },
         "EphemeralStorage": { "Size": settings.ephemeral_mib }, "SnapStart": { "ApplyOn": snap_start },
         "Layers": deployment.layers,
+        // Without any, this says so.
+        "ThawNetwork": settings.network.clone().unwrap_or_default(),
     })
 }
 

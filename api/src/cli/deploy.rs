@@ -90,6 +90,7 @@ impl Settings {
                 .unwrap_or(thaw_api::engine::EPHEMERAL_MIB_DEFAULT),
             logging: thaw_api::record::Logging::default(),
             tracing: thaw_api::record::Tracing::default(),
+            network: None,
         }
     }
 }

@@ -11,6 +11,8 @@ pub struct Installation {
     pub thaw: PathBuf,
     /// The monitor.
     pub vmm: PathBuf,
+    /// What gives functions a network.
+    pub egress: PathBuf,
     /// The guest's init: a static binary.
     pub agent: PathBuf,
 }
@@ -24,13 +26,19 @@ impl Installation {
         let thaw = std::env::current_exe().context("cannot tell where this program is")?;
         let folder = thaw.parent().context("this program is in no folder")?;
         let (vmm, agent) = (folder.join("thaw-vmm"), folder.join("guest/thaw-agent"));
-        for program in [&vmm, &agent] {
+        let egress = folder.join("thaw-egress");
+        for program in [&vmm, &egress, &agent] {
             ensure!(
                 program.is_file(),
                 "{} is missing: run `make build`",
                 program.display()
             );
         }
-        Ok(Self { vmm, agent, thaw })
+        Ok(Self {
+            vmm,
+            egress,
+            agent,
+            thaw,
+        })
     }
 }

@@ -10,6 +10,7 @@ use thaw_api_types::lambda::{Cors, FunctionUrlRequest};
 use thiserror::Error;
 
 use super::near::nearest;
+use super::network::NetworkTable;
 
 /// Name of the file, in the function's folder.
 pub const FILE: &str = "thaw.toml";
@@ -44,6 +45,8 @@ pub struct Manifest {
     pub reserved_concurrency: Option<u32>,
     /// Who may call the function's URL.
     pub url: Option<UrlTable>,
+    /// What it may reach.
+    pub network: Option<NetworkTable>,
     /// Whether `thaw deploy` publishes a version.
     #[serde(default)]
     pub publish: bool,

@@ -3,6 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
+use serde_json::Value;
+use thaw_api::network;
 use thaw_api::record::{Code, Settings};
 use thaw_api_types::lambda::{Cors, FunctionConfiguration, FunctionUrlConfig, FunctionUrlRequest};
 
@@ -152,7 +154,7 @@ fn failed(known: &FunctionConfiguration) -> bool {
 type Keys = Vec<(&'static str, String)>;
 
 fn of_configuration(known: &FunctionConfiguration) -> Keys {
-    vec![
+    let mut keys = vec![
         ("runtime", known.runtime.clone()),
         ("handler", known.handler.clone()),
         ("memory", format!("{} MiB", known.memory_size)),
@@ -165,18 +167,26 @@ fn of_configuration(known: &FunctionConfiguration) -> Keys {
             "snap_start",
             (known.snap_start.apply_on == "PublishedVersions").to_string(),
         ),
-    ]
+    ];
+    keys.extend(known.thaw_network.as_ref().map(of_network));
+    keys
+}
+
+fn of_network(shown: &Value) -> (&'static str, String) {
+    ("network", shown.to_string())
 }
 
 fn of_settings(wanted: &Settings) -> Keys {
-    vec![
+    let mut keys = vec![
         ("runtime", wanted.runtime.clone()),
         ("handler", wanted.handler.clone()),
         ("memory", format!("{} MiB", wanted.memory_mib)),
         ("timeout", format!("{} s", wanted.timeout_seconds)),
         ("ephemeral_storage", format!("{} MiB", wanted.ephemeral_mib)),
         ("snap_start", wanted.snap_start.to_string()),
-    ]
+    ];
+    keys.extend((wanted.network.as_ref()).map(|policy| of_network(&network::shown(policy))));
+    keys
 }
 
 fn of_url(url: &FunctionUrlConfig) -> Keys {

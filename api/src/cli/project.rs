@@ -73,7 +73,10 @@ impl Project {
         let stem = code.file_stem().and_then(|stem| stem.to_str());
         let name = args.name.clone().or_else(|| manifest.name.clone());
         let name = name.or_else(|| stem.map(str::to_owned));
-        let settings = args.settings.over(&manifest, &code);
+        let mut settings = args.settings.over(&manifest, &code);
+        if let Some(network) = &manifest.network {
+            settings.network = network.policy(|name| std::env::var(name).ok())?;
+        }
         check_runtime(&settings.runtime)?;
         let layers = match args.layer.as_slice() {
             [] => manifest.layers.clone(),

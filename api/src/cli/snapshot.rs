@@ -180,6 +180,7 @@ async fn freeze(
         bootstrap: environment::bootstrap(&settings.runtime),
         environment: environment::variables(&args.name, VersionId::Latest, "us-east-1", &settings),
         account_id: None,
+        network: None,
         init_limit: INIT_LIMIT,
         runtime: settings.runtime,
     };

@@ -397,6 +397,7 @@ async fn configure(
         installation.agent.clone(),
     );
     config.exposure = exposure;
+    config.egress = Some(installation.egress.clone());
     if args.vmm.is_some() {
         config.confinement = Confinement::Nothing;
     }

@@ -326,9 +326,9 @@ fn request(job: FreezeJob, base: Base, rootfs: &RuntimeImage, code: PathBuf) -> 
             init_limit_ms: u64::try_from(job.init_limit.as_millis()).unwrap_or(u64::MAX),
             hostname: HOSTNAME.to_owned(),
             account_id: job.account_id,
-            network: false,
+            network: job.network.is_some(),
         },
-        network: None,
+        network: job.network,
         metadata: Metadata {
             function: job.function,
             revision: job.revision,

@@ -15,6 +15,7 @@ use super::layers::RUNTIMES;
 use super::logging;
 use crate::engine::EPHEMERAL_MIB_DEFAULT;
 use crate::environment::RESERVED;
+use crate::network;
 use crate::record::{Logging, Settings, Tracing};
 
 /// Largest zip, bytes.
@@ -108,6 +109,7 @@ pub fn create(request: &CreateFunctionRequest) -> Result<Settings, ApiError> {
         ephemeral_mib: EPHEMERAL_MIB_DEFAULT,
         logging: Logging::default(),
         tracing: Tracing::default(),
+        network: None,
     };
     merge(default, &request.settings)
 }
@@ -369,6 +371,11 @@ fn merge(current: Settings, change: &FunctionSettings) -> Result<Settings, ApiEr
             .as_ref()
             .and_then(tracing_of)
             .unwrap_or(current.tracing),
+        network: match &change.thaw_network {
+            Some(setting) => network::parse(setting)
+                .map_err(|why| ApiError::invalid_parameter(format!("ThawNetwork: {why}.")))?,
+            None => current.network,
+        },
         environment,
         layers: current.layers,
         snap_start: change

@@ -9,6 +9,7 @@ use thaw_api_types::lambda::{
 
 use crate::auth::sigv4::hex_digest;
 use crate::clock;
+use crate::network;
 use crate::record::{LastUpdate, LayerUse, State, Version, VersionId};
 use crate::state::App;
 
@@ -87,6 +88,7 @@ pub fn configuration(
             runtime_version_arn: runtime_arn(region, &settings.runtime),
         }),
         logging_config: logging(function),
+        thaw_network: settings.network.as_ref().map(network::shown),
         ..FunctionConfiguration::default()
     };
     if detail == Detail::Full {

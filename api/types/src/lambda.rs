@@ -82,6 +82,9 @@ pub struct FunctionSettings {
     /// What X-Ray is told.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tracing_config: Option<TracingConfig>,
+    /// What it may reach; Thaw's own, of which AWS knows nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub thaw_network: Option<serde_json::Value>,
     /// A key of a key management service.
     #[serde(rename = "KMSKeyArn", skip_serializing_if = "Option::is_none")]
     pub kms_key_arn: Option<serde_json::Value>,
@@ -249,6 +252,9 @@ pub struct FunctionConfiguration {
     pub runtime_version_config: Option<RuntimeVersionConfig>,
     /// Where logs go.
     pub logging_config: LoggingConfig,
+    /// What it may reach; Thaw's own. Values of secrets are digests.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub thaw_network: Option<serde_json::Value>,
 }
 
 impl Default for EphemeralStorage {
