@@ -61,7 +61,10 @@ impl<'a> Campaign<'a> {
     pub fn play(self, play: impl Fn(&mut Dice) + Sync) {
         let number = |name: &str| {
             let text = env::var(name).ok()?;
-            Some(text.parse::<u64>().unwrap_or_else(|_| panic!("{name}={text} is no number")))
+            Some(
+                text.parse::<u64>()
+                    .unwrap_or_else(|_| panic!("{name}={text} is no number")),
+            )
         };
         if let Some(seed) = number(SEED) {
             play(&mut Dice::new(seed, true));
@@ -69,7 +72,11 @@ impl<'a> Campaign<'a> {
         }
         let began = Instant::now();
         let (first, end, until) = match number(SECONDS) {
-            Some(seconds) => (fresh(), u64::MAX, Some(began + Duration::from_secs(seconds))),
+            Some(seconds) => (
+                fresh(),
+                u64::MAX,
+                Some(began + Duration::from_secs(seconds)),
+            ),
             None => (0, self.executions, None),
         };
         let shared = Shared {
@@ -86,10 +93,22 @@ impl<'a> Campaign<'a> {
             }
         });
         let played = shared.next.into_inner().min(end) - first;
-        println!("{}: {played} executions in {:.1?}", self.name, began.elapsed());
-        let seen = shared.seen.into_inner().unwrap_or_else(PoisonError::into_inner);
-        let missed: Vec<_> = (self.must_see.iter()).filter(|what| !seen.contains(**what)).collect();
-        assert!(missed.is_empty(), "never happened: {missed:?}; what did: {seen:?}");
+        println!(
+            "{}: {played} executions in {:.1?}",
+            self.name,
+            began.elapsed()
+        );
+        let seen = shared
+            .seen
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner);
+        let missed: Vec<_> = (self.must_see.iter())
+            .filter(|what| !seen.contains(**what))
+            .collect();
+        assert!(
+            missed.is_empty(),
+            "never happened: {missed:?}; what did: {seen:?}"
+        );
     }
 
     /// One thread's share, and beside it one that ends the process if an execution does not end.
@@ -114,7 +133,10 @@ impl<'a> Campaign<'a> {
             is_done.store(true, Ordering::Release);
             if result.is_err() {
                 shared.is_over.store(true, Ordering::Relaxed);
-                panic!("{}", self.broken(seed.load(Ordering::Relaxed), "broke a promise"));
+                panic!(
+                    "{}",
+                    self.broken(seed.load(Ordering::Relaxed), "broke a promise")
+                );
             }
         });
     }
@@ -147,7 +169,9 @@ impl<'a> Campaign<'a> {
 
 /// A seed to begin with that no earlier run came to.
 fn fresh() -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
     now.as_secs() << 24
 }
 
@@ -184,7 +208,9 @@ mod tests {
     #[test]
     fn a_campaign_that_reaches_nothing_fails() {
         let result = catch_unwind(|| {
-            Campaign::new("thaw-fuzz", "empty", 3).must_see(&["something"]).play(|_| {});
+            Campaign::new("thaw-fuzz", "empty", 3)
+                .must_see(&["something"])
+                .play(|_| {});
         });
         assert!(result.is_err());
     }

@@ -99,7 +99,11 @@ impl Dice {
     /// `length` bytes.
     pub fn bytes(&mut self, length: usize) -> Vec<u8> {
         let words = std::iter::repeat_with(|| self.any().to_le_bytes());
-        words.take(length.div_ceil(8)).flatten().take(length).collect()
+        words
+            .take(length.div_ceil(8))
+            .flatten()
+            .take(length)
+            .collect()
     }
 
     /// Spoils `bytes` in one way: a bit, a byte, a number of 2, 4 or 8 bytes, a cut, a piece that is doubled, random bytes.

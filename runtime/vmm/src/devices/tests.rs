@@ -5,9 +5,10 @@
     reason = "tests cut their own small numbers and patterns"
 )]
 
+mod arithmetic;
 mod block;
 mod driver;
-mod hostile;
+mod fuzz;
 mod reset;
 mod restore;
 mod thread;
