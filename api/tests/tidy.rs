@@ -48,7 +48,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         &["thaw-snapshot", "thaw-snapshot-pager", "thaw-vmm-control"],
     ),
     ("thaw-vmm-control", &[]),
-    ("thaw-vmm-test-guest", &[]),
+    ("thaw-vmm-test-guest", &["thaw-fuzz"]),
 ];
 /// Crates that must not have these, directly: what a crate exists to forbid.
 const FORBIDDEN: &[(&str, &[&str])] = &[

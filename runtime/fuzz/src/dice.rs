@@ -13,6 +13,11 @@ pub struct Dice {
 }
 
 impl Dice {
+    /// Dice that show the same numbers for the same seed.
+    pub fn from_seed(seed: u64) -> Self {
+        Self::new(seed, false)
+    }
+
     pub(crate) fn new(seed: u64, is_told: bool) -> Self {
         Self {
             seed,

@@ -20,6 +20,9 @@ mod difference;
 #[path = "harness/freeze.rs"]
 mod freeze;
 #[cfg(test)]
+#[path = "harness/hostile.rs"]
+mod hostile;
+#[cfg(test)]
 #[path = "harness/lazily.rs"]
 mod lazily;
 #[cfg(test)]

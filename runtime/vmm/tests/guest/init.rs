@@ -7,6 +7,7 @@
     reason = "a test's program: its panic is the guest's, and its numbers are the test's own"
 )]
 
+mod poke;
 mod secrets;
 
 use std::fs::{self, File, OpenOptions};
@@ -248,6 +249,7 @@ impl Guest {
                 spin_on_all();
                 "spinning".into()
             }
+            "poke" => poke::poke(words[1], number(2), number(3)),
             "poweroff" => reboot(libc::RB_POWER_OFF),
             "reboot" => reboot(libc::RB_AUTOBOOT),
             "panic" => {

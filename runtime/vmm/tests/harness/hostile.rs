@@ -1,0 +1,158 @@
+//! Guests that mean harm (`tests/guest/poke.rs`), and what becomes of their monitors and neighbours: nothing.
+
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::time::{Duration, Instant};
+
+use thaw_vmm::devices::HEAP_BYTES_MAX;
+use thaw_vmm_control::{ExitReason, Reply, Request};
+
+use crate::monitor::Monitor;
+use crate::rewind::{Frozen, frozen};
+
+/// How long a guest pokes when nobody says how long.
+const SECONDS: u64 = 10;
+/// Guest memory of the test's machines, KiB: a mapping at least half as long is no other.
+const GUEST_KIB: u64 = 256 * 1024;
+/// What a monitor may hold more after its guest has done its worst, KiB: what devices may hold, and as much for the allocator and
+/// for pages of code and stacks that were not touched before.
+const GROWTH_KIB_MAX: u64 = 2 * HEAP_BYTES_MAX as u64 / 1024;
+
+fn running(frozen: &Frozen) -> Monitor {
+    let mut monitor = Monitor::restore(&frozen.snapshot, &frozen.disks, &[&frozen.shared]);
+    monitor.done(&Request::Resume, &[]);
+    assert_eq!(monitor.command("ping 0"), "pong 0");
+    monitor
+}
+
+/// What a monitor holds without its guest's memory, KiB, and how many descriptors it has.
+fn held(monitor: &Monitor) -> (u64, usize) {
+    let maps = fs::read_to_string(monitor.proc().join("smaps")).unwrap();
+    let field = |line: &str, name: &str| -> Option<u64> {
+        let text = line.strip_prefix(name)?.trim().strip_suffix(" kB")?;
+        text.parse().ok()
+    };
+    let (mut kib, mut guest_kib, mut is_guest) = (0, 0, false);
+    for line in maps.lines() {
+        if let Some(size) = field(line, "Size:") {
+            is_guest = size >= GUEST_KIB / 2;
+            guest_kib += if is_guest { size } else { 0 };
+        }
+        if let Some(resident) = field(line, "Rss:").filter(|_| !is_guest) {
+            kib += resident;
+        }
+    }
+    assert_eq!(
+        guest_kib, GUEST_KIB,
+        "guest memory is told apart from the rest"
+    );
+    // What statm says is the same, guest memory included.
+    let statm = fs::read_to_string(monitor.proc().join("statm")).unwrap();
+    let pages: u64 = statm.split(' ').nth(1).unwrap().parse().unwrap();
+    assert!(
+        pages * 4 >= kib / 2,
+        "{pages} pages in all, {kib} kib without the guest's"
+    );
+    (
+        kib,
+        fs::read_dir(monitor.proc().join("fd")).unwrap().count(),
+    )
+}
+
+/// Takes what the guest's devices say to the host, and answers with anything.
+fn chat(monitor: &mut Monitor, number: u64) -> u64 {
+    monitor.agent.set_nonblocking(true).unwrap();
+    let (mut chunk, mut heard) = ([0; 64 * 1024], 0);
+    while let Ok(count @ 1..) = monitor.agent.read(&mut chunk) {
+        heard += count as u64;
+    }
+    // A full socket takes less, and one that its guest has closed nothing.
+    let _ = monitor.agent.write(&number.to_le_bytes().repeat(300));
+    heard
+}
+
+#[test]
+fn a_hostile_guest_harms_neither_its_monitor_nor_its_neighbours() {
+    let seconds = std::env::var("THAW_POKE_SECONDS").map_or(SECONDS, |text| text.parse().unwrap());
+    let frozen = frozen(1);
+    let (mut neighbour, mut hostile) = (running(frozen), running(frozen));
+    let (kib_before, fds_before) = held(&hostile);
+    hostile.tell(&format!("poke gentle {seconds} 1"));
+    let until = Instant::now() + Duration::from_secs(seconds);
+    let (mut rounds, mut heard, mut kib_most, mut ends) = (0, 0, 0, Vec::new());
+    let patience = until + Duration::from_secs(90);
+    let said = loop {
+        rounds += 1;
+        assert_eq!(
+            neighbour.command(&format!("ping {rounds}")),
+            format!("pong {rounds}")
+        );
+        heard += chat(&mut hostile, rounds);
+        let (kib, fds) = held(&hostile);
+        kib_most = kib_most.max(kib);
+        assert!(
+            kib <= kib_before + GROWTH_KIB_MAX,
+            "grown from {kib_before} to {kib} kib"
+        );
+        assert_eq!(fds, fds_before, "descriptors");
+        if let Some(exit) = hostile.has_ended() {
+            panic!("{:?}: {}: {}", exit.reason, exit.detail, exit.console);
+        }
+        if Instant::now() < until {
+            ends.push(wild(frozen, rounds));
+        }
+        let console = hostile.status().console;
+        if let Some(line) = console.lines().find(|line| line.starts_with("poked ")) {
+            break line.to_owned();
+        }
+        assert!(
+            Instant::now() < patience,
+            "the guest does not end: {console}"
+        );
+    };
+    println!(
+        "{said}; {heard} bytes heard; monitor {kib_before} kib before, {kib_most} at most; \
+         {fds_before} descriptors; neighbour answered {rounds} times; wild guests ended: {ends:?}"
+    );
+    assert!(
+        ends.iter().any(|end| *end == Some(ExitReason::GuestFault)),
+        "{ends:?}"
+    );
+    // It obeys as any monitor does: its guest is stopped, frozen, and gone.
+    let snapshot = hostile.freeze();
+    hostile.quit();
+    assert!(snapshot.metadata().unwrap().len() > 0);
+    neighbour.quit();
+}
+
+/// A guest that breaks its devices: how it ended, and that its monitor is well.
+fn wild(frozen: &Frozen, seed: u64) -> Option<ExitReason> {
+    let mut monitor = running(frozen);
+    monitor.tell(&format!("poke wild 5 {seed}"));
+    let until = Instant::now() + Duration::from_secs(90);
+    let end = loop {
+        chat(&mut monitor, seed);
+        if let Some(exit) = monitor.has_ended() {
+            assert_ne!(
+                exit.reason,
+                ExitReason::HostFault,
+                "{}: {}",
+                exit.detail,
+                exit.console
+            );
+            let refused = monitor.ask(&Request::Resume, &[]);
+            assert!(
+                matches!(refused, Reply::Failed(_)),
+                "an ended machine runs again"
+            );
+            break Some(exit.reason);
+        }
+        if monitor.status().console.contains("\npoked ") {
+            break None;
+        }
+        assert!(Instant::now() < until, "neither ended nor done");
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    monitor.quit();
+    end
+}
