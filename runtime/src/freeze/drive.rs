@@ -19,7 +19,7 @@ use super::{
 use crate::monitor::Spawner;
 use crate::sandbox::DISK_IDS;
 use crate::tail::Tail;
-use crate::vm::{Vm, VmEvent, after};
+use crate::vm::{Vm, VmEvent, after, brief};
 use crate::{HostError, RuntimeConfig};
 
 /// What the agent may take over its own limit to report that it was met.
@@ -283,7 +283,7 @@ impl Freeze<'_> {
 
     async fn hello(&mut self, limit: Duration, deadline: Instant) -> Result<String, FreezeError> {
         match self.message("the guest's boot", limit, deadline).await? {
-            AgentMessage::Hello { agent_version } => Ok(agent_version),
+            AgentMessage::Hello { agent_version } => Ok(brief(agent_version)),
             other => Err(self.unfit(&other).await),
         }
     }
@@ -392,7 +392,7 @@ impl Freeze<'_> {
     async fn broken(&mut self, detail: String) -> FreezeError {
         FreezeError::GuestDied {
             reason: ExitReason::GuestFault,
-            detail,
+            detail: brief(detail),
             console: self.vm.console(self.config.reply_limit).await,
         }
     }
