@@ -66,7 +66,7 @@ fn message(dice: &mut Dice) -> AgentMessage {
             message: text(dice),
         },
         9 => AgentMessage::RuntimeExit(RuntimeExit {
-            cause: RuntimeExitCause::Code(dice.edge(32) as i32),
+            cause: RuntimeExitCause::Code(*dice.pick(&[0, 1, i32::MIN, i32::MAX])),
             out_of_memory: true,
             request_id: Some(text(dice)),
         }),

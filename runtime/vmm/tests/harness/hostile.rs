@@ -95,7 +95,12 @@ impl Wild {
         };
         chat(&mut monitor, self.seed);
         let Some(exit) = monitor.has_ended() else {
-            self.present = Some(monitor);
+            if is_over {
+                // In the middle of whatever it does.
+                monitor.quit();
+            } else {
+                self.present = Some(monitor);
+            }
             return;
         };
         assert_ne!(exit.reason, ExitReason::HostFault, "{}", exit.detail);
@@ -140,7 +145,16 @@ fn a_hostile_guest_harms_neither_its_monitor_nor_its_neighbours() {
         if let Some(said) = said.filter(|said| said.contains('\n') && wild.present.is_none()) {
             break said.trim().to_owned();
         }
-        assert!(Instant::now() < patience, "the guests do not end");
+        assert!(
+            Instant::now() < patience,
+            "the guest does not end; {}; its console: {:?}",
+            if wild.present.is_some() {
+                "nor a wild one"
+            } else {
+                "all wild ones did"
+            },
+            console.chars().rev().take(300).collect::<String>()
+        );
         std::thread::sleep(Duration::from_millis(50));
     };
     println!(

@@ -304,6 +304,10 @@ fn e820(memory_bytes: u64) -> Vec<(u64, u64, u32)> {
 }
 
 #[cfg(test)]
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "tests cut their own small numbers"
+)]
 mod hostile;
 
 #[cfg(test)]

@@ -88,7 +88,7 @@ struct Account {
 }
 
 impl Account {
-    fn from_guest(&mut self, dice: &mut Dice) {
+    fn guest_speaks(&mut self, dice: &mut Dice) {
         if !self.channel.can_receive() {
             dice.saw("full of answers");
             return;
@@ -144,7 +144,7 @@ impl Account {
         );
     }
 
-    fn from_host(&mut self, dice: &mut Dice) {
+    fn host_speaks(&mut self, dice: &mut Dice) {
         let room = self.channel.room_for_guest();
         let length = match dice.range(0, 20) {
             0 => room,
@@ -155,7 +155,7 @@ impl Account {
         self.to_guest.extend(&bytes);
     }
 
-    fn to_guest(&mut self, dice: &mut Dice) {
+    fn guest_hears(&mut self, dice: &mut Dice) {
         let room = *dice.pick(&[1, 100, 4096, 100_000]);
         let before = self.channel.save();
         let has_packet = self.channel.has_packet();
@@ -226,9 +226,9 @@ fn play(dice: &mut Dice) {
     let steps_max = *dice.pick(&[20, 150, 800]);
     for _ in 0..dice.range(1, steps_max) {
         match dice.range(0, 9) {
-            0..=3 => account.from_guest(dice),
-            4 => account.from_host(dice),
-            5 | 6 if !deaf_guest => account.to_guest(dice),
+            0..=3 => account.guest_speaks(dice),
+            4 => account.host_speaks(dice),
+            5 | 6 if !deaf_guest => account.guest_hears(dice),
             7 if !deaf_host => account.host_takes(dice),
             8 if dice.in_thousand(30) => {
                 account.channel.reset();
