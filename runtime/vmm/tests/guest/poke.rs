@@ -371,13 +371,29 @@ impl Window {
     fn go_wild(&mut self, dice: &mut Dice) {
         match dice.range(0, 2) {
             0 => self.write(dice.index(0x100), dice.edge(32) as u32),
-            1 => self.write(0x44, 1),
+            1 => {
+                // A queue that lies nowhere.
+                for (register, value) in [
+                    (0x70, 0),
+                    (0x70, 1),
+                    (0x70, 3),
+                    (0x24, 1),
+                    (0x20, 1),
+                    (0x70, 11),
+                ] {
+                    self.write(register, value);
+                }
+                self.queues.iter_mut().for_each(|queue| queue.is_up = false);
+                self.write(*dice.pick(&[0x80, 0x84, 0x90, 0x94, 0xa0, 0xa4]), u32::MAX);
+                self.write(0x44, 1);
+            }
             _ => {
-                if let Some(queue) = self.queues.first() {
-                    let offset = dice.index(PAGE_BYTES - 16);
-                    let noise = dice.bytes(16);
-                    queue.page.write(offset, &noise);
-                    self.write(0x50, 0);
+                let place = *dice.pick(&[0, 8, 12, 14, AVAILABLE + 2, AVAILABLE + 4]);
+                for queue in 0..self.queues.len() {
+                    self.queues[queue]
+                        .page
+                        .write(place, &dice.edge(16).to_le_bytes()[..2]);
+                    self.write(0x50, queue as u32);
                 }
             }
         }
@@ -439,7 +455,7 @@ pub fn poke(manner: &str, seconds: u64, seed: u64) -> ! {
             7 => window.access_oddly(dice),
             8 => window.bring_up(dice),
             9 => serial.poke(dice),
-            10..=14 if is_wild => window.go_wild(dice),
+            10 | 11 if is_wild => window.go_wild(dice),
             _ => window.request(dice, &buffers),
         }
         count += 1;
