@@ -56,9 +56,23 @@ fn begin(machine: &mut Machine, dice: &mut Dice) {
             Ring::new(device.window, queue, size).set_up(machine);
         }
     }
+    if dice.in_thousand(100) {
+        // A first queue that lies nowhere, if it is not ready yet.
+        machine.write(device.window, 0x30, 0);
+        machine.write(device.window, 0xa4, 1);
+        machine.write(device.window, 0x44, 1);
+    }
     if dice.in_thousand(800) {
         machine.write(device.window, 0x70, 15);
     }
+    if dice.in_thousand(100) {
+        // More chains than the queue has room for.
+        let ring = Ring::new(device.window, 0, 128);
+        machine.poke(ring.available + 2, &0x7fffu16.to_le_bytes());
+        machine.serve(device.window);
+    }
+    let status = machine.state_of(device.window).registers.status;
+    dice.saw(format!("status {status:#x}"));
 }
 
 fn play(dice: &mut Dice) {
