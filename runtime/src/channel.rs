@@ -34,6 +34,15 @@ pub(crate) enum Incoming {
     Broken(MessageError),
 }
 
+/// What lies next in the bytes that have come.
+enum Decoded {
+    Incoming(Incoming),
+    /// A frame of another generation.
+    Stale,
+    /// Not a whole frame.
+    Nothing,
+}
+
 impl AgentChannel {
     pub(crate) fn new(stream: UnixStream) -> Self {
         Self {
@@ -80,8 +89,12 @@ impl AgentChannel {
     /// The next message, sending queued bytes meanwhile. Cancelling loses nothing.
     pub(crate) async fn next(&mut self) -> Incoming {
         loop {
-            if let Some(incoming) = self.decode() {
-                return incoming;
+            // What a guest has to say may never end: others have their turn, and clocks are looked at.
+            tokio::task::consume_budget().await;
+            match self.decode() {
+                Decoded::Incoming(incoming) => return incoming,
+                Decoded::Stale => continue,
+                Decoded::Nothing => {}
             }
             let interest = if self.outgoing.is_empty() {
                 Interest::READABLE
@@ -105,14 +118,16 @@ impl AgentChannel {
     /// The next message that has arrived already.
     pub(crate) fn next_now(&mut self) -> Option<Incoming> {
         loop {
-            if let Some(incoming) = self.decode() {
-                return Some(incoming);
+            match self.decode() {
+                Decoded::Incoming(incoming) => return Some(incoming),
+                Decoded::Stale => continue,
+                Decoded::Nothing => {}
             }
             // Past tokio's readiness, which may lag behind: the socket does not block, and what is there counts.
             let mut chunk = [0; READ_BYTES];
             let read = rustix::io::read(&self.stream, &mut chunk[..]);
-            if !self.took(&chunk, read.map_err(io::Error::from)) {
-                return self.decode();
+            if !self.took(&chunk, read.map_err(io::Error::from)) && !self.closed {
+                return None;
             }
         }
     }
@@ -142,22 +157,21 @@ impl AgentChannel {
         false
     }
 
-    fn decode(&mut self) -> Option<Incoming> {
-        loop {
-            let frame = match self.decoder.next_frame() {
-                Ok(Some(frame)) => frame,
-                Ok(None) => return self.closed.then_some(Incoming::Closed),
-                Err(error) => return Some(Incoming::Broken(error.into())),
-            };
-            if frame.generation != self.generation {
-                self.stale_frames += 1;
-                continue;
-            }
-            return Some(match AgentMessage::from_frame(frame) {
-                Ok(message) => Incoming::Message(message),
-                Err(error) => Incoming::Broken(error),
-            });
+    fn decode(&mut self) -> Decoded {
+        let frame = match self.decoder.next_frame() {
+            Ok(Some(frame)) => frame,
+            Ok(None) if self.closed => return Decoded::Incoming(Incoming::Closed),
+            Ok(None) => return Decoded::Nothing,
+            Err(error) => return Decoded::Incoming(Incoming::Broken(error.into())),
+        };
+        if frame.generation != self.generation {
+            self.stale_frames += 1;
+            return Decoded::Stale;
         }
+        Decoded::Incoming(match AgentMessage::from_frame(frame) {
+            Ok(message) => Incoming::Message(message),
+            Err(error) => Incoming::Broken(error),
+        })
     }
 }
 
@@ -257,6 +271,35 @@ mod tests {
         ));
         assert!(matches!(channel.next().await, Incoming::Closed));
         assert!(matches!(channel.next_now(), Some(Incoming::Closed)));
+    }
+
+    /// On one thread: a reader that never yields would stop every clock, the one for its own deadline included.
+    #[tokio::test]
+    async fn a_guest_that_never_stops_talking_leaves_the_others_their_turn() {
+        const FRAMES: usize = 5000;
+        // Of this life, and of none.
+        for generation in [0, 8] {
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            let mut flood = bytes(AgentMessage::Ready, generation).repeat(FRAMES);
+            flood.extend(bytes(AgentMessage::Settled, 0));
+            theirs.write_all(&flood).await.unwrap();
+            let mut channel = AgentChannel::new(ours);
+            let reader = tokio::spawn(async move {
+                while !matches!(
+                    channel.next().await,
+                    Incoming::Message(AgentMessage::Settled)
+                ) {}
+            });
+            let mut turns = 0;
+            while !reader.is_finished() {
+                turns += 1;
+                tokio::task::yield_now().await;
+            }
+            assert!(
+                turns > FRAMES / 1000,
+                "{turns} turns beside {FRAMES} frames"
+            );
+        }
     }
 
     #[tokio::test]

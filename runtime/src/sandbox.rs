@@ -1,6 +1,8 @@
 //! One monitor, from a shell to its end: claims, invocations and rewinds.
 
 pub(crate) mod answer;
+#[cfg(test)]
+mod hostile;
 pub(crate) mod life;
 pub(crate) mod settle;
 

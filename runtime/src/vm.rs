@@ -118,6 +118,15 @@ impl Vm {
     }
 }
 
+/// Most bytes of a guest's own words that are kept as the reason for its end: they go into answers and logs.
+pub(crate) const REASON_BYTES_MAX: usize = 4096;
+
+/// The beginning of what a guest says of itself, at most [`REASON_BYTES_MAX`] bytes.
+pub(crate) fn brief(mut words: String) -> String {
+    words.truncate(words.floor_char_boundary(REASON_BYTES_MAX));
+    words
+}
+
 /// Longest deadline; what is longer would overflow the clock.
 const DEADLINE_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
 

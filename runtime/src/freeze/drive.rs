@@ -23,7 +23,7 @@ use crate::network::Plug;
 use crate::node::Node;
 use crate::sandbox::DISK_IDS;
 use crate::tail::Tail;
-use crate::vm::{Vm, VmEvent, after};
+use crate::vm::{Vm, VmEvent, after, brief};
 
 /// What the agent may take over its own limit to report that it was met.
 const INIT_MARGIN: Duration = Duration::from_secs(5);
@@ -313,7 +313,7 @@ impl Freeze<'_> {
 
     async fn hello(&mut self, limit: Duration, deadline: Instant) -> Result<String, FreezeError> {
         match self.message("the guest's boot", limit, deadline).await? {
-            AgentMessage::Hello { agent_version } => Ok(agent_version),
+            AgentMessage::Hello { agent_version } => Ok(brief(agent_version)),
             other => Err(self.unfit(&other).await),
         }
     }
@@ -432,7 +432,7 @@ impl Freeze<'_> {
     async fn broken(&mut self, detail: String) -> FreezeError {
         FreezeError::GuestDied {
             reason: ExitReason::GuestFault,
-            detail,
+            detail: brief(detail),
             console: self.vm.console(self.node.config.reply_limit).await,
         }
     }

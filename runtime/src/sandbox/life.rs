@@ -3,11 +3,13 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use thaw_agent_protocol::{AgentMessage, RESPONSE_BYTES_MAX, STREAM_BYTES_MAX, StreamEnd};
+use thaw_agent_protocol::{
+    AgentMessage, RESPONSE_BYTES_MAX, STREAM_BYTES_MAX, STREAM_CHUNK_BYTES_MAX, StreamEnd,
+};
 use thaw_vmm_control::{Exit, ExitReason, Failure, Fault, Reply};
 
 use crate::tail::Tail;
-use crate::vm::VmEvent;
+use crate::vm::{VmEvent, brief};
 use crate::{End, HostError, INVOCATION_LOG_BYTES_MAX, StreamPart};
 
 /// What a failed hook is called that its client gave no name.
@@ -266,6 +268,12 @@ impl Life {
                 let Some(stream) = &mut self.stream else {
                     return guest_fault("agent sent a piece of no answer".into());
                 };
+                if bytes.is_empty() || bytes.len() > STREAM_CHUNK_BYTES_MAX {
+                    let bytes = bytes.len();
+                    return guest_fault(format!(
+                        "agent sent a piece of {bytes} bytes, limit is {STREAM_CHUNK_BYTES_MAX}"
+                    ));
+                }
                 stream.total = stream.total.saturating_add(bytes.len());
                 if stream.total > STREAM_BYTES_MAX {
                     return guest_fault(format!(
@@ -342,7 +350,7 @@ impl Life {
 fn guest_fault(detail: String) -> Step {
     Step::Ended(Ok(End::GuestDied {
         reason: ExitReason::GuestFault,
-        detail,
+        detail: brief(detail),
         console: String::new(),
     }))
 }

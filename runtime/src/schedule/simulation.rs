@@ -4,16 +4,12 @@
 //! A failure prints its seed. `THAW_SEED=<seed> cargo test -p thaw-runtime simulated -- --nocapture` plays it again,
 //! alone, and prints every input and effect.
 
-mod dice;
 mod world;
 
-use std::collections::BTreeSet;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use self::dice::Dice;
+use thaw_fuzz::{Campaign, Dice};
+
 use self::world::{PLENTY_MIB, World};
 use super::{Recycle, Rules, Shape};
 
@@ -71,36 +67,32 @@ fn shape(dice: &mut Dice) -> Shape {
 }
 
 /// One schedule, from its first caller to the end of its last monitor.
-fn play(seed: u64, is_told: bool) -> BTreeSet<String> {
-    let mut dice = Dice::new(seed);
-    let mut world = World::new(
-        rules(&mut dice),
-        Faults::roll(&mut dice),
-        [is_told, seed.is_multiple_of(16)],
-    );
+fn play(dice: &mut Dice) {
+    let options = [dice.is_told(), dice.seed().is_multiple_of(16)];
+    let mut world = World::new(rules(dice), Faults::roll(dice), options);
     for _ in 0..dice.range(1, 4) {
         let limits = super::Limits {
-            shape: shape(&mut dice),
+            shape: shape(dice),
             ready_min: *dice.pick(&[0, 0, 1, 3]),
             concurrency_max: *dice.pick(&[1, 2, 8]),
             queue_max: *dice.pick(&[0, 2, 20]),
         };
-        world.add_function(&mut dice, limits);
+        world.add_function(dice, limits);
     }
     let callers = dice.range(5, 40);
-    world.plan_callers(&mut dice, callers);
+    world.plan_callers(dice, callers);
     let closes = dice.in_thousand(300);
     let close_at = Duration::from_millis(dice.range(0, 2000));
     if dice.in_thousand(200) {
         world.plan_removal(Duration::from_millis(dice.range(0, 2000)));
     }
-    world.run(&mut dice, closes.then_some(close_at));
+    world.run(dice, closes.then_some(close_at));
     if !closes {
         world.check_at_rest();
-        world.close(&mut dice);
+        world.close(dice);
     }
     world.check_ended();
-    world.seen()
+    world.seen().into_iter().for_each(|what| dice.saw(what));
 }
 
 /// Inputs, effects, starts and refusals that the schedules must have gone through, lest the simulation be an empty one.
@@ -140,39 +132,8 @@ const EVERYTHING: [&str; 31] = [
 
 #[test]
 fn simulated_schedules_keep_every_promise() {
-    if let Ok(seed) = std::env::var("THAW_SEED") {
-        play(seed.parse().expect("THAW_SEED is a number"), true);
-        return;
-    }
-    let next = AtomicU64::new(0);
-    let seen = Mutex::new(BTreeSet::new());
-    let threads = std::thread::available_parallelism().map_or(2, usize::from);
-    std::thread::scope(|scope| {
-        for _ in 0..threads {
-            scope.spawn(|| {
-                loop {
-                    let seed = next.fetch_add(1, Ordering::Relaxed);
-                    if seed >= SEEDS {
-                        return;
-                    }
-                    match catch_unwind(AssertUnwindSafe(|| play(seed, false))) {
-                        Ok(more) => seen.lock().expect("nobody fails with it").extend(more),
-                        Err(_) => {
-                            next.store(SEEDS, Ordering::Relaxed);
-                            panic!(
-                                "schedule {seed} broke a promise; replay: THAW_SEED={seed} \
-                                 cargo test -p thaw-runtime simulated -- --nocapture"
-                            );
-                        }
-                    }
-                }
-            });
-        }
-    });
-    let seen = seen.into_inner().expect("nobody failed with it");
-    let missed: Vec<_> = EVERYTHING
-        .iter()
-        .filter(|what| !seen.contains(**what))
-        .collect();
-    assert!(missed.is_empty(), "never happened: {missed:?}");
+    let name = "simulated_schedules_keep_every_promise";
+    Campaign::new(env!("CARGO_PKG_NAME"), name, SEEDS)
+        .must_see(&EVERYTHING)
+        .play(play);
 }

@@ -67,6 +67,9 @@ pub const MMIO_WINDOWS_MAX: usize = 16;
 pub const SERIAL_GSI: u32 = 4;
 /// First port of the serial console (8 ports).
 pub const SERIAL_PORT: u16 = serial::PORT;
+/// Most heap that a guest can make the devices of one machine hold: the socket's buffers and the console, which double when they
+/// grow, and 64 KiB for what is small. What it writes to copy-on-write disks comes on top, at most as much as they are long.
+pub const HEAP_BYTES_MAX: usize = 2 * (vsock::BUFFERED_BYTES_MAX + CONSOLE_BYTES_MAX) + 64 * 1024;
 
 /// One virtio-mmio window, for ACPI, irqfd and ioeventfd.
 #[derive(Debug)]

@@ -133,6 +133,9 @@ pub fn forward_device_faults(faults: &Receiver<DeviceFault>, ends: &EndSender) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use thaw_vmm_control::{Event, FromMonitor, Reply, Status, Timings, wire};
+
+    use crate::devices::CONSOLE_BYTES_MAX;
 
     #[test]
     fn a_reset_after_a_panic_is_a_panic() {
@@ -155,6 +158,22 @@ mod tests {
             (exit.reason, exit.detail.as_str()),
             (ExitReason::Shutdown, "")
         );
+    }
+
+    /// Or the report could not be sent, and the monitor would seem to have died by itself.
+    #[test]
+    fn the_worst_console_fits_the_report_of_an_end() {
+        // JSON has six bytes for some of one, and what is no UTF-8 takes three.
+        for byte in [0, b'"', 0x7f, 0x80, 0xff] {
+            let exit = MachineEnd::Vcpu(RunError::Reset).exit(&[byte; CONSOLE_BYTES_MAX]);
+            let message = FromMonitor::Event(Event::Exited(exit.clone()));
+            wire::encode(&message).unwrap();
+            let status = Status {
+                console: exit.console,
+                timings: Timings::default(),
+            };
+            wire::encode(&FromMonitor::Reply(Reply::Status(status))).unwrap();
+        }
     }
 
     #[test]

@@ -26,6 +26,9 @@ mod hostile;
 #[path = "harness/lazily.rs"]
 mod lazily;
 #[cfg(test)]
+#[path = "harness/mutated.rs"]
+mod mutated;
+#[cfg(test)]
 #[path = "harness/mutation.rs"]
 #[expect(dead_code, reason = "the rest is for tests without KVM")]
 mod mutation;

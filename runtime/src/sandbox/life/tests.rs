@@ -154,10 +154,17 @@ fn a_streamed_answer_comes_in_parts_and_ends_once() {
     let mut unthawed = Life::new("r".into(), Begin::Resume);
     assert!(is_guest_fault(unthawed.step(begin("r"))));
     let mut life = streaming();
-    for _ in 0..STREAM_BYTES_MAX >> 20 {
-        assert!(!matches!(life.step(chunk((1 << 20) - 1)), Step::Ended(_)));
+    // Two bytes have come already.
+    for _ in 1..STREAM_BYTES_MAX / STREAM_CHUNK_BYTES_MAX {
+        let step = life.step(chunk(STREAM_CHUNK_BYTES_MAX));
+        assert!(matches!(step, Step::Part(_)));
     }
-    assert!(is_guest_fault(life.step(chunk(1 << 20))));
+    let step = life.step(chunk(STREAM_CHUNK_BYTES_MAX - 2));
+    assert!(matches!(step, Step::Part(_)));
+    assert!(is_guest_fault(life.step(chunk(1))));
+    for length in [0, STREAM_CHUNK_BYTES_MAX + 1] {
+        assert!(is_guest_fault(streaming().step(chunk(length))), "{length}");
+    }
 }
 
 #[test]

@@ -3,8 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
+use thaw_fuzz::Dice;
+
 use super::Faults;
-use super::dice::Dice;
 use crate::schedule::{
     Effect, FunctionId, Input, Limits, Refusal, Rules, Schedule, Start, Ticket, Time, Turn,
     Verdict, VmId,

@@ -228,6 +228,10 @@ impl Slot {
         if let Err(cause) = outcome {
             self.fail(&mut core, cause);
         }
+        // A driver that has given up (FAILED) runs no queue any more, either.
+        if !core.registers.is_active() && core.queues.iter().any(Option::is_some) {
+            core.queues = SlotCore::no_queues(&core.registers);
+        }
     }
 
     fn build_queue(&self, registers: &Registers, index: usize) -> Result<VirtQueue, GuestFault> {

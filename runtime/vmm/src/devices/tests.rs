@@ -5,9 +5,10 @@
     reason = "tests cut their own small numbers and patterns"
 )]
 
+mod arithmetic;
 mod block;
 pub(crate) mod driver;
-mod hostile;
+mod fuzz;
 mod net;
 mod reset;
 pub(crate) mod restore;

@@ -23,7 +23,7 @@ use super::registers::{FEATURE_EVENT_IDX, FEATURE_INDIRECT, FEATURE_VERSION_1, I
 use super::slot::Turn;
 use super::virtqueue::{Chain, VirtQueue};
 use crate::memory::GuestMemoryMmap;
-use channel::Happening;
+use channel::{Happening, TO_GUEST_BYTES_MAX, TO_HOST_BYTES_MAX};
 use packet::{HEADER_BYTES, Header, PAYLOAD_BYTES_MAX};
 
 pub(super) use channel::Channel;
@@ -41,6 +41,9 @@ pub(super) const IDENTITY: Identity = Identity {
     features: FEATURE_VERSION_1 | FEATURE_EVENT_IDX | FEATURE_INDIRECT,
     queue_size_max: &[128, 128, 16],
 };
+/// Bytes that the device may hold: those for the host of a connection and of one before it, those for the guest, and a packet.
+pub(super) const BUFFERED_BYTES_MAX: usize =
+    2 * TO_HOST_BYTES_MAX as usize + TO_GUEST_BYTES_MAX + PAYLOAD_BYTES_MAX;
 const RECEIVE_QUEUE: usize = 0;
 const TRANSMIT_QUEUE: usize = 1;
 /// Packets moved in one direction before the other is looked at.

@@ -8,6 +8,7 @@
 )]
 
 mod network;
+mod poke;
 mod secrets;
 
 use std::fs::{self, File, OpenOptions};
@@ -266,6 +267,7 @@ impl Guest {
                 spin_on_all();
                 "spinning".into()
             }
+            "poke" => poke::poke(words[1], number(2), number(3)),
             "poweroff" => reboot(libc::RB_POWER_OFF),
             "reboot" => reboot(libc::RB_AUTOBOOT),
             "panic" => {

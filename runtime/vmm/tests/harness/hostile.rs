@@ -1,76 +1,174 @@
-//! Snapshots whose state was changed and whose digests are right: refused, or a guest that runs or ends. The monitor does neither crash
-//! nor hang, and KVM takes the next one as ever.
+//! Guests that mean harm (`tests/guest/poke.rs`), and what becomes of their monitors and neighbours: nothing.
 
-use thaw_vmm_control::{Reply, Request, RestoreRequest};
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::time::{Duration, Instant};
 
-use crate::freeze::prepared;
-use crate::guest::{disk_of, ext4};
+use thaw_vmm::devices::HEAP_BYTES_MAX;
+use thaw_vmm_control::{ExitReason, Reply, Request};
+
 use crate::monitor::Monitor;
-use crate::mutation::{Dice, Original, redigest};
+use crate::rewind::{Frozen, frozen};
 
-const CASES: u64 = 40;
-/// Sections that a monitor decodes at a claim: CPU record, machine.
-const STATE: [u32; 2] = [2, 3];
-/// Looks at a machine that may run: each is an answer of its control loop.
-const LOOKS: usize = 20;
+/// How long a guest pokes when nobody says how long.
+const SECONDS: u64 = 10;
+/// How long a guest may take to end when its time is over: an emulated host is slow.
+const PATIENCE_SECONDS: u64 = 90;
+/// Guest memory of the test's machines, KiB: a mapping at least half as long is no other.
+const GUEST_KIB: u64 = 256 * 1024;
+/// What a monitor may hold more after its guest has done its worst, KiB: what devices may hold, and as much for the allocator and
+/// for pages of code and stacks that were not touched before.
+const GROWTH_KIB_MAX: u64 = 2 * HEAP_BYTES_MAX as u64 / 1024;
+
+fn running(frozen: &Frozen) -> Monitor {
+    let mut monitor = Monitor::restore(&frozen.snapshot, &frozen.disks, &[&frozen.shared]);
+    monitor.done(&Request::Resume, &[]);
+    assert_eq!(monitor.command("ping 0"), "pong 0");
+    monitor
+}
+
+/// What a monitor holds without its guest's memory, KiB, and how many descriptors it has.
+fn held(monitor: &Monitor) -> (u64, usize) {
+    let maps = fs::read_to_string(monitor.proc().join("smaps")).unwrap();
+    let field = |line: &str, name: &str| -> Option<u64> {
+        let text = line.strip_prefix(name)?.trim().strip_suffix(" kB")?;
+        text.parse().ok()
+    };
+    let (mut kib, mut guest_kib, mut is_guest) = (0, 0, false);
+    for line in maps.lines() {
+        if let Some(size) = field(line, "Size:") {
+            is_guest = size >= GUEST_KIB / 2;
+            guest_kib += if is_guest { size } else { 0 };
+        }
+        if let Some(resident) = field(line, "Rss:").filter(|_| !is_guest) {
+            kib += resident;
+        }
+    }
+    assert_eq!(
+        guest_kib, GUEST_KIB,
+        "guest memory is told apart from the rest"
+    );
+    // What statm says is the same, guest memory included.
+    let statm = fs::read_to_string(monitor.proc().join("statm")).unwrap();
+    let pages: u64 = statm.split(' ').nth(1).unwrap().parse().unwrap();
+    assert!(
+        pages * 4 >= kib / 2,
+        "{pages} pages in all, {kib} kib without the guest's"
+    );
+    (
+        kib,
+        fs::read_dir(monitor.proc().join("fd")).unwrap().count(),
+    )
+}
+
+/// Takes what the guest's devices say to the host, and answers with anything.
+fn chat(monitor: &mut Monitor, number: u64) -> u64 {
+    monitor.agent.set_nonblocking(true).unwrap();
+    let (mut chunk, mut heard) = ([0; 64 * 1024], 0);
+    while let Ok(count @ 1..) = monitor.agent.read(&mut chunk) {
+        heard += count as u64;
+    }
+    // A full socket takes less, and one that its guest has closed nothing.
+    let _ = monitor.agent.write(&number.to_le_bytes().repeat(300));
+    heard
+}
+
+/// Guests that break their devices, one after another.
+#[derive(Default)]
+struct Wild {
+    present: Option<Monitor>,
+    seed: u64,
+    ends: Vec<ExitReason>,
+}
+
+impl Wild {
+    /// Begins one, or looks at the one that there is: how it ends is its own fault, and its monitor is well.
+    fn look(&mut self, frozen: &Frozen, is_over: bool) {
+        let Some(mut monitor) = self.present.take() else {
+            if !is_over {
+                self.seed += 1;
+                let mut monitor = running(frozen);
+                monitor.tell(&format!("poke wild {PATIENCE_SECONDS} {}", self.seed));
+                self.present = Some(monitor);
+            }
+            return;
+        };
+        chat(&mut monitor, self.seed);
+        let Some(exit) = monitor.has_ended() else {
+            if is_over {
+                // In the middle of whatever it does.
+                monitor.quit();
+            } else {
+                self.present = Some(monitor);
+            }
+            return;
+        };
+        assert_ne!(exit.reason, ExitReason::HostFault, "{}", exit.detail);
+        let refused = monitor.ask(&Request::Resume, &[]);
+        assert!(
+            matches!(refused, Reply::Failed(_)),
+            "an ended machine runs again"
+        );
+        self.ends.push(exit.reason);
+        monitor.quit();
+    }
+}
 
 #[test]
-fn forty_mutated_machines_are_refused_or_run_and_the_next_restore_works() {
-    let (shared, overlay) = (disk_of(b'r', 1 << 20), ext4());
-    let (mut monitor, disks) = prepared(1, &shared, &overlay);
-    let good = monitor.freeze();
-    monitor.quit();
-
-    let original = Original::state_of(&good, &STATE);
-    let request = Request::Restore(RestoreRequest {
-        disks: disks.clone(),
-        resume: true,
-        ..Default::default()
-    });
-    let (mut refused, mut ran, mut ended) = (0, 0, 0);
-    let seeds = match std::env::var("THAW_SEED") {
-        Ok(seed) => {
-            let seed = seed.parse().expect("THAW_SEED is a number");
-            seed..seed + 1
+fn a_hostile_guest_harms_neither_its_monitor_nor_its_neighbours() {
+    let seconds = std::env::var("THAW_POKE_SECONDS").map_or(SECONDS, |text| text.parse().unwrap());
+    let frozen = frozen(1);
+    let (mut neighbour, mut hostile) = (running(frozen), running(frozen));
+    let (kib_before, fds_before) = held(&hostile);
+    hostile.tell(&format!("poke gentle {seconds} 1"));
+    let until = Instant::now() + Duration::from_secs(seconds);
+    let patience = until + Duration::from_secs(PATIENCE_SECONDS);
+    let (mut rounds, mut heard, mut kib_most, mut wild) = (0, 0, 0, Wild::default());
+    let said = loop {
+        rounds += 1;
+        let answer = neighbour.command(&format!("ping {rounds}"));
+        assert_eq!(answer, format!("pong {rounds}"));
+        heard += chat(&mut hostile, rounds);
+        let (kib, fds) = held(&hostile);
+        kib_most = kib_most.max(kib);
+        assert!(
+            kib <= kib_before + GROWTH_KIB_MAX,
+            "grown from {kib_before} to {kib} kib"
+        );
+        assert_eq!(fds, fds_before, "descriptors");
+        if let Some(exit) = hostile.has_ended() {
+            panic!("{:?}: {}", exit.reason, exit.detail);
         }
-        Err(_) => 0..CASES,
+        wild.look(frozen, Instant::now() > until);
+        let console = hostile.status().console;
+        let said = console.rsplit_once("\npoked ").map(|(_, said)| said);
+        if let Some(said) = said.filter(|said| said.contains('\n') && wild.present.is_none()) {
+            break said.trim().to_owned();
+        }
+        assert!(
+            Instant::now() < patience,
+            "the guest does not end; {}; its console: {:?}",
+            if wild.present.is_some() {
+                "nor a wild one"
+            } else {
+                "all wild ones did"
+            },
+            console.chars().rev().take(300).collect::<String>()
+        );
+        std::thread::sleep(Duration::from_millis(50));
     };
-    for seed in seeds {
-        let mut dice = Dice::new(seed);
-        let place = dice.pick(&original.hot);
-        let told = original.change_field(&good, place, &mut dice);
-        redigest(&good);
-        // Said before it is tried: what follows fails by a panic.
-        print!("seed {seed}: {told}: ");
-        let mut mutant = Monitor::start();
-        match mutant.ask(&request, &[&good, &shared]) {
-            Reply::Failed(failure) => {
-                println!("{}", failure.message);
-                refused += 1;
-            }
-            reply => {
-                assert_eq!(reply, Reply::Done);
-                for _ in 0..LOOKS {
-                    mutant.status();
-                }
-                let paused = mutant.ask(&Request::Pause, &[]);
-                println!("{paused:?}");
-                match paused {
-                    Reply::Done => ran += 1,
-                    _ => ended += 1,
-                }
-            }
-        }
-        // An ordinary end, and nothing else: no signal, no panic.
-        mutant.quit();
-        original.restore(&good);
-    }
-    println!("{refused} refused, {ran} ran, {ended} ended by themselves");
-    assert!(refused + ran + ended > 0 && (refused == CASES) == (ran + ended == 0));
-
-    let mut restored = Monitor::restore(&good, &disks, &[&shared]);
-    restored.done(&Request::Resume, &[]);
-    assert_eq!(restored.command("ping x"), "pong x");
-    assert_eq!(restored.command("sum"), "0");
-    restored.quit();
+    println!(
+        "poked {said}; {heard} bytes heard; monitor {kib_before} kib before, {kib_most} at most; \
+         {fds_before} descriptors; neighbour answered {rounds} times; wild guests ended: {:?}",
+        wild.ends
+    );
+    assert!(
+        wild.ends.contains(&ExitReason::GuestFault),
+        "nothing broke: {:?}",
+        wild.ends
+    );
+    // It obeys as any monitor does: its guest is stopped, and gone.
+    hostile.done(&Request::Pause, &[]);
+    hostile.quit();
+    neighbour.quit();
 }

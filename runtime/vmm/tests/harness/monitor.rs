@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::Duration;
 
@@ -165,6 +165,18 @@ impl Monitor {
         self.process.wait().unwrap();
     }
 
+    /// The end of the machine, if it has come.
+    pub fn has_ended(&mut self) -> Option<Exit> {
+        // Whatever was sent before the answer is read with it.
+        self.status();
+        self.exits.pop()
+    }
+
+    /// The process, below /proc.
+    pub fn proc(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/{}", self.process.id()))
+    }
+
     /// Console and timings.
     pub fn status(&mut self) -> Status {
         match self.ask(&Request::Status, &[]) {
@@ -280,7 +292,8 @@ impl Monitor {
         let request = Request::Boot(BootRequest {
             vcpu_count,
             memory_mib: 256,
-            command_line: "console=ttyS0 quiet panic=-1 pci=off mitigations=off".into(),
+            command_line: "console=ttyS0 quiet panic=-1 pci=off mitigations=off iomem=relaxed"
+                .into(),
             has_initramfs: true,
             disks: disks.iter().map(|(disk, _)| disk.clone()).collect(),
             network: match tap {

@@ -20,6 +20,10 @@ pub const KERNEL_BYTES_MAX: u64 = 512 << 20;
 /// Largest initramfs file, bytes.
 pub const INITRAMFS_BYTES_MAX: u64 = 1 << 30;
 
+/// Most program headers of an ELF kernel; Linux has five. Each may name all of the file, to be copied once more.
+const PROGRAM_HEADERS_MAX: u16 = 64;
+/// Where their number stands (`e_phnum`, elf(5)).
+const PROGRAM_HEADERS_OFFSET: usize = 56;
 /// `type_of_loader`: one without an assigned number.
 const LOADER_UNDEFINED: u8 = 0xff;
 const BOOT_FLAG: u16 = 0xaa55;
@@ -63,6 +67,9 @@ pub enum LoadError {
     /// The kernel is neither an ELF vmlinux nor a bzImage, or is a damaged one.
     #[error("kernel is no bootable bzImage or ELF vmlinux")]
     Kernel(#[source] linux_loader::loader::Error),
+    /// An ELF kernel of more parts than any has.
+    #[error("kernel has {0} program headers, limit is {PROGRAM_HEADERS_MAX}")]
+    TooManyParts(u16),
     /// The kernel is 32-bit.
     #[error("kernel has no 64-bit entry")]
     Not64Bit,
@@ -123,6 +130,13 @@ fn read_file(file: &File, name: &'static str, limit: u64) -> Result<Vec<u8>, Loa
 }
 
 fn load_elf(memory: &GuestMemoryMmap, kernel: &[u8]) -> Result<Placed, LoadError> {
+    let parts = kernel
+        .get(PROGRAM_HEADERS_OFFSET..)
+        .and_then(|rest| rest.first_chunk());
+    let parts = parts.map_or(0, |parts| u16::from_le_bytes(*parts));
+    if parts > PROGRAM_HEADERS_MAX {
+        return Err(LoadError::TooManyParts(parts));
+    }
     let loaded = Elf::load(
         memory,
         None,
@@ -228,7 +242,7 @@ pub fn load(
             .checked_sub(bytes)
             .map(|start| start & !(PAGE_BYTES - 1));
         let start = start
-            .filter(|start| *start >= placed.end)
+            .filter(|start| *start >= placed.end.max(layout::KERNEL_MIN.raw_value()))
             .ok_or_else(|| too_small(bytes))?;
         memory
             .write_slice(&content, GuestAddress(start))
@@ -288,6 +302,13 @@ fn e820(memory_bytes: u64) -> Vec<(u64, u64, u32)> {
     }
     map
 }
+
+#[cfg(test)]
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "tests cut their own small numbers"
+)]
+mod hostile;
 
 #[cfg(test)]
 mod tests {

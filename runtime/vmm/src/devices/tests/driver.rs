@@ -5,7 +5,7 @@ use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::devices::state::DevicesStateV1;
 use crate::devices::{
@@ -33,9 +33,23 @@ pub const COW: usize = 0;
 pub const READ_ONLY: usize = 1;
 pub const VSOCK: usize = 2;
 pub const RNG: usize = 3;
+/// Where there is one.
+pub const NET: usize = 4;
+
+pub fn memory_of(bytes: usize) -> GuestMemoryMmap {
+    GuestMemoryMmap::from_ranges(&[(GuestAddress(0), bytes)]).unwrap()
+}
 
 pub fn memory() -> GuestMemoryMmap {
-    GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).unwrap()
+    memory_of(MEMORY_BYTES)
+}
+
+/// All of guest memory.
+pub fn bytes_of(memory: &GuestMemoryMmap) -> Vec<u8> {
+    let length = memory.last_addr().raw_value() as usize + 1;
+    let mut bytes = vec![0; length];
+    memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
+    bytes
 }
 
 pub fn base_file(bytes: &[u8]) -> File {
@@ -90,9 +104,15 @@ pub struct Guest {
 
 impl Guest {
     pub fn new(disks: &[&[u8]]) -> Self {
-        let memory = memory();
+        Self::with_memory(MEMORY_BYTES, disks, NetworkDevice::Absent)
+    }
+
+    pub fn with_memory(bytes: usize, disks: &[&[u8]], network: NetworkDevice) -> Self {
+        let memory = memory_of(bytes);
         let (host, agent) = UnixStream::pair().unwrap();
-        let devices = Devices::new(config(disks, agent), memory.clone()).unwrap();
+        let mut config = config(disks, agent);
+        config.network = network;
+        let devices = Devices::new(config, memory.clone()).unwrap();
         Self {
             devices,
             memory,
@@ -113,12 +133,13 @@ impl Guest {
     }
 
     pub fn thaw(&self, disks: &[&[u8]], state: DevicesStateV1) -> Self {
-        let memory = memory();
-        let mut bytes = vec![0; MEMORY_BYTES];
-        self.memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
+        let bytes = bytes_of(&self.memory);
+        let memory = memory_of(bytes.len());
         memory.write_slice(&bytes, GuestAddress(0)).unwrap();
         let (host, agent) = UnixStream::pair().unwrap();
-        let devices = Devices::restore(config(disks, agent), memory.clone(), &state).unwrap();
+        let mut config = config(disks, agent);
+        config.network = state.network();
+        let devices = Devices::restore(config, memory.clone(), &state).unwrap();
         Self {
             devices,
             memory,

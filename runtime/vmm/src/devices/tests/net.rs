@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::driver::{
-    COW, EVENT_IDX, Guest, INDIRECT, MEMORY_BYTES, Part, RNG, Ring, VERSION_1, VSOCK, WRITE,
+    COW, EVENT_IDX, Guest, INDIRECT, MEMORY_BYTES, NET, Part, RNG, Ring, VERSION_1, VSOCK, WRITE,
     config, memory, pattern, postcard_bytes,
 };
 use super::thread::wait_for_interrupt;
@@ -20,8 +20,6 @@ use crate::devices::{
     NetworkDevice,
 };
 
-/// After disk 0, disk 1, vsock and rng.
-const NET: usize = 4;
 /// What the driver gives for one frame: header, Ethernet header with a VLAN tag, MTU.
 const BUFFER: usize = 12 + 18 + 1500;
 /// VIRTIO_NET_F_MTU and VIRTIO_NET_F_MAC.

@@ -83,6 +83,21 @@ fn queue_registers_are_frozen_once_ready() {
     assert_eq!(guest.devices.slots[RNG].save(), before);
 }
 
+/// Linux sets FAILED when a driver's probe fails, after DRIVER_OK, too.
+#[test]
+fn a_driver_that_gives_up_has_its_queues_stopped_and_can_be_frozen() {
+    let guest = Guest::with_two_disks();
+    let mut ring = guest.bring_up(RNG, VERSION_1, 1).remove(0);
+    guest.write(RNG, 0x70, 0x80 | 15);
+    ring.submit(&guest, &[Part::In(8)]);
+    guest.run();
+    assert_eq!(ring.take_used(&guest.memory), None);
+    let content = super::driver::pattern(64);
+    let thawed = guest.clone_by_snapshot(&[&content, &content]);
+    assert_eq!(thawed.devices.save(), guest.devices.save());
+    assert_eq!(thawed.status(RNG), 0x8f);
+}
+
 #[test]
 fn queue_outside_memory_is_refused() {
     for (register, value) in [

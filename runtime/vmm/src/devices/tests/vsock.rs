@@ -9,6 +9,7 @@ use proptest::prelude::*;
 use super::driver::{EVENT_IDX, GUEST_CID, Guest, Part, Ring, VERSION_1, VSOCK};
 use crate::devices::DeviceFault;
 use crate::devices::state::{ChannelStateV1, DeviceStateV1};
+use crate::devices::vsock::Channel;
 use crate::devices::vsock::packet::{
     HEADER_BYTES, Header, OP_CREDIT_REQUEST, OP_CREDIT_UPDATE, OP_REQUEST, OP_RESPONSE, OP_RST,
     OP_RW, OP_SHUTDOWN, TYPE_STREAM,
@@ -419,6 +420,21 @@ fn resets_wait_for_receive_buffers_within_a_limit() {
         peer.pump();
         assert!(peer.inbox.len() > before, "{before} of {sent} resets came");
     }
+}
+
+#[test]
+fn a_host_that_leaves_while_all_answers_wait_makes_a_state_that_can_be_restored() {
+    let mut channel = Channel::new(GUEST_CID);
+    let peer = Peer::new(0);
+    channel.receive(&peer.header(PORT, OP_REQUEST), &[], true);
+    while channel.can_receive() {
+        channel.receive(&peer.header(PORT + 1, OP_RW), &[], true);
+    }
+    channel.close_by_host();
+    let state = channel.save();
+    assert_eq!(state.replies.len(), 65);
+    let restored = Channel::try_from((GUEST_CID, state.clone())).unwrap();
+    assert_eq!(restored.save(), state);
 }
 
 #[test]

@@ -546,7 +546,8 @@ impl TryFrom<(u64, ChannelStateV1)> for Channel {
         }
         let limit = TO_HOST_BYTES_MAX as usize;
         let stale = stale as usize;
-        let too_long = replies.len() > REPLIES_MAX
+        // One more than packets leave: the reset that tells of the host's end.
+        let too_long = replies.len() > REPLIES_MAX + 1
             || to_host.len() > 2 * limit
             || to_guest.len() > TO_GUEST_BYTES_MAX;
         if too_long {
