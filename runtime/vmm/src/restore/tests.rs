@@ -7,6 +7,7 @@ use std::io::Write as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use rustix::fs::{MemfdFlags, memfd_create};
+use thaw_fuzz::Dice;
 use thaw_snapshot::{Key, Metadata, PageSource, TouchedRun, WorkingSet, Writer, tag};
 use thaw_vmm_control::DiskSource;
 use vm_memory::{Bytes as _, GuestAddress};
@@ -20,7 +21,7 @@ use crate::devices::Devices;
 use crate::devices::tests::driver::{GUEST_CID, MEMORY_BYTES as USED_BYTES, pattern};
 use crate::devices::tests::restore::busy_guest;
 use crate::memory::GuestMemory;
-use crate::mutation::{Dice, Original, redigest};
+use crate::mutation::{Original, redigest};
 use crate::state::FrozenTimeV1;
 
 const CASES: u64 = 10_000;
@@ -310,10 +311,10 @@ fn hot_places(good: &File) -> Vec<(u64, u64)> {
 
 /// One case: refused as it is, unless nothing changed; with digests and tag made right, refused or harmless.
 fn case(seed: u64, bench: &Bench, original: &Original, file: &File) -> (&'static str, String) {
-    let mut dice = Dice::new(seed);
+    let mut dice = Dice::from_seed(seed);
     original.write(file);
     let before = Snapshot::from_file(file.try_clone().unwrap(), "good").unwrap();
-    let changes: Vec<String> = (0..dice.pick(&[1, 1, 1, 2, 3]))
+    let changes: Vec<String> = (0..*dice.pick(&[1, 1, 1, 2, 3]))
         .map(|_| original.mutate(file, &mut dice))
         .collect();
     let told = changes.join("; ");

@@ -1,12 +1,13 @@
 //! Snapshots whose state was changed and whose digests are right: refused, or a guest that runs or ends. The monitor does neither crash
 //! nor hang, and KVM takes the next one as ever.
 
+use thaw_fuzz::Dice;
 use thaw_vmm_control::{Reply, Request, RestoreRequest};
 
 use crate::freeze::prepared;
 use crate::guest::{disk_of, ext4};
 use crate::monitor::Monitor;
-use crate::mutation::{Dice, Original, redigest};
+use crate::mutation::{Original, redigest};
 
 const CASES: u64 = 40;
 /// Sections that a monitor decodes at a claim: CPU record, machine.
@@ -36,8 +37,8 @@ fn forty_mutated_machines_are_refused_or_run_and_the_next_restore_works() {
         Err(_) => 0..CASES,
     };
     for seed in seeds {
-        let mut dice = Dice::new(seed);
-        let place = dice.pick(&original.hot);
+        let mut dice = Dice::from_seed(seed);
+        let place = *dice.pick(&original.hot);
         let told = original.change_field(&good, place, &mut dice);
         redigest(&good);
         // Said before it is tried: what follows fails by a panic.

@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
+use thaw_fuzz::Dice;
 
 const FIXED: usize = 32;
 const LINE: usize = 64;
@@ -30,32 +31,6 @@ const EDGES: [u64; 18] = [
     u64::MAX - 4095,
     u64::MAX,
 ];
-
-/// splitmix64: the same throws for the same seed.
-pub struct Dice(u64);
-
-impl Dice {
-    pub fn new(seed: u64) -> Self {
-        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15))
-    }
-
-    pub fn throw(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ mixed >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ mixed >> 31
-    }
-
-    /// One of 0 to `count` - 1.
-    pub fn below(&mut self, count: usize) -> usize {
-        usize::try_from(self.throw() % count.max(1) as u64).unwrap()
-    }
-
-    pub fn pick<T: Copy>(&mut self, of: &[T]) -> T {
-        of[self.below(of.len())]
-    }
-}
 
 /// Offset and length, bytes.
 pub type Place = (u64, u64);
@@ -241,34 +216,34 @@ impl Original {
         dice: &mut Dice,
     ) -> String {
         let length = length.max(1);
-        let at = offset + dice.throw() % length;
+        let at = offset + dice.any() % length;
         let left = offset + length - at;
         let write = |bytes: &[u8]| {
             let count = bytes.len().min(usize::try_from(left).unwrap());
             file.write_all_at(&bytes[..count], at).unwrap();
         };
-        match dice.below(7) {
+        match dice.index(7) {
             0..=2 => {
                 let mut byte = [0];
                 // Behind a cut that another change has made there is nothing to flip.
                 let _ = file.read_exact_at(&mut byte, at);
-                byte[0] ^= 1 << dice.below(8);
+                byte[0] ^= 1 << dice.index(8);
                 write(&byte);
                 format!("bit of {at}")
             }
             3 => {
                 // The longest number as postcard spells it, and an overlong one.
-                let end = dice.pick(&[0x01, 0x02, 0x7f, 0xff]);
+                let end = *dice.pick(&[0x01, 0x02, 0x7f, 0xff]);
                 write(&[[0xff; 9].as_slice(), &[end]].concat());
                 format!("varint at {at}")
             }
             4 => {
-                let noise = dice.throw().to_le_bytes();
-                write(&noise[..1 + dice.below(8)]);
+                let noise = dice.any().to_le_bytes();
+                write(&noise[..1 + dice.index(8)]);
                 format!("noise at {at}")
             }
             _ => {
-                let (edge, width) = (dice.pick(&EDGES), dice.pick(&[1, 2, 4, 8]));
+                let (edge, width) = (*dice.pick(&EDGES), *dice.pick(&[1, 2, 4, 8]));
                 write(&edge.to_le_bytes()[..width]);
                 format!("{edge:#x} of {width} bytes at {at}")
             }
@@ -277,9 +252,9 @@ impl Original {
 
     /// Changes a line of the section table.
     fn change_line(&self, file: &File, dice: &mut Dice) -> String {
-        let line = dice.below(self.sections.len());
+        let line = dice.index(self.sections.len());
         let start = (FIXED + LINE * line) as u64;
-        let (name, at, width) = dice.pick(&[
+        let (name, at, width) = *dice.pick(&[
             ("kind", 0, 4),
             ("flags", 4, 4),
             ("offset", 8, 8),
@@ -288,12 +263,12 @@ impl Original {
             ("reserved", 56, 8),
         ]);
         let old = read(file, start + at, 8).map_or(0, |bytes| long(&bytes, 0));
-        let other = self.sections[dice.below(self.sections.len())];
-        let value = match dice.below(4) {
-            0 => dice.pick(&EDGES),
-            1 => old.wrapping_add(dice.pick(&[1, 16, PAGE, u64::MAX, u64::MAX - 15])),
+        let other = self.sections[dice.index(self.sections.len())];
+        let value = match dice.index(4) {
+            0 => *dice.pick(&EDGES),
+            1 => old.wrapping_add(*dice.pick(&[1, 16, PAGE, u64::MAX, u64::MAX - 15])),
             2 if name == "kind" => {
-                dice.pick(&[0, 4, 5, 6, 0x10, 0x11, 0x102, 0x1ff, 0x202, 1 << 31])
+                *dice.pick(&[0, 4, 5, 6, 0x10, 0x11, 0x102, 0x1ff, 0x202, 1 << 31])
             }
             _ => match name {
                 "kind" => other.kind.into(),
@@ -309,10 +284,10 @@ impl Original {
     /// Exchanges two sections: where they lie, or their places in the table.
     fn swap(&self, file: &File, dice: &mut Dice) -> String {
         let (one, other) = (
-            dice.below(self.sections.len()),
-            dice.below(self.sections.len()),
+            dice.index(self.sections.len()),
+            dice.index(self.sections.len()),
         );
-        let from = dice.pick(&[0, 8]);
+        let from = *dice.pick(&[0, 8]);
         let place = |line: usize| (FIXED + LINE * line + from) as u64;
         let length = (LINE - from) as u64;
         let lines = [one, other].map(|line| read(file, place(line), length));
@@ -325,16 +300,16 @@ impl Original {
 
     /// Changes the file in one way or another; tells how.
     pub fn mutate(&self, file: &File, dice: &mut Dice) -> String {
-        match dice.below(16) {
+        match dice.index(16) {
             0 => {
-                let cut = match dice.below(3) {
-                    0 => dice.throw() % self.length,
-                    1 => dice.pick(&[0, 1, 31, 32, PAGE - 1, PAGE, self.length - PAGE]),
-                    _ => self.length + dice.pick(&[1, PAGE]),
+                let cut = match dice.index(3) {
+                    0 => dice.any() % self.length,
+                    1 => *dice.pick(&[0, 1, 31, 32, PAGE - 1, PAGE, self.length - PAGE]),
+                    _ => self.length + *dice.pick(&[1, PAGE]),
                 };
                 file.set_len(cut).unwrap();
                 // A header that agrees, half of the time.
-                if dice.below(2) == 0 && cut >= PAGE {
+                if dice.index(2) == 0 && cut >= PAGE {
                     file.write_all_at(&cut.to_le_bytes(), 16).unwrap();
                 }
                 format!("cut to {cut}")
@@ -344,20 +319,20 @@ impl Original {
             3 => self.swap(file, dice),
             4 => {
                 // A piece of one section over another.
-                let (from, to) = (dice.pick(&self.sections), dice.pick(&self.sections));
-                let count = from.length.min(to.length).min(1 + dice.throw() % 512);
+                let (from, to) = (*dice.pick(&self.sections), *dice.pick(&self.sections));
+                let count = from.length.min(to.length).min(1 + dice.any() % 512);
                 if let Some(bytes) = read(file, from.offset, count) {
-                    let at = to.offset + dice.throw() % (to.length - count + 1);
+                    let at = to.offset + dice.any() % (to.length - count + 1);
                     file.write_all_at(&bytes, at).unwrap();
                 }
                 format!("{count} bytes of {:#x} over {:#x}", from.kind, to.kind)
             }
             5..=11 if !self.hot.is_empty() => {
-                let place = dice.pick(&self.hot);
+                let place = *dice.pick(&self.hot);
                 self.change_field(file, place, dice)
             }
             _ => {
-                let section = dice.pick(&self.sections);
+                let section = *dice.pick(&self.sections);
                 let place = (section.offset, section.length.min(HASHED_MAX));
                 let told = self.change_field(file, place, dice);
                 format!("section {:#x}: {told}", section.kind)
