@@ -334,9 +334,8 @@ fn no_test_is_ignored() {
     }
 }
 
-#[test]
-fn every_invariant_names_a_test_that_exists() {
-    let architecture = fs::read_to_string(root().join("ARCHITECTURE.md")).unwrap();
+/// All sources and end-to-end tests.
+fn all_tests() -> String {
     let mut tests = String::new();
     for path in all_sources() {
         tests.push_str(&fs::read_to_string(path).unwrap());
@@ -347,6 +346,37 @@ fn every_invariant_names_a_test_that_exists() {
             tests.push_str(&fs::read_to_string(path).unwrap());
         }
     }
+    tests
+}
+
+fn exists(tests: &str, name: &str) -> bool {
+    tests.contains(&format!("fn {name}(")) || tests.contains(&format!("def {name}("))
+}
+
+#[test]
+fn every_proof_against_a_threat_is_a_test_that_exists() {
+    let threats = fs::read_to_string(root().join("THREATS.md")).unwrap();
+    let tests = all_tests();
+    let rows = threats
+        .lines()
+        .filter(|line| line.starts_with("| ") && !line.starts_with("| tries"));
+    let mut count = 0;
+    for row in rows {
+        let proof = row.trim_end_matches(" |").rsplit(" | ").next().unwrap();
+        let names: Vec<_> = proof.split('`').skip(1).step_by(2).collect();
+        assert!(!names.is_empty(), "nothing proves: {row}");
+        for name in names {
+            assert!(exists(&tests, name), "no test {name}: {row}");
+        }
+        count += 1;
+    }
+    assert!(count >= 30, "THREATS.md names only {count} threats");
+}
+
+#[test]
+fn every_invariant_names_a_test_that_exists() {
+    let architecture = fs::read_to_string(root().join("ARCHITECTURE.md")).unwrap();
+    let tests = all_tests();
     let mut count = 0;
     for paragraph in architecture.split("**Invariant:**").skip(1) {
         let paragraph = paragraph
@@ -360,9 +390,7 @@ fn every_invariant_names_a_test_that_exists() {
             .split('`')
             .filter(|word| word.contains('_') && !word.contains(' ') && !word.contains('/'))
             .collect();
-        let found = names.iter().any(|name| {
-            tests.contains(&format!("fn {name}(")) || tests.contains(&format!("def {name}("))
-        });
+        let found = names.iter().any(|name| exists(&tests, name));
         assert!(
             found,
             "no test of these exists: {names:?}, for the invariant:{paragraph}"
