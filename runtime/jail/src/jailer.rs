@@ -137,6 +137,12 @@ impl Jailer {
         };
         for Missing { wall, reason } in shared.missing(program)? {
             shared.walls.retain(|ordered| *ordered != wall);
+            let reason = match wall {
+                Wall::OwnUser => {
+                    format!("without root's rights all monitors share this user: {reason}")
+                }
+                _ => reason,
+            };
             reach.lacks(wall, reason);
         }
         Ok((Self(Arc::new(shared)), reach))
