@@ -167,8 +167,8 @@ fn a_hostile_guest_harms_neither_its_monitor_nor_its_neighbours() {
         "nothing broke: {:?}",
         wild.ends
     );
-    // It obeys as any monitor does: its guest is stopped, and gone.
-    hostile.done(&Request::Pause, &[]);
+    // It obeys as any monitor does: its guest is stopped, saved as it is, and gone.
+    hostile.freeze();
     hostile.quit();
     neighbour.quit();
 }
