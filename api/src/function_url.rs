@@ -218,6 +218,7 @@ async fn answer(
         client_context: None,
         trace_id: Some(trace_id),
         measure: timing::measure(&parts.headers),
+        quota: caller.map(|caller| caller.quota),
     };
     let ended = if streams {
         match streamed::begin(Running::start(app, &found.function, &live, request)).await {
@@ -267,6 +268,7 @@ fn unknown(name: &str) -> Response<Body> {
 fn refused(refusal: &Refusal, name: &str) -> Response<Body> {
     match refusal {
         Refusal::Reserved => throttled("Rate Exceeded."),
+        Refusal::Quota(exceeded) => throttled(&format!("Rate Exceeded. {exceeded}")),
         Refusal::Throttled(why) => throttled(&format!("Rate Exceeded. {why}")),
         Refusal::Full(why) => {
             let mut response = message(StatusCode::SERVICE_UNAVAILABLE, why);

@@ -24,7 +24,7 @@ use crate::record::{Function, Version, VersionId};
 const QUEUE_MAX: usize = 64;
 
 /// Statements that bring the schema from version `index` to `index + 1`.
-const MIGRATIONS: [&str; 5] = [
+const MIGRATIONS: [&str; 6] = [
     "CREATE TABLE functions (name TEXT PRIMARY KEY NOT NULL, document TEXT NOT NULL) STRICT",
     // What versions share got a document of its own.
     "ALTER TABLE functions RENAME TO latest;
@@ -39,6 +39,8 @@ const MIGRATIONS: [&str; 5] = [
      CREATE INDEX events_of_functions ON events (name)",
     "CREATE TABLE access_keys (id TEXT PRIMARY KEY NOT NULL, document TEXT NOT NULL) STRICT",
     "CREATE TABLE layers (name TEXT PRIMARY KEY NOT NULL, document TEXT NOT NULL) STRICT",
+    // Keys got limits, which a gateway that knows none must not ignore.
+    "UPDATE access_keys SET document = json_set(document, '$.limits', json('{}'))",
 ];
 
 type Job = Box<dyn FnOnce(&mut Connection) + Send>;

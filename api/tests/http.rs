@@ -14,8 +14,12 @@ mod events;
 mod https;
 #[path = "http/layers.rs"]
 mod layers;
+#[path = "http/limits.rs"]
+mod limits;
 #[path = "http/machine.rs"]
 mod machine;
+#[path = "http/quotas.rs"]
+mod quotas;
 #[path = "http/server.rs"]
 mod server;
 #[path = "http/streams.rs"]

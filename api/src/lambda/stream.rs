@@ -30,6 +30,7 @@ pub(super) async fn invoke(app: &Arc<App>, call: Call, name: &str) -> Answer {
         client_context: client_context(&call.headers)?,
         trace_id: Some(timing::trace_id(&call.headers)),
         measure: Measure::Off,
+        quota: call.caller.map(|caller| caller.quota),
         payload: payload(&call.headers, call.body, PAYLOAD_BYTES_MAX).await?,
     };
     let trace = request.trace_id.as_deref().and_then(timing::trace_header);
