@@ -443,6 +443,8 @@ fn connect(path: &Path) -> Result<Connection, StoreError> {
 
 #[cfg(test)]
 mod tests {
+    use thaw_api_types::keys::KeyLimits;
+
     use super::*;
     use crate::testing::{function, version};
 
@@ -558,6 +560,29 @@ mod tests {
                 latest: version("f"),
                 published: vec![]
             }]
+        );
+    }
+
+    #[tokio::test]
+    async fn keys_of_a_schema_without_limits_have_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("thaw.db");
+        let old = Connection::open(&path).unwrap();
+        old.execute_batch(&format!(
+            "CREATE TABLE schema_version (version INTEGER NOT NULL) STRICT;
+             INSERT INTO schema_version VALUES (5); {}",
+            MIGRATIONS[..5].join(";")
+        ))
+        .unwrap();
+        let key = r#"{"id":"AKIA","secret":"s","name":"ci","allow":"invoke","functions":"*","enabled":true,"created_unix_ms":1}"#;
+        old.execute("INSERT INTO access_keys VALUES ('AKIA', ?1)", [key])
+            .unwrap();
+        drop(old);
+        let keys = Store::open(&path).await.unwrap().load_keys().await.unwrap();
+        assert_eq!(keys.len(), 1);
+        assert_eq!(
+            (keys[0].secret.as_str(), keys[0].limits),
+            ("s", KeyLimits::default())
         );
     }
 

@@ -3,13 +3,13 @@
 //!
 //! Everything that can be checked before the body is read is. A client that declares (and signs) its body's digest, or sends
 //! none, is proven by then; boto3 declares nothing, so that a body must be read on the word of someone who only knows a key's
-//! id: such bodies, all together, have [`UNPROVEN_MIB_MAX`].
+//! id: such bodies, all together, have [`UNPROVEN_MIB_MAX`], and so have events of those who need no key.
 //!
 //! **Invariant:** no handler runs before signature, body and permission were checked
 //! (`nothing_unsigned_altered_or_not_allowed_reaches_a_handler`).
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::body::{Body, HttpBody as _};
 use axum::extract::{Request, State};
@@ -33,6 +33,8 @@ use crate::lambda::names::FunctionRef;
 
 /// What bodies may weigh together while they are read, and code until its request is done, MiB.
 pub const UNPROVEN_MIB_MAX: u16 = 512;
+/// Longest wait for room for a body.
+const ROOM_LIMIT: Duration = Duration::from_secs(30);
 /// A body up to this size does not count, bytes.
 const SMALL_BYTES_MAX: usize = 64 * 1024;
 /// From this size on a body is hashed on a thread of its own, bytes.
@@ -108,14 +110,10 @@ pub async fn authorize_function_url(
     })
 }
 
-/// Held as long as a body of code is in memory.
-type CodePermit = Option<OwnedSemaphorePermit>;
+/// Held as long as a body is read, and one of code is in memory; `None` for a small one.
+type Room = Option<OwnedSemaphorePermit>;
 
-async fn admit(
-    auth: &Auth,
-    request: Request,
-    action: &Action,
-) -> Result<(Request, CodePermit), Refusal> {
+async fn admit(auth: &Auth, request: Request, action: &Action) -> Result<(Request, Room), Refusal> {
     let (mut parts, body) = request.into_parts();
     let head = Head {
         method: &parts.method,
@@ -127,7 +125,8 @@ async fn admit(
     if is_proven {
         pace(&quota)?;
     }
-    let permit = auth.body_permit(&parts.headers, action.limit.bytes).await;
+    let room = auth.room(&parts.headers, action.limit.bytes).await;
+    let room = room.map_err(Refusal::Error)?;
     let bytes = body::read(&parts.headers, body, action.limit.bytes)
         .await
         .map_err(|error| Refusal::Error(refused_body(&error, action)))?;
@@ -145,8 +144,8 @@ async fn admit(
         user_arn: auth.user_arn(&key),
         quota,
     });
-    let permit = permit.filter(|_| action.limit.kind == BodyKind::Code);
-    Ok((Request::from_parts(parts, Body::from(bytes)), permit))
+    let room = room.filter(|_| action.limit.kind == BodyKind::Code);
+    Ok((Request::from_parts(parts, Body::from(bytes)), room))
 }
 
 /// Counts a request of a key that has proven to be its own: who only knows its id uses up nothing of it.
@@ -257,18 +256,27 @@ impl Auth {
     }
 
     /// The right to hold a body of what the client announced, or of the whole limit.
-    async fn body_permit(&self, headers: &HeaderMap, limit: usize) -> CodePermit {
+    ///
+    /// # Errors
+    /// There is no room in time.
+    pub(crate) async fn room(&self, headers: &HeaderMap, limit: usize) -> Result<Room, ApiError> {
         let announced = headers
             .get(header::CONTENT_LENGTH)
             .and_then(|value| value.to_str().ok()?.parse::<usize>().ok())
             .unwrap_or(limit)
             .min(limit);
         if announced <= SMALL_BYTES_MAX {
-            return None;
+            return Ok(None);
         }
         let mib = u32::try_from(announced.div_ceil(1024 * 1024)).unwrap_or(u32::MAX);
         let mib = mib.min(u32::from(UNPROVEN_MIB_MAX));
-        Arc::clone(&self.bodies).acquire_many_owned(mib).await.ok()
+        let room = Arc::clone(&self.bodies).acquire_many_owned(mib);
+        match tokio::time::timeout(ROOM_LIMIT, room).await {
+            Ok(room) => Ok(room.ok()),
+            Err(_) => Err(ApiError::unavailable(
+                "Other requests' bodies take all the memory that there is for bodies. Try again later.",
+            )),
+        }
     }
 }
 
@@ -326,7 +334,7 @@ mod tests {
             if let Some(length) = announced {
                 headers.insert(header::CONTENT_LENGTH, HeaderValue::from_static(length));
             }
-            let permit = auth.body_permit(&headers, limit).await;
+            let permit = auth.room(&headers, limit).await.unwrap();
             let held = total - auth.bodies.available_permits();
             drop(permit);
             assert_eq!(auth.bodies.available_permits(), total);

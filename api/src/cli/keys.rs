@@ -346,3 +346,43 @@ fn free(home: &Path, name: &str, endpoint: &str) -> anyhow::Result<File> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limits(options: &[&str]) -> Result<Limits, clap::Error> {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            limits: Limits,
+        }
+        let line = std::iter::once(&"limit").chain(options);
+        <Line as clap::Parser>::try_parse_from(line).map(|line| line.limits)
+    }
+
+    #[test]
+    fn limits_that_are_not_named_stay_and_none_takes_one_away() {
+        let had = KeyLimits {
+            rate: Some(50),
+            burst: Some(100),
+            storage_mib: Some(1024),
+            ..KeyLimits::default()
+        };
+        let over = |options: &[&str]| limits(options).unwrap().over(had);
+        assert_eq!(over(&[]), had);
+        let other = over(&["--rate", "20", "--memory-mib", "4096"]);
+        assert_eq!(
+            in_words(&other),
+            "20 requests/s (burst 100), 4096 MiB run, 1024 MiB stored"
+        );
+        let none = over(&["--rate", "none", "--storage-mib", "none"]);
+        assert_eq!(
+            (none, in_words(&none).as_str()),
+            (KeyLimits::default(), "none")
+        );
+        for wrong in ["0", "-1", "many"] {
+            assert!(limits(&["--concurrency", wrong]).is_err(), "{wrong}");
+        }
+    }
+}

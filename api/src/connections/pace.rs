@@ -77,7 +77,7 @@ mod tests {
             pace.moved(1, now);
             bytes += 1;
         }
-        assert_eq!(bytes, 9);
+        assert_eq!(bytes, 10);
     }
 
     #[test]

@@ -47,7 +47,7 @@ pub(super) fn version(app: &App, call: &Call, name: &str) -> Result<Found, ApiEr
     })
 }
 
-pub(super) async fn invoke(app: &Arc<App>, call: Call, name: &str) -> Answer {
+pub(super) async fn invoke(app: &Arc<App>, mut call: Call, name: &str) -> Answer {
     let arrived = Instant::now();
     let found = version(app, &call, name)?;
     let kind = kind(&call.headers)?;
@@ -57,7 +57,7 @@ pub(super) async fn invoke(app: &Arc<App>, call: Call, name: &str) -> Answer {
         Kind::Event => EVENT_BYTES_MAX,
         Kind::RequestResponse | Kind::DryRun => PAYLOAD_BYTES_MAX,
     };
-    let payload = payload(&call.headers, call.body, limit).await?;
+    let payload = payload(app, &mut call, limit).await?;
     let trace_id = Some(timing::trace_id(&call.headers));
     match kind {
         Kind::DryRun => return Ok(empty(StatusCode::NO_CONTENT)),
@@ -134,10 +134,10 @@ pub(super) async fn invoke(app: &Arc<App>, call: Call, name: &str) -> Answer {
 }
 
 /// The old way to say `Event`.
-pub(super) async fn invoke_async(app: &Arc<App>, call: Call, name: &str) -> Answer {
+pub(super) async fn invoke_async(app: &Arc<App>, mut call: Call, name: &str) -> Answer {
     let reference = FunctionRef::parse(name, None)?;
     let found = find(app, reference)?;
-    let payload = payload(&call.headers, call.body, EVENT_BYTES_MAX).await?;
+    let payload = payload(app, &mut call, EVENT_BYTES_MAX).await?;
     let trace_id = Some(timing::trace_id(&call.headers));
     let event = Event {
         key: storage::key_of(call.caller.as_ref()),
@@ -174,12 +174,13 @@ async fn accept(app: &Arc<App>, found: &Found, event: &Event) -> Result<(), ApiE
         })
 }
 
-pub(super) async fn payload(
-    headers: &HeaderMap,
-    body: Body,
-    limit: usize,
-) -> Result<Bytes, ApiError> {
-    let payload = body::read(headers, body, limit)
+pub(super) async fn payload(app: &App, call: &mut Call, limit: usize) -> Result<Bytes, ApiError> {
+    let body = std::mem::take(&mut call.body);
+    let _room = match call.caller {
+        None => app.auth.room(&call.headers, limit).await?,
+        Some(_) => None, // it is in memory already
+    };
+    let payload = body::read(&call.headers, body, limit)
         .await
         .map_err(|error| match error {
             BodyError::TooLarge(limit) => ApiError::request_too_large(limit),
