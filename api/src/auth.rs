@@ -90,8 +90,8 @@ pub enum ChangeKeyError {
     /// There are too many.
     #[error("there are {KEYS_MAX} keys, and no more are kept: remove some")]
     TooMany,
-    /// It was not made.
-    #[error("cannot make a key")]
+    /// It cannot be as it was asked for.
+    #[error("cannot make or change the key")]
     Key(#[from] KeyError),
     /// The database.
     #[error("cannot store the key")]
