@@ -1,7 +1,7 @@
 //! Who may do what: signatures, keys and their permissions.
 //!
-//! Owns: signature version 4 ([`sigv4`]), access keys ([`keys`]), which action a request is ([`action`]), and the way in
-//! ([`admission`]). Must not know: what an operation does.
+//! Owns: signature version 4 ([`sigv4`]), access keys ([`keys`]), what they may use ([`quota`]), which action a request is
+//! ([`action`]), and the way in ([`admission`]). Must not know: what an operation does.
 //!
 //! With auth required, every request is signed but those for `/healthz` and for function URLs that say otherwise. The
 //! gateway's owner has the *root key*, a file in `THAW_HOME` for his user alone that the command line finds by itself: who can
@@ -11,9 +11,9 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, MutexGuard, PoisonError, RwLock};
 
-use thaw_api_types::keys::{CreateKeyRequest, KeySummary};
+use thaw_api_types::keys::{ChangeKeyRequest, CreateKeyRequest, KeySummary};
 use thiserror::Error;
 use tokio::sync::{Mutex, Semaphore};
 
@@ -21,6 +21,7 @@ pub mod action;
 pub mod admission;
 pub mod keys;
 mod links;
+pub mod quota;
 pub mod routes;
 pub mod signer;
 pub mod sigv4;
@@ -31,6 +32,7 @@ pub use thaw_api_types::keys::Allow;
 use crate::clock;
 use crate::store::{Store, StoreError, Write};
 use keys::{AccessKey, KeyError};
+use quota::{Meter, Quota};
 use signer::Signer;
 
 /// Most keys.
@@ -53,6 +55,8 @@ pub struct Auth {
     account_id: String,
     root: Option<Arc<AccessKey>>,
     keys: RwLock<BTreeMap<String, Arc<AccessKey>>>,
+    /// What keys use now, by id.
+    meters: std::sync::Mutex<BTreeMap<String, Arc<Meter>>>,
     store: Store,
     /// Orders changes, so that memory and database change together.
     changes: Mutex<()>,
@@ -86,8 +90,8 @@ pub enum ChangeKeyError {
     /// There are too many.
     #[error("there are {KEYS_MAX} keys, and no more are kept: remove some")]
     TooMany,
-    /// It was not made.
-    #[error("cannot make a key")]
+    /// It cannot be as it was asked for.
+    #[error("cannot make or change the key")]
     Key(#[from] KeyError),
     /// The database.
     #[error("cannot store the key")]
@@ -126,6 +130,7 @@ impl Auth {
             account_id: account_id.to_owned(),
             root,
             keys: RwLock::new(keys.collect()),
+            meters: std::sync::Mutex::default(),
             store,
             changes: Mutex::new(()),
             bodies: Arc::new(Semaphore::new(usize::from(admission::UNPROVEN_MIB_MAX))),
@@ -178,18 +183,17 @@ impl Auth {
         Ok(key)
     }
 
-    /// Lets a key in, or not any more. What runs goes on.
+    /// Lets a key in, or not any more, or gives it other limits. What runs goes on.
     ///
     /// # Errors
     /// See [`ChangeKeyError`].
-    pub async fn set_enabled(
+    pub async fn change(
         &self,
         id: &str,
-        enabled: bool,
+        change: ChangeKeyRequest,
     ) -> Result<Arc<AccessKey>, ChangeKeyError> {
         let _change = self.changes.lock().await;
-        let mut key = (*self.stored(id)?).clone();
-        key.enabled = enabled;
+        let key = self.stored(id)?.changed(change)?;
         self.store.commit(&[Write::Key(&key)]).await?;
         let key = Arc::new(key);
         self.show(Arc::clone(&key));
@@ -206,7 +210,24 @@ impl Auth {
         self.store.commit(&[Write::RemoveKey(id)]).await?;
         let mut keys = self.keys.write().unwrap_or_else(PoisonError::into_inner);
         keys.remove(id);
+        self.meters().remove(id);
         Ok(())
+    }
+
+    /// What a key may use and does; `None` when there is none of this id any more.
+    #[must_use]
+    pub fn quota_of(&self, id: &str) -> Option<Quota> {
+        self.stored(id).ok().map(|key| self.quota(&key))
+    }
+
+    fn quota(&self, key: &AccessKey) -> Quota {
+        let mut meters = self.meters();
+        let meter = meters.entry(key.id.clone()).or_default();
+        Quota::new(key.limits, Arc::clone(meter))
+    }
+
+    fn meters(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Meter>>> {
+        self.meters.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A key that is let in.

@@ -8,15 +8,10 @@ use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt as _;
 use thiserror::Error;
 
-/// Of a body over its limit, this much more is read and dropped: a client that is still sending would see a broken
-/// connection instead of the error.
-const DRAIN_BYTES_MAX: usize = 256 * 1024 * 1024;
+use crate::connections::arriving::ArrivalError;
 
 /// Longest time for a body to arrive.
 const BODY_LIMIT: Duration = Duration::from_secs(300);
-
-/// Longest time to wait for the rest of a body that nobody wants.
-const SKIP_LIMIT: Duration = Duration::from_secs(30);
 
 /// Most bytes that are reserved on a client's word.
 const RESERVE_BYTES_MAX: usize = 1024 * 1024;
@@ -31,7 +26,7 @@ pub enum BodyError {
     #[error("the body did not arrive in full")]
     Broken,
     /// It took too long.
-    #[error("the body took longer than {BODY_LIMIT:?}")]
+    #[error("the body came too slowly")]
     Slow,
 }
 
@@ -48,58 +43,36 @@ pub async fn read(headers: &HeaderMap, body: Body, limit: usize) -> Result<Bytes
         .unwrap_or(Err(BodyError::Slow))
 }
 
-/// Reads a body of at most `limit` bytes and drops it, for an answer that comes before it.
-///
-/// # Errors
-/// See [`BodyError`].
-pub async fn skip(mut body: Body, limit: usize) -> Result<(), BodyError> {
-    let skipping = async {
-        let mut dropped = 0_usize;
-        while let Some(frame) = body.frame().await {
-            let frame = frame.map_err(|_| BodyError::Broken)?;
-            dropped += frame.data_ref().map_or(0, Bytes::len);
-            if dropped > limit {
-                return Err(BodyError::TooLarge(limit));
-            }
-        }
-        Ok(())
-    };
-    tokio::time::timeout(SKIP_LIMIT, skipping)
-        .await
-        .unwrap_or(Err(BodyError::Slow))
-}
-
 async fn collect(
     announced: Option<usize>,
     mut body: Body,
     limit: usize,
 ) -> Result<Bytes, BodyError> {
-    let mut collected = BytesMut::with_capacity(announced.unwrap_or(0).min(RESERVE_BYTES_MAX));
-    let mut dropped = 0_usize;
-    let mut over = announced.is_some_and(|length| length > limit);
-    while let Some(frame) = body.frame().await {
-        let frame = frame.map_err(|_| BodyError::Broken)?;
-        let Ok(data) = frame.into_data() else {
-            continue;
-        };
-        if !over && collected.is_empty() && data.len() <= limit && body.is_end_stream() {
-            return Ok(data); // it came whole, or was in memory: nothing as large as code is held twice
-        }
-        if over || collected.len() + data.len() > limit {
-            over = true;
-            collected.clear();
-            dropped += data.len();
-            if dropped > DRAIN_BYTES_MAX {
-                break;
-            }
-        } else {
-            collected.extend_from_slice(&data);
-        }
-    }
-    if over {
+    // Of one over its limit no more is read than shows that; what becomes of the rest, `connections::arriving` says.
+    if announced.is_some_and(|length| length > limit) {
         return Err(BodyError::TooLarge(limit));
     }
+    let mut collected = BytesMut::with_capacity(announced.unwrap_or(0).min(RESERVE_BYTES_MAX));
+    while let Some(frame) = body.frame().await {
+        let Ok(data) = frame.map_err(broken)?.into_data() else {
+            continue;
+        };
+        if collected.len() + data.len() > limit {
+            return Err(BodyError::TooLarge(limit));
+        }
+        if collected.is_empty() && body.is_end_stream() {
+            return Ok(data); // it came whole, or was in memory: nothing as large as code is held twice
+        }
+        collected.extend_from_slice(&data);
+    }
     Ok(collected.freeze())
+}
+
+fn broken(error: axum::Error) -> BodyError {
+    match error.into_inner().downcast_ref() {
+        Some(ArrivalError::Slow) => BodyError::Slow,
+        _ => BodyError::Broken,
+    }
 }
 
 #[cfg(test)]
@@ -122,12 +95,5 @@ mod tests {
         let bytes = Bytes::from(vec![b'x'; 100]);
         let found = read(&HeaderMap::new(), Body::from(bytes.clone()), 100).await;
         assert_eq!(found.unwrap().as_ptr(), bytes.as_ptr());
-    }
-
-    #[tokio::test]
-    async fn an_unwanted_body_is_read_up_to_a_limit() {
-        let body = || Body::from(vec![b'x'; 100]);
-        assert_eq!(skip(body(), 100).await, Ok(()));
-        assert_eq!(skip(body(), 99).await, Err(BodyError::TooLarge(99)));
     }
 }

@@ -71,6 +71,8 @@ pub struct Event {
     /// It is a record for this URL, not for the function: the function's invocation has ended.
     #[serde(default)]
     pub url: Option<String>,
+    /// The key that it was accepted of: its quota is for attempts, too.
+    pub key: Option<String>,
     /// JSON.
     #[serde(skip)]
     pub payload: Bytes,
@@ -309,6 +311,7 @@ fn follower(
         failures: 0,
         deferrals: 0,
         url,
+        key: event.key.clone(),
         payload,
     };
     let (name, qualifier, url) = match destination::parse(app, to) {
@@ -343,6 +346,7 @@ async fn invoke(app: &Arc<App>, function: &Arc<LiveFunction>, event: &Event) -> 
         client_context: event.client_context.clone(),
         trace_id: event.trace_id.clone(),
         measure: thaw_runtime::Measure::Off,
+        quota: (event.key.as_deref()).and_then(|key| app.auth.quota_of(key)),
     };
     match invocation::run(app, function, &live, request).await {
         Ok(answer) => Attempt::Answered {
@@ -398,6 +402,7 @@ mod tests {
             failures: 0,
             deferrals: 0,
             url: None,
+            key: None,
             payload: Bytes::new(),
         }
     }

@@ -184,6 +184,15 @@ async fn answer(
         .get::<ConnectInfo<SocketAddr>>()
         .map_or_else(|| app.address, |info| info.0);
     let (parts, body) = request.into_parts();
+    // A caller's body is in memory already.
+    let room = match caller {
+        None => app.auth.room(&parts.headers, PAYLOAD_BYTES_MAX).await,
+        Some(_) => Ok(None),
+    };
+    let room = match room {
+        Ok(room) => room,
+        Err(error) => return unavailable(&error.message),
+    };
     let body = match body::read(&parts.headers, body, PAYLOAD_BYTES_MAX).await {
         Ok(body) => body,
         Err(BodyError::TooLarge(_)) => return too_large(),
@@ -205,7 +214,7 @@ async fn answer(
         trace_id: &trace_id,
         unix_ms: crate::clock::unix_ms(),
     });
-    drop(body);
+    drop((body, room));
     let payload = match serde_json::to_vec(&event) {
         Ok(payload) if payload.len() <= PAYLOAD_BYTES_MAX => Bytes::from(payload),
         Ok(_) => return too_large(),
@@ -218,6 +227,7 @@ async fn answer(
         client_context: None,
         trace_id: Some(trace_id),
         measure: timing::measure(&parts.headers),
+        quota: caller.map(|caller| caller.quota),
     };
     let ended = if streams {
         match streamed::begin(Running::start(app, &found.function, &live, request)).await {
@@ -267,15 +277,9 @@ fn unknown(name: &str) -> Response<Body> {
 fn refused(refusal: &Refusal, name: &str) -> Response<Body> {
     match refusal {
         Refusal::Reserved => throttled("Rate Exceeded."),
+        Refusal::Quota(exceeded) => throttled(&format!("Rate Exceeded. {exceeded}")),
         Refusal::Throttled(why) => throttled(&format!("Rate Exceeded. {why}")),
-        Refusal::Full(why) => {
-            let mut response = message(StatusCode::SERVICE_UNAVAILABLE, why);
-            response
-                .headers_mut()
-                .insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
-            error_type(&mut response, "ServiceUnavailableException");
-            response
-        }
+        Refusal::Full(why) => unavailable(why),
         Refusal::TooLarge => too_large(),
         Refusal::Gone => unknown(name),
         Refusal::Inactive(State::Failed(reason) | State::InitFailed(reason)) => {
@@ -308,6 +312,14 @@ fn refused(refusal: &Refusal, name: &str) -> Response<Body> {
             response
         }
     }
+}
+
+fn unavailable(text: &str) -> Response<Body> {
+    let mut response = message(StatusCode::SERVICE_UNAVAILABLE, text);
+    let headers = response.headers_mut();
+    headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+    error_type(&mut response, "ServiceUnavailableException");
+    response
 }
 
 fn throttled(text: &str) -> Response<Body> {

@@ -10,6 +10,8 @@ use bytes::Bytes;
 use thiserror::Error;
 use uuid::Uuid;
 
+use crate::auth::admission::Caller;
+use crate::auth::quota::Exceeded;
 use crate::clock;
 use crate::code::{self, CodeError, UNZIPPED_BYTES_MAX, WriteError};
 use crate::deploy::{self, CODE_ZIP, layer_zip};
@@ -21,6 +23,7 @@ use crate::state::{App, Live, LiveFunction, NameClaim, PoolSlot};
 use crate::store::{StoreError, Stored};
 
 pub mod aliases;
+pub mod storage;
 pub mod versions;
 
 /// Why a function was not changed.
@@ -70,6 +73,9 @@ pub enum ChangeError {
     /// There are as many functions as may be.
     #[error("there are {0} functions already")]
     TooMany(usize),
+    /// The caller's key may not store as much.
+    #[error("the code is too much for the key")]
+    Storage(#[from] Exceeded),
     /// The zip cannot be used.
     #[error("the code cannot be used")]
     Code(#[from] CodeError),
@@ -103,6 +109,7 @@ pub async fn create(
     settings: Settings,
     tags: BTreeMap<String, String>,
     zip: Bytes,
+    caller: Option<&Caller>,
 ) -> Result<Arc<LiveFunction>, ChangeError> {
     let _claim = claim(app, name)?;
     if app.find(name).is_some() {
@@ -111,6 +118,7 @@ pub async fn create(
     if app.count() >= app.limits.function_count_max {
         return Err(ChangeError::TooMany(app.count()));
     }
+    let _counted = storage::reserve(app, caller, size(&zip), None)?;
     let (id, code) = keep_code(app, name, zip, &settings, None).await?;
     let folder = app.folder(name);
     let function = Function {
@@ -123,7 +131,12 @@ pub async fn create(
         id: VersionId::Latest,
         modified_unix_ms: clock::unix_ms(),
         revision_id: Uuid::new_v4().to_string(),
-        target: Revision { id, settings, code },
+        target: Revision {
+            id,
+            settings,
+            code,
+            key: storage::key_of(caller),
+        },
         state: State::Pending,
         last_update: None,
         serving: None,
@@ -166,6 +179,7 @@ pub async fn update(
     name: &str,
     revision_id: Option<&str>,
     change: Change,
+    caller: Option<&Caller>,
 ) -> Result<Arc<Version>, ChangeError> {
     let (_claim, function) = claim_found(app, name)?;
     let live = &function.latest;
@@ -174,15 +188,23 @@ pub async fn update(
         return Err(ChangeError::Busy(name.to_owned()));
     }
     check_revision(name, revision_id, &current.revision_id)?;
+    let mut _counted = None;
     let target = match change {
         Change::Code(zip) => {
+            _counted = storage::reserve(app, caller, size(&zip), Some(&current.target))?;
             let settings = current.target.settings.clone();
             let (id, code) = keep_code(app, name, zip, &settings, Some(&current.target)).await?;
-            Revision { id, settings, code }
+            Revision {
+                id,
+                settings,
+                code,
+                key: storage::key_of(caller),
+            }
         }
         Change::Settings(settings) => Revision {
             id: share_code(app, name, &current.target, &settings).await?,
             code: current.target.code.clone(),
+            key: current.target.key.clone(),
             settings: *settings,
         },
     };
@@ -221,6 +243,10 @@ pub async fn update(
             Err(error.into())
         }
     }
+}
+
+fn size(zip: &Bytes) -> u64 {
+    u64::try_from(zip.len()).unwrap_or(u64::MAX)
 }
 
 fn check_revision(name: &str, wanted: Option<&str>, current: &str) -> Result<(), ChangeError> {

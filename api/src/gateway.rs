@@ -9,13 +9,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::serve::ListenerExt as _;
 use thaw_runtime::{EgressOptions, Jailer, JailerError, Owner, Reach, Runtime, RuntimeConfig};
 use thiserror::Error;
 use tokio::net::TcpListener;
 
 use crate::auth::{Auth, AuthMode, OpenAuthError, keys};
 use crate::budget::Budget;
+use crate::connections::{self, ConnectionLimits};
 use crate::engine::{Engine, HostEngine};
 use crate::events::outcome::Retries;
 use crate::s3::S3;
@@ -23,7 +23,7 @@ use crate::server;
 use crate::snapshot_key;
 use crate::state::{App, Health};
 use crate::store::{Store, StoreError};
-use crate::tls::{Tls, TlsError, TlsListener, Trust};
+use crate::tls::{Tls, TlsError, Trust};
 
 /// How a gateway is set up.
 #[derive(Debug)]
@@ -136,6 +136,8 @@ pub struct Limits {
     pub event_retries: Retries,
     /// How long requests may take to end after the shutdown began.
     pub drain_limit: Duration,
+    /// Of connections.
+    pub connections: ConnectionLimits,
 }
 
 impl Default for Limits {
@@ -151,6 +153,7 @@ impl Default for Limits {
             init_limit: Duration::from_secs(60),
             event_retries: Retries::default(),
             drain_limit: Duration::from_secs(15),
+            connections: ConnectionLimits::default(),
         }
     }
 }
@@ -307,7 +310,7 @@ impl Gateway {
         let (region, account) = (&config.region, &config.account_id);
         let auth = Auth::open(config.auth, &config.home, region, account, store.clone()).await?;
         let tls = config.tls.clone();
-        let (app, listener) = App::open(config, address, store, engine).await?;
+        let (app, listener) = App::open(config, address, store, Arc::clone(&auth), engine).await?;
         let router = server::router(Arc::clone(&app), auth);
         Ok(Self {
             address,
@@ -359,14 +362,10 @@ impl Gateway {
             reach: _,
             _lock,
         } = self;
-        let served = match tls {
-            None => server::serve(listener, router, &app, shutdown).await,
-            Some(tls) => {
-                // The address of a connection is known to axum for its own listeners: this makes ours one of them.
-                let listener = TlsListener::new(listener, tls).tap_io(|_| {});
-                server::serve(listener, router, &app, shutdown).await
-            }
-        };
+        let limits = &app.limits;
+        let end = (app.stop.clone(), limits.drain_limit);
+        let served =
+            connections::serve(listener, tls, router, limits.connections, end, shutdown).await;
         app.close().await;
         served.map_err(|source| ServeError::Accept { address, source })
     }

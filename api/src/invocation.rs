@@ -11,6 +11,7 @@ use thaw_runtime::{
 
 use tokio::sync::mpsc;
 
+use crate::auth::quota::{Exceeded, Quota};
 use crate::clock;
 use crate::deploy;
 use crate::engine::{Sandboxes, chain};
@@ -54,6 +55,8 @@ pub struct Request {
     pub trace_id: Option<String>,
     /// Whether timings are wanted.
     pub measure: Measure,
+    /// What its caller's key may use.
+    pub quota: Option<Quota>,
 }
 
 /// What came of it.
@@ -104,6 +107,8 @@ pub enum Refusal {
     Inactive(State),
     /// The function runs as often as is reserved for it.
     Reserved,
+    /// The caller's key has as much at once as it may.
+    Quota(Exceeded),
     /// Too many at once of this function; why, for people.
     Throttled(String),
     /// The machine has no room for it; why, for people.
@@ -156,11 +161,14 @@ async fn go(
     sink: Option<mpsc::Sender<StreamPart>>,
 ) -> Result<Answer, Refusal> {
     let running = function.enter(live.id).ok_or(Refusal::Reserved)?;
+    let quota = request.quota.as_ref();
+    let entered = quota.map(|quota| quota.enter(live.record().memory_mib()));
+    let entered = entered.transpose().map_err(Refusal::Quota)?;
     let (app, live) = (Arc::clone(app), Arc::clone(live));
     let tasks = app.tasks.clone();
     tasks
         .spawn(async move {
-            let _running = running;
+            let _counted = (running, entered);
             let answer = serve(&app, &live, request, sink).await;
             if let Err(Refusal::Host(reason)) = &answer {
                 complain(&app, &live, reason);

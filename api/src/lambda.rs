@@ -10,6 +10,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use uuid::Uuid;
 
+use crate::auth::admission::Caller;
 use crate::body::{self, BodyError};
 use crate::code::{CodeError, UNZIPPED_BYTES_MAX};
 use crate::engine::chain;
@@ -62,6 +63,8 @@ pub(crate) struct Call {
     pub(crate) headers: HeaderMap,
     pub(crate) uri: Uri,
     pub(crate) body: Body,
+    /// Who it is from, where that is asked.
+    pub(crate) caller: Option<Caller>,
 }
 
 pub(crate) type Answer = Result<Response<Body>, ApiError>;
@@ -86,6 +89,7 @@ pub async fn serve(app: Arc<App>, request: axum::extract::Request) -> Response<B
         headers: parts.headers,
         uri: parts.uri,
         body,
+        caller: parts.extensions.get().cloned(),
     };
     let answer = match found {
         Ok(found) => dispatch(&app, found, call).await,
@@ -156,7 +160,7 @@ async fn dispatch(app: &Arc<App>, found: Matched, call: Call) -> Answer {
         Operation::UpdateFunctionUrlConfig => url_config::update(app, call, &first).await,
         Operation::DeleteFunctionUrlConfig => url_config::delete(app, call, &first).await,
         Operation::ListFunctionUrlConfigs => url_config::list(app, &call, &first),
-        Operation::GetAccountSettings => account::settings(app),
+        Operation::GetAccountSettings => account::settings(app, &call),
         Operation::GetFunctionCodeSigningConfig => absent::code_signing(app, &call, &first),
         Operation::GetRuntimeManagementConfig => absent::runtime_management(app, &call, &first),
         Operation::GetCodeSigningConfig
@@ -488,6 +492,7 @@ pub(crate) fn change_error(app: &App, error: &ChangeError) -> ApiError {
         ChangeError::TooLargeTogether(sum) => ApiError::invalid_parameter(format!(
             "Function code combined with layers exceeds the maximum allowed size of {UNZIPPED_BYTES_MAX} bytes. The actual size is {sum} bytes."
         )),
+        ChangeError::Storage(exceeded) => ApiError::code_storage_exceeded(&exceeded.to_string()),
         ChangeError::Code(CodeError::Broken(_) | CodeError::Damaged(_)) => {
             ApiError::invalid_parameter(
                 "Could not unzip uploaded file. Please check your file, then try to upload again.",

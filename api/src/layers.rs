@@ -50,6 +50,8 @@ pub struct LayerVersion {
     /// Who else may use it; recorded only.
     #[serde(default)]
     pub policy: Policy,
+    /// The key that stored it; `None` for the owner's, and while nobody is asked for one.
+    pub key: Option<String>,
 }
 
 /// What the publisher of a layer version says of it.
@@ -151,6 +153,7 @@ impl Layers {
         name: &str,
         about: About,
         zip: Bytes,
+        key: Option<String>,
     ) -> Result<(u64, LayerVersion), ChangeError> {
         let id = Uuid::new_v4().simple().to_string();
         let folder = self.folder.join(name).join(&id);
@@ -166,6 +169,7 @@ impl Layers {
             created_unix_ms: clock::unix_ms(),
             about,
             policy: Policy::default(),
+            key,
         };
         let published = version.clone();
         let committed = self

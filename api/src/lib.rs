@@ -16,6 +16,7 @@ pub mod body;
 pub mod budget;
 pub mod clock;
 pub mod code;
+pub mod connections;
 pub mod deploy;
 pub mod engine;
 pub mod environment;

@@ -281,6 +281,13 @@ impl Version {
         self.state == State::Active && self.serving.is_none()
     }
 
+    /// Memory of a sandbox that answers invocations, MiB.
+    #[must_use]
+    pub fn memory_mib(&self) -> u32 {
+        let serving = self.serving.as_ref().map(|serving| &serving.revision);
+        serving.unwrap_or(&self.target).settings.memory_mib
+    }
+
     /// Gives it another `RevisionId`.
     pub fn revise(&mut self) {
         self.revision_id = Uuid::new_v4().to_string();
@@ -296,6 +303,8 @@ pub struct Revision {
     pub settings: Settings,
     /// Its code.
     pub code: Code,
+    /// The key that stored the code; `None` for the owner's, and while nobody is asked for one.
+    pub key: Option<String>,
 }
 
 /// Settings, validated.

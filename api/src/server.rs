@@ -1,16 +1,11 @@
-//! The router, and serving until told to stop.
+//! The router.
 
-use std::future::Future;
-use std::io;
-use std::net::SocketAddr;
 use std::sync::Arc;
 
 use axum::body::Body;
-use axum::extract::connect_info::Connected;
 use axum::extract::{Request, State};
 use axum::http::{Response, header};
 use axum::routing::{any, get};
-use axum::serve::{IncomingStream, Listener};
 use axum::{Extension, Router, middleware};
 use tower::ServiceExt as _;
 use tower_http::trace::TraceLayer;
@@ -100,36 +95,4 @@ async fn url(
         request
     };
     function_url::serve(app, destination, config, request).await
-}
-
-/// Serves until `shutdown` ends, then lets running requests end within the drain limit.
-///
-/// # Errors
-/// The listener failed.
-pub async fn serve<L>(
-    listener: L,
-    router: Router,
-    app: &Arc<App>,
-    shutdown: impl Future<Output = ()> + Send + 'static,
-) -> io::Result<()>
-where
-    L: Listener<Addr = SocketAddr>,
-    SocketAddr: for<'a> Connected<IncomingStream<'a, L>>,
-{
-    let stop = app.stop.clone();
-    let told = app.stop.clone();
-    let service = router.into_make_service_with_connect_info::<SocketAddr>();
-    let serving = axum::serve(listener, service).with_graceful_shutdown(async move {
-        shutdown.await;
-        // Streams end now; requests that wait for a sandbox are refused.
-        told.cancel();
-    });
-    let limit = app.limits.drain_limit;
-    tokio::select! {
-        served = serving => served,
-        () = async {
-            stop.cancelled().await;
-            tokio::time::sleep(limit).await;
-        } => Ok(()),
-    }
 }

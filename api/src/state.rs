@@ -19,6 +19,7 @@ pub mod running;
 
 use running::{Entrance, Running};
 
+use crate::auth::Auth;
 use crate::deploy;
 use crate::engine::{Engine, Sandboxes};
 use crate::events::destination::Courier;
@@ -62,6 +63,8 @@ pub struct App {
     pub ready_count: usize,
     /// Limits.
     pub limits: Limits,
+    /// Keys.
+    pub auth: Arc<Auth>,
     /// The database.
     pub store: Store,
     /// The machine below.
@@ -173,6 +176,7 @@ impl App {
         config: GatewayConfig,
         address: SocketAddr,
         store: Store,
+        auth: Arc<Auth>,
         engine: Arc<dyn Engine>,
     ) -> Result<(Arc<Self>, TcpListener), StartError> {
         let records = store.load().await?;
@@ -213,6 +217,7 @@ impl App {
             region: config.region,
             account_id: config.account_id,
             ready_count: config.ready_count,
+            auth,
             store,
             engine,
             health: watch::Sender::new(Health::NotReady("the gateway is starting".to_owned())),

@@ -24,7 +24,7 @@ use crate::record::{Function, Version, VersionId};
 const QUEUE_MAX: usize = 64;
 
 /// Statements that bring the schema from version `index` to `index + 1`.
-const MIGRATIONS: [&str; 5] = [
+const MIGRATIONS: [&str; 6] = [
     "CREATE TABLE functions (name TEXT PRIMARY KEY NOT NULL, document TEXT NOT NULL) STRICT",
     // What versions share got a document of its own.
     "ALTER TABLE functions RENAME TO latest;
@@ -39,6 +39,8 @@ const MIGRATIONS: [&str; 5] = [
      CREATE INDEX events_of_functions ON events (name)",
     "CREATE TABLE access_keys (id TEXT PRIMARY KEY NOT NULL, document TEXT NOT NULL) STRICT",
     "CREATE TABLE layers (name TEXT PRIMARY KEY NOT NULL, document TEXT NOT NULL) STRICT",
+    // Keys got limits, which a gateway that knows none must not ignore.
+    "UPDATE access_keys SET document = json_set(document, '$.limits', json('{}'))",
 ];
 
 type Job = Box<dyn FnOnce(&mut Connection) + Send>;
@@ -441,6 +443,8 @@ fn connect(path: &Path) -> Result<Connection, StoreError> {
 
 #[cfg(test)]
 mod tests {
+    use thaw_api_types::keys::KeyLimits;
+
     use super::*;
     use crate::testing::{function, version};
 
@@ -556,6 +560,29 @@ mod tests {
                 latest: version("f"),
                 published: vec![]
             }]
+        );
+    }
+
+    #[tokio::test]
+    async fn keys_of_a_schema_without_limits_have_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("thaw.db");
+        let old = Connection::open(&path).unwrap();
+        old.execute_batch(&format!(
+            "CREATE TABLE schema_version (version INTEGER NOT NULL) STRICT;
+             INSERT INTO schema_version VALUES (5); {}",
+            MIGRATIONS[..5].join(";")
+        ))
+        .unwrap();
+        let key = r#"{"id":"AKIA","secret":"s","name":"ci","allow":"invoke","functions":"*","enabled":true,"created_unix_ms":1}"#;
+        old.execute("INSERT INTO access_keys VALUES ('AKIA', ?1)", [key])
+            .unwrap();
+        drop(old);
+        let keys = Store::open(&path).await.unwrap().load_keys().await.unwrap();
+        assert_eq!(keys.len(), 1);
+        assert_eq!(
+            (keys[0].secret.as_str(), keys[0].limits),
+            ("s", KeyLimits::default())
         );
     }
 

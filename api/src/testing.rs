@@ -39,6 +39,7 @@ pub fn version(name: &str) -> Version {
                 sha256: "c".to_owned(),
                 unzipped_bytes: 20,
             },
+            key: None,
         },
         state: State::Pending,
         last_update: None,

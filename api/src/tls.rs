@@ -1,7 +1,7 @@
-//! TLS: a certificate that was given, and a listener that shakes hands before a connection counts; and whom HTTP clients trust.
+//! TLS: a certificate that was given, and handshakes with it; and whom HTTP clients trust.
 //!
-//! HTTP/1.1 alone is offered, as everywhere here. Handshakes run beside each other, each within a time, and a bounded number
-//! at once: who connects and says nothing holds up nobody.
+//! HTTP/1.1 alone is offered, as everywhere here. A handshake has a time, and its connection's own task waits for it: who connects
+//! and says nothing holds up nobody.
 
 use std::fmt;
 use std::fs;
@@ -11,10 +11,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use axum::serve::Listener;
 use thiserror::Error;
-use tokio::net::{TcpListener, TcpStream};
-use tokio::task::JoinSet;
+use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::pem::PemObject as _;
@@ -24,8 +22,6 @@ use tokio_rustls::server::TlsStream;
 
 /// Longest handshake.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
-/// Handshakes at once; further connections wait in the kernel's queue.
-const HANDSHAKES_MAX: usize = 256;
 /// What is spoken inside.
 const PROTOCOLS: [&[u8]; 1] = [b"http/1.1"];
 
@@ -127,6 +123,26 @@ impl Tls {
         Ok(())
     }
 
+    /// Shakes hands; `None` if that fails or takes too long.
+    pub async fn shake(
+        &self,
+        stream: TcpStream,
+        address: SocketAddr,
+    ) -> Option<TlsStream<TcpStream>> {
+        let acceptor = self.acceptor();
+        match tokio::time::timeout(HANDSHAKE_LIMIT, acceptor.accept(stream)).await {
+            Ok(Ok(stream)) => Some(stream),
+            Ok(Err(error)) => {
+                tracing::debug!(%address, %error, "handshake failed");
+                None
+            }
+            Err(_) => {
+                tracing::debug!(%address, "handshake took too long");
+                None
+            }
+        }
+    }
+
     fn acceptor(&self) -> TlsAcceptor {
         let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
         Arc::clone(&current).into()
@@ -183,76 +199,10 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     Ok(found)
 }
 
-type Connection = (TlsStream<TcpStream>, SocketAddr);
-
-/// A listener whose connections have shaken hands.
-pub struct TlsListener {
-    inner: TcpListener,
-    tls: Arc<Tls>,
-    handshakes: JoinSet<Option<Connection>>,
-}
-
-impl TlsListener {
-    /// Over a listener.
-    #[must_use]
-    pub fn new(inner: TcpListener, tls: Arc<Tls>) -> Self {
-        Self {
-            inner,
-            tls,
-            handshakes: JoinSet::new(),
-        }
-    }
-}
-
-impl Listener for TlsListener {
-    type Io = TlsStream<TcpStream>;
-    type Addr = SocketAddr;
-
-    async fn accept(&mut self) -> Connection {
-        loop {
-            tokio::select! {
-                Some(shaken) = self.handshakes.join_next() => {
-                    if let Ok(Some(connection)) = shaken {
-                        return connection;
-                    }
-                }
-                (stream, address) = Listener::accept(&mut self.inner),
-                    if self.handshakes.len() < HANDSHAKES_MAX =>
-                {
-                    self.handshakes.spawn(shake(self.tls.acceptor(), stream, address));
-                }
-            }
-        }
-    }
-
-    fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.inner.local_addr()
-    }
-}
-
-async fn shake(
-    acceptor: TlsAcceptor,
-    stream: TcpStream,
-    address: SocketAddr,
-) -> Option<Connection> {
-    let shaken = tokio::time::timeout(HANDSHAKE_LIMIT, acceptor.accept(stream)).await;
-    match shaken {
-        Ok(Ok(stream)) => Some((stream, address)),
-        Ok(Err(error)) => {
-            tracing::debug!(%address, %error, "handshake failed");
-            None
-        }
-        Err(_) => {
-            tracing::debug!(%address, "handshake took too long");
-            None
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use rustls::pki_types::ServerName;
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpListener;
     use tokio_rustls::TlsConnector;
 
     use super::*;
@@ -279,39 +229,17 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_connection_that_says_nothing_holds_up_nobody() {
-        let folder = tempfile::tempdir().unwrap();
-        let (cert, key) = issue(folder.path());
-        let tls = Tls::load(&cert, &key).unwrap();
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let mut listener = TlsListener::new(listener, Arc::clone(&tls));
-        let address = listener.local_addr().unwrap();
-        let _silent = TcpStream::connect(address).await.unwrap();
-        let mut babbling = TcpStream::connect(address).await.unwrap();
-        babbling.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
-        let client = tokio::spawn(async move {
-            let mut stream = connect(address, &cert).await.unwrap();
-            stream.write_all(b"hello").await.unwrap();
-            stream.shutdown().await.unwrap();
-        });
-        let (mut stream, _) = listener.accept().await;
-        let mut text = String::new();
-        stream.read_to_string(&mut text).await.unwrap();
-        assert_eq!(text, "hello");
-        client.await.unwrap();
-    }
-
-    #[tokio::test]
     async fn a_reload_is_for_new_connections_and_a_bad_one_changes_nothing() {
         let folder = tempfile::tempdir().unwrap();
         let (cert, key) = issue(folder.path());
         let tls = Tls::load(&cert, &key).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let mut listener = TlsListener::new(listener, Arc::clone(&tls));
         let address = listener.local_addr().unwrap();
+        let serving = Arc::clone(&tls);
         tokio::spawn(async move {
             loop {
-                listener.accept().await;
+                let (stream, address) = listener.accept().await.unwrap();
+                serving.shake(stream, address).await;
             }
         });
         let old = folder.path().join("old");

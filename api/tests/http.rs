@@ -14,8 +14,12 @@ mod events;
 mod https;
 #[path = "http/layers.rs"]
 mod layers;
+#[path = "http/limits.rs"]
+mod limits;
 #[path = "http/machine.rs"]
 mod machine;
+#[path = "http/quotas.rs"]
+mod quotas;
 #[path = "http/server.rs"]
 mod server;
 #[path = "http/snapshots.rs"]
@@ -200,41 +204,6 @@ async fn bad_requests_are_refused_in_lambdas_words() {
         Vec::<String>::new(),
         "nothing half-written is left"
     );
-    server.stop().await;
-}
-
-#[tokio::test]
-async fn limits_are_lambdas() {
-    let server = Server::start().await;
-    let large = vec![b'x'; 70_167_212];
-    let answer = server.send("POST", FUNCTIONS, &[], &large).await;
-    let text = refused(&answer, 413, "RequestEntityTooLargeException");
-    assert_eq!(
-        text,
-        "Request must be smaller than 70167211 bytes for the CreateFunction operation"
-    );
-    let stored = create("f", &vec![0; 52_428_801]);
-    refused(
-        &server.post(FUNCTIONS, &stored).await,
-        413,
-        "RequestEntityTooLargeException",
-    );
-    let bomb = zip(&[("zeros", &vec![0; 262_144_001])]);
-    let answer = server.post(FUNCTIONS, &create("f", &bomb)).await;
-    let text = refused(&answer, 400, "InvalidParameterValueException");
-    assert_eq!(text, "Unzipped size must be smaller than 262144000 bytes");
-
-    server.post(FUNCTIONS, &good("f")).await;
-    server.deployed("f").await;
-    let path = format!("{FUNCTIONS}/f/invocations");
-    let mut event = vec![b'x'; 6 * 1024 * 1024];
-    event[0] = b'"';
-    *event.last_mut().unwrap() = b'"';
-    assert_eq!(server.send("POST", &path, &[], &event).await.status, 200);
-    event.push(b' ');
-    let answer = server.send("POST", &path, &[], &event).await;
-    refused(&answer, 413, "RequestTooLargeException");
-    assert_eq!(server.send("POST", "/fn/f/", &[], &event).await.status, 413);
     server.stop().await;
 }
 

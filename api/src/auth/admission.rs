@@ -3,12 +3,13 @@
 //!
 //! Everything that can be checked before the body is read is. A client that declares (and signs) its body's digest, or sends
 //! none, is proven by then; boto3 declares nothing, so that a body must be read on the word of someone who only knows a key's
-//! id: such bodies, all together, have [`UNPROVEN_MIB_MAX`].
+//! id: such bodies, all together, have [`UNPROVEN_MIB_MAX`], and so have events of those who need no key.
 //!
 //! **Invariant:** no handler runs before signature, body and permission were checked
 //! (`nothing_unsigned_altered_or_not_allowed_reaches_a_handler`).
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use axum::body::{Body, HttpBody as _};
 use axum::extract::{Request, State};
@@ -22,15 +23,18 @@ use uuid::Uuid;
 
 use super::action::{Action, BodyKind, Need, Target};
 use super::keys::AccessKey;
+use super::quota::Quota;
 use super::sigv4::{Claim, Expected, Head, SignatureError, hex_digest};
 use super::{Allow, Auth, links, signer::SERVICE};
 use crate::body::{self, BodyError};
 use crate::function_url;
-use crate::lambda::errors::ApiError;
+use crate::lambda::errors::{ApiError, CALLER_RATE};
 use crate::lambda::names::FunctionRef;
 
 /// What bodies may weigh together while they are read, and code until its request is done, MiB.
 pub const UNPROVEN_MIB_MAX: u16 = 512;
+/// Longest wait for room for a body.
+const ROOM_LIMIT: Duration = Duration::from_secs(30);
 /// A body up to this size does not count, bytes.
 const SMALL_BYTES_MAX: usize = 64 * 1024;
 /// From this size on a body is hashed on a thread of its own, bytes.
@@ -43,6 +47,8 @@ pub struct Caller {
     pub access_key_id: String,
     /// `arn:aws:iam::…:user/NAME`.
     pub user_arn: String,
+    /// What the key may use.
+    pub quota: Quota,
 }
 
 /// Why a request is not let in.
@@ -52,8 +58,8 @@ pub enum Refusal {
     Signature(SignatureError),
     /// Its key may not do this.
     Denied(String),
-    /// Its body.
-    Body(ApiError),
+    /// Its body, or too many requests of its key.
+    Error(ApiError),
 }
 
 /// In front of every route: with auth on, all but the open ones are for signed requests.
@@ -104,55 +110,60 @@ pub async fn authorize_function_url(
     })
 }
 
-/// Held as long as a body of code is in memory.
-type CodePermit = Option<OwnedSemaphorePermit>;
+/// Held as long as a body is read, and one of code is in memory; `None` for a small one.
+type Room = Option<OwnedSemaphorePermit>;
 
-async fn admit(
-    auth: &Auth,
-    request: Request,
-    action: &Action,
-) -> Result<(Request, CodePermit), Refusal> {
+async fn admit(auth: &Auth, request: Request, action: &Action) -> Result<(Request, Room), Refusal> {
     let (mut parts, body) = request.into_parts();
-    let checked = {
-        let head = Head {
-            method: &parts.method,
-            uri: &parts.uri,
-            headers: &parts.headers,
-        };
-        before_the_body(auth, head, action, body.is_end_stream())
+    let head = Head {
+        method: &parts.method,
+        uri: &parts.uri,
+        headers: &parts.headers,
     };
-    let (claim, key) = match checked {
-        Ok(found) => found,
-        Err(refusal) => {
-            drain(&parts.headers, body, action).await;
-            return Err(refusal);
-        }
-    };
-    let permit = auth.body_permit(&parts.headers, action.limit.bytes).await;
+    let (claim, key, is_proven) = before_the_body(auth, head, action, body.is_end_stream())?;
+    let quota = auth.quota(&key);
+    if is_proven {
+        pace(&quota)?;
+    }
+    let room = auth.room(&parts.headers, action.limit.bytes).await;
+    let room = room.map_err(Refusal::Error)?;
     let bytes = body::read(&parts.headers, body, action.limit.bytes)
         .await
-        .map_err(|error| Refusal::Body(refused_body(&error, action)))?;
+        .map_err(|error| Refusal::Error(refused_body(&error, action)))?;
     let digest = digest_of(&bytes).await?;
     claim
         .verify(&key.secret, &digest)
         .map_err(Refusal::Signature)?;
     let target = named_in(&bytes, &action.target);
     auth.check(&key, action, &target)?;
+    if !is_proven {
+        pace(&quota)?;
+    }
     parts.extensions.insert(Caller {
         access_key_id: key.id.clone(),
         user_arn: auth.user_arn(&key),
+        quota,
     });
-    let permit = permit.filter(|_| action.limit.kind == BodyKind::Code);
-    Ok((Request::from_parts(parts, Body::from(bytes)), permit))
+    let room = room.filter(|_| action.limit.kind == BodyKind::Code);
+    Ok((Request::from_parts(parts, Body::from(bytes)), room))
 }
 
-/// All checks that need no body; the signature's own too, when the body's digest is known.
+/// Counts a request of a key that has proven to be its own: who only knows its id uses up nothing of it.
+fn pace(quota: &Quota) -> Result<(), Refusal> {
+    quota.pace(Instant::now()).map_err(|wait| {
+        let rate = quota.limits().rate.unwrap_or_default();
+        let why = format!("this key may send {rate} requests a second");
+        Refusal::Error(ApiError::throttled(CALLER_RATE, &why).retried_after(wait))
+    })
+}
+
+/// All checks that need no body; the signature's own too, when the body's digest is known: `true` then, and all is proven.
 fn before_the_body(
     auth: &Auth,
     head: Head<'_>,
     action: &Action,
     is_empty: bool,
-) -> Result<(Claim, Arc<AccessKey>), Refusal> {
+) -> Result<(Claim, Arc<AccessKey>, bool), Refusal> {
     let expected = Expected {
         region: &auth.region,
         service: SERVICE,
@@ -174,7 +185,8 @@ fn before_the_body(
             auth.check(&key, action, &action.target)?;
         }
     }
-    Ok((claim, key))
+    let is_proven = known.is_some() && action.target != Target::InBody;
+    Ok((claim, key, is_proven))
 }
 
 async fn digest_of(bytes: &Bytes) -> Result<String, Refusal> {
@@ -184,7 +196,7 @@ async fn digest_of(bytes: &Bytes) -> Result<String, Refusal> {
     let bytes = bytes.clone();
     tokio::task::spawn_blocking(move || hex_digest(&bytes))
         .await
-        .map_err(|_| Refusal::Body(ApiError::service("the body could not be hashed")))
+        .map_err(|_| Refusal::Error(ApiError::service("the body could not be hashed")))
 }
 
 /// The function that a body names. One without a legible name is for keys that may do everything; its handler refuses it.
@@ -201,14 +213,6 @@ fn named_in(body: &[u8], target: &Target) -> Target {
         .ok()
         .and_then(|named| FunctionRef::parse(&named.name, None).ok())
         .map_or(Target::Everything, |found| Target::Function(found.name))
-}
-
-/// A client that is still sending would see a broken connection instead of the answer. One that waits to be told to go on
-/// (`Expect: 100-continue`) is not told to.
-async fn drain(headers: &HeaderMap, body: Body, action: &Action) {
-    if !body.is_end_stream() && !headers.contains_key(header::EXPECT) {
-        let _ = body::skip(body, action.limit.bytes).await;
-    }
 }
 
 fn refused_body(error: &BodyError, action: &Action) -> ApiError {
@@ -252,18 +256,27 @@ impl Auth {
     }
 
     /// The right to hold a body of what the client announced, or of the whole limit.
-    async fn body_permit(&self, headers: &HeaderMap, limit: usize) -> CodePermit {
+    ///
+    /// # Errors
+    /// There is no room in time.
+    pub(crate) async fn room(&self, headers: &HeaderMap, limit: usize) -> Result<Room, ApiError> {
         let announced = headers
             .get(header::CONTENT_LENGTH)
             .and_then(|value| value.to_str().ok()?.parse::<usize>().ok())
             .unwrap_or(limit)
             .min(limit);
         if announced <= SMALL_BYTES_MAX {
-            return None;
+            return Ok(None);
         }
         let mib = u32::try_from(announced.div_ceil(1024 * 1024)).unwrap_or(u32::MAX);
         let mib = mib.min(u32::from(UNPROVEN_MIB_MAX));
-        Arc::clone(&self.bodies).acquire_many_owned(mib).await.ok()
+        let room = Arc::clone(&self.bodies).acquire_many_owned(mib);
+        match tokio::time::timeout(ROOM_LIMIT, room).await {
+            Ok(room) => Ok(room.ok()),
+            Err(_) => Err(ApiError::unavailable(
+                "Other requests' bodies take all the memory that there is for bodies. Try again later.",
+            )),
+        }
     }
 }
 
@@ -282,7 +295,7 @@ impl Refusal {
                 answer(code, &json!({ "message": error.to_string() }))
             }
             Self::Denied(text) => answer("AccessDeniedException", &json!({ "Message": text })),
-            Self::Body(error) => error.into_response(&Uuid::new_v4().to_string()),
+            Self::Error(error) => error.into_response(&Uuid::new_v4().to_string()),
         }
     }
 }
@@ -321,7 +334,7 @@ mod tests {
             if let Some(length) = announced {
                 headers.insert(header::CONTENT_LENGTH, HeaderValue::from_static(length));
             }
-            let permit = auth.body_permit(&headers, limit).await;
+            let permit = auth.room(&headers, limit).await.unwrap();
             let held = total - auth.bodies.available_permits();
             drop(permit);
             assert_eq!(auth.bodies.available_permits(), total);

@@ -11,9 +11,10 @@ use std::path::Path;
 
 use ring::rand::{SecureRandom as _, SystemRandom};
 use serde::{Deserialize, Serialize};
-use thaw_api_types::keys::{Allow, CreateKeyRequest, KeySummary};
+use thaw_api_types::keys::{Allow, ChangeKeyRequest, CreateKeyRequest, KeyLimits, KeySummary};
 use thiserror::Error;
 
+use super::quota;
 use super::signer::Signer;
 
 /// Longest name of a key, and longest pattern.
@@ -42,6 +43,8 @@ pub struct AccessKey {
     pub enabled: bool,
     /// When it was made, milliseconds since the Unix epoch.
     pub created_unix_ms: i64,
+    /// What it may use.
+    pub limits: KeyLimits,
 }
 
 /// Without the secret, so that no log has it.
@@ -84,6 +87,7 @@ impl AccessKey {
                 "{functions:?} is no pattern of function names: letters, digits, -, _, * for any characters, ? for one"
             )));
         }
+        quota::check(&request.limits).map_err(KeyError::Invalid)?;
         Ok(Self {
             id,
             secret,
@@ -92,6 +96,21 @@ impl AccessKey {
             functions,
             enabled: true,
             created_unix_ms,
+            limits: request.limits,
+        })
+    }
+
+    /// The same, changed; what is not given stays.
+    ///
+    /// # Errors
+    /// The limits make no sense.
+    pub fn changed(&self, change: ChangeKeyRequest) -> Result<Self, KeyError> {
+        let limits = change.limits.unwrap_or(self.limits);
+        quota::check(&limits).map_err(KeyError::Invalid)?;
+        Ok(Self {
+            enabled: change.enabled.unwrap_or(self.enabled),
+            limits,
+            ..self.clone()
         })
     }
 
@@ -117,6 +136,7 @@ impl AccessKey {
             functions: self.functions.clone(),
             enabled: self.enabled,
             created_unix_ms: self.created_unix_ms,
+            limits: self.limits,
         }
     }
 }
@@ -247,6 +267,7 @@ fn root_key(id: String, secret: String, created_unix_ms: i64) -> AccessKey {
         functions: ANY.to_owned(),
         enabled: true,
         created_unix_ms,
+        limits: KeyLimits::default(),
     }
 }
 
@@ -288,6 +309,7 @@ mod tests {
             name: name.map(str::to_owned),
             allow: Allow::Invoke,
             functions: functions.map(str::to_owned),
+            limits: KeyLimits::default(),
         }
     }
 

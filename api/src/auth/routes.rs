@@ -64,7 +64,7 @@ async fn change(
         Ok(request) => request,
         Err(error) => return text(StatusCode::BAD_REQUEST, &format!("no such change: {error}")),
     };
-    match auth.set_enabled(&id, request.enabled).await {
+    match auth.change(&id, request).await {
         Ok(key) => json(StatusCode::OK, &key.summary()),
         Err(error) => failed(&error),
     }

@@ -179,10 +179,10 @@ impl Client {
         self.answer(request).await.map(drop)
     }
 
-    /// Lets a key in, or not any more.
-    pub async fn change_key(&self, id: &str, enabled: bool) -> anyhow::Result<()> {
+    /// Lets a key in, or not any more, or gives it other limits.
+    pub async fn change_key(&self, id: &str, change: &ChangeKeyRequest) -> anyhow::Result<()> {
         let request = self.request(Method::PUT, &format!("{KEYS}/{id}"));
-        let request = request.json(&ChangeKeyRequest { enabled });
+        let request = request.json(change);
         self.answer(request).await.map(drop)
     }
 

@@ -209,6 +209,7 @@ mod tests {
             failures,
             deferrals: 3,
             url: None,
+            key: None,
             payload: Bytes::from_static(b"{\"a\":1}"),
         }
     }

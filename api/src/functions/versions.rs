@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::{ChangeError, check_revision, claim_found, retire, share_code};
+use super::{ChangeError, check_revision, claim_found, retire, share_code, storage};
+use crate::auth::admission::Caller;
 use crate::deploy;
 use crate::record::{LastUpdate, Published, Revision, Settings, State, Version, VersionId};
 use crate::state::{App, Live, LiveFunction};
@@ -18,6 +19,8 @@ pub struct Wanted {
     pub description: Option<String>,
     /// `$LATEST` must be at this revision.
     pub revision_id: Option<String>,
+    /// Who it is.
+    pub caller: Option<Caller>,
 }
 
 /// Publishes `$LATEST`, which must be Active and gets another `RevisionId`. What has not changed since it was published last is not published again.
@@ -49,7 +52,14 @@ pub async fn publish(
     }
     let state = at_once(&latest.target.settings);
     let before = function.record().last_number;
-    let version = publish_target(app, &function, wanted.description, state).await?;
+    let version = publish_target(
+        app,
+        &function,
+        wanted.description,
+        state,
+        wanted.caller.as_ref(),
+    )
+    .await?;
     if function.record().last_number != before {
         let revise = |latest: &mut Version| {
             latest.revise();
@@ -78,9 +88,10 @@ pub async fn publish_at_once(
     app: &Arc<App>,
     name: &str,
     state: State,
+    caller: Option<&Caller>,
 ) -> Result<Arc<Version>, ChangeError> {
     let (_claim, function) = claim_found(app, name)?;
-    publish_target(app, &function, None, state).await
+    publish_target(app, &function, None, state, caller).await
 }
 
 async fn publish_target(
@@ -88,6 +99,7 @@ async fn publish_target(
     function: &Arc<LiveFunction>,
     description: Option<String>,
     state: State,
+    caller: Option<&Caller>,
 ) -> Result<Arc<Version>, ChangeError> {
     let latest = function.latest.record();
     let Revision { settings, code, .. } = latest.target.clone();
@@ -100,6 +112,7 @@ async fn publish_target(
     if let Some(version) = unchanged {
         return Ok(version.record());
     }
+    let _counted = storage::reserve(app, caller, code.bytes, None)?;
     let number = record.last_number.saturating_add(1);
     let id = share_code(app, &function.name, &latest.target, &settings).await?;
     let folder = app.folder(&function.name).join(&id);
@@ -111,6 +124,7 @@ async fn publish_target(
         target: Revision {
             id,
             code: code.clone(),
+            key: storage::key_of(caller),
             settings: Settings {
                 description: description.unwrap_or_else(|| settings.description.clone()),
                 ..settings.clone()

@@ -16,6 +16,7 @@ use crate::state::App;
 
 pub(super) async fn create(app: &Arc<App>, call: Call) -> Answer {
     let _upload = app.uploads.acquire().await;
+    let caller = call.caller.clone();
     let mut request: CreateFunctionRequest =
         call.json(CODE_BODY_BYTES_MAX, "CreateFunction").await?;
     let name = request.function_name.take().unwrap_or_default();
@@ -40,13 +41,13 @@ pub(super) async fn create(app: &Arc<App>, call: Call) -> Answer {
     let zip = source::zip(app, request.code.unwrap_or_default()).await?;
     let tags = request.tags.unwrap_or_default();
     let refused = |error| change_error(app, &error);
-    let function = functions::create(app, &reference.name, settings, tags, zip)
+    let function = functions::create(app, &reference.name, settings, tags, zip, caller.as_ref())
         .await
         .map_err(refused)?;
     let mut view = view::unqualified(app, &function.latest.record());
     if request.publish == Some(true) {
         let state = versions::at_once(&function.latest.record().target.settings);
-        let version = versions::publish_at_once(app, &function.name, state)
+        let version = versions::publish_at_once(app, &function.name, state, caller.as_ref())
             .await
             .map_err(refused)?;
         // As on AWS: the function that was made, under the version's number.

@@ -1,5 +1,7 @@
 //! Errors as Lambda's clients read them: status, `x-amzn-ErrorType`, and a body whose spelling depends on the type.
 
+use std::time::Duration;
+
 use axum::body::Body;
 use axum::http::{HeaderValue, Response, StatusCode, header};
 use serde_json::{Map, Value};
@@ -16,6 +18,9 @@ pub const RESERVED: &str = "ReservedFunctionConcurrentInvocationLimitExceeded";
 /// `Reason` when a function waits as often as this gateway lets it.
 pub const CONCURRENT: &str = "ConcurrentInvocationLimitExceeded";
 
+/// `Reason` when a key's requests come faster than they may.
+pub const CALLER_RATE: &str = "CallerRateLimitExceeded";
+
 /// An error of one operation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ApiError {
@@ -29,6 +34,8 @@ pub struct ApiError {
     pub is_typed: bool,
     /// `Reason` of a throttled request.
     pub reason: Option<&'static str>,
+    /// When a throttled or unavailable client should come back, seconds.
+    pub retry_seconds: u64,
 }
 
 impl ApiError {
@@ -39,6 +46,17 @@ impl ApiError {
             message: message.into(),
             is_typed: true,
             reason: None,
+            retry_seconds: 1,
+        }
+    }
+
+    /// The same, which says when there is room.
+    #[must_use]
+    pub fn retried_after(self, wait: Duration) -> Self {
+        let retry_seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+        Self {
+            retry_seconds,
+            ..self
         }
     }
 
@@ -172,6 +190,34 @@ impl ApiError {
         )
     }
 
+    /// 400; `why` follows AWS's own words.
+    pub fn code_storage_exceeded(why: &str) -> Self {
+        let message = format!("Code storage limit exceeded. {why}");
+        Self::new(
+            StatusCode::BAD_REQUEST,
+            "CodeStorageExceededException",
+            message,
+        )
+    }
+
+    /// 414, no operation and hardly a function has such a path or query.
+    pub fn uri_too_long(limit: usize) -> Self {
+        Self::new(
+            StatusCode::URI_TOO_LONG,
+            "RequestUriTooLongException",
+            format!("Path and query must be no longer than {limit} bytes"),
+        )
+    }
+
+    /// 431.
+    pub fn fields_too_large(limit: usize) -> Self {
+        Self::new(
+            StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+            "RequestHeaderFieldsTooLargeException",
+            format!("Header fields must be no larger than {limit} bytes together"),
+        )
+    }
+
     /// 429; `why` follows Lambda's own words.
     pub fn throttled(reason: &'static str, why: &str) -> Self {
         Self {
@@ -296,7 +342,7 @@ impl ApiError {
             self.status,
             StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE
         ) {
-            headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+            headers.insert(header::RETRY_AFTER, self.retry_seconds.into());
         }
         response
     }

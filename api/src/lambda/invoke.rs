@@ -17,6 +17,7 @@ use crate::body::{self, BodyError};
 use crate::clock;
 use crate::engine::chain;
 use crate::events::{self, AcceptError, EVENT_BYTES_MAX, Event};
+use crate::functions::storage;
 use crate::invocation::duplicates::Key;
 use crate::invocation::{
     self, FunctionResult, PAYLOAD_BYTES_MAX, Refusal, Request, RestoreFault, report,
@@ -46,7 +47,7 @@ pub(super) fn version(app: &App, call: &Call, name: &str) -> Result<Found, ApiEr
     })
 }
 
-pub(super) async fn invoke(app: &Arc<App>, call: Call, name: &str) -> Answer {
+pub(super) async fn invoke(app: &Arc<App>, mut call: Call, name: &str) -> Answer {
     let arrived = Instant::now();
     let found = version(app, &call, name)?;
     let kind = kind(&call.headers)?;
@@ -56,12 +57,16 @@ pub(super) async fn invoke(app: &Arc<App>, call: Call, name: &str) -> Answer {
         Kind::Event => EVENT_BYTES_MAX,
         Kind::RequestResponse | Kind::DryRun => PAYLOAD_BYTES_MAX,
     };
-    let payload = payload(&call.headers, call.body, limit).await?;
+    let payload = payload(app, &mut call, limit).await?;
     let trace_id = Some(timing::trace_id(&call.headers));
     match kind {
         Kind::DryRun => return Ok(empty(StatusCode::NO_CONTENT)),
         Kind::Event => {
-            let event = event(&found, call.request_id, payload, client_context, trace_id);
+            let event = Event {
+                client_context,
+                key: storage::key_of(call.caller.as_ref()),
+                ..event(&found, call.request_id, payload, trace_id)
+            };
             accept(app, &found, &event).await?;
             return Ok(empty(StatusCode::ACCEPTED));
         }
@@ -74,6 +79,7 @@ pub(super) async fn invoke(app: &Arc<App>, call: Call, name: &str) -> Answer {
         client_context,
         trace_id,
         measure: timing::measure(&call.headers),
+        quota: call.caller.map(|caller| caller.quota),
     };
     let live = found.pick();
     let key = text(&call.headers, "amz-sdk-invocation-id")
@@ -128,29 +134,27 @@ pub(super) async fn invoke(app: &Arc<App>, call: Call, name: &str) -> Answer {
 }
 
 /// The old way to say `Event`.
-pub(super) async fn invoke_async(app: &Arc<App>, call: Call, name: &str) -> Answer {
+pub(super) async fn invoke_async(app: &Arc<App>, mut call: Call, name: &str) -> Answer {
     let reference = FunctionRef::parse(name, None)?;
     let found = find(app, reference)?;
-    let payload = payload(&call.headers, call.body, EVENT_BYTES_MAX).await?;
+    let payload = payload(app, &mut call, EVENT_BYTES_MAX).await?;
     let trace_id = Some(timing::trace_id(&call.headers));
-    let event = event(&found, call.request_id, payload, None, trace_id);
+    let event = Event {
+        key: storage::key_of(call.caller.as_ref()),
+        ..event(&found, call.request_id, payload, trace_id)
+    };
     accept(app, &found, &event).await?;
     json(StatusCode::ACCEPTED, &serde_json::json!({"Status": 202}))
 }
 
-fn event(
-    found: &Found,
-    id: String,
-    payload: Bytes,
-    client_context: Option<String>,
-    trace_id: Option<String>,
-) -> Event {
+fn event(found: &Found, id: String, payload: Bytes, trace_id: Option<String>) -> Event {
     let now = clock::unix_ms();
     Event {
         id,
         function: found.function.name.clone(),
         qualifier: found.reference.qualifier.clone(),
-        client_context,
+        client_context: None,
+        key: None,
         trace_id,
         received_unix_ms: now,
         due_unix_ms: now,
@@ -170,12 +174,13 @@ async fn accept(app: &Arc<App>, found: &Found, event: &Event) -> Result<(), ApiE
         })
 }
 
-pub(super) async fn payload(
-    headers: &HeaderMap,
-    body: Body,
-    limit: usize,
-) -> Result<Bytes, ApiError> {
-    let payload = body::read(headers, body, limit)
+pub(super) async fn payload(app: &App, call: &mut Call, limit: usize) -> Result<Bytes, ApiError> {
+    let body = std::mem::take(&mut call.body);
+    let _room = match call.caller {
+        None => app.auth.room(&call.headers, limit).await?,
+        Some(_) => None, // it is in memory already
+    };
+    let payload = body::read(&call.headers, body, limit)
         .await
         .map_err(|error| match error {
             BodyError::TooLarge(limit) => ApiError::request_too_large(limit),
@@ -262,6 +267,7 @@ pub(super) fn refused(refusal: &Refusal, live: &Live, arn: &str) -> ApiError {
         }
         Refusal::Inactive(state) => ApiError::inactive(state),
         Refusal::Reserved => ApiError::throttled(RESERVED, ""),
+        Refusal::Quota(exceeded) => ApiError::throttled(CONCURRENT, &exceeded.to_string()),
         Refusal::Throttled(why) => ApiError::throttled(CONCURRENT, why),
         Refusal::Full(why) => ApiError::unavailable(why.clone()),
         Refusal::TooLarge => ApiError::request_too_large(PAYLOAD_BYTES_MAX),

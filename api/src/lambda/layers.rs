@@ -13,7 +13,7 @@ use super::errors::{ApiError, violation};
 use super::paging::Page;
 use super::{Answer, CODE_BODY_BYTES_MAX, Call, change_error, empty, json, source, validate};
 use crate::clock;
-use crate::functions::ChangeError;
+use crate::functions::{ChangeError, storage};
 use crate::layers::{About, LayerVersion};
 use crate::record::{LayerUse, Settings};
 use crate::state::App;
@@ -89,7 +89,7 @@ const ARN_PATTERN: &str = r"Member must satisfy regular expression pattern: (arn
 
 pub(super) async fn publish(app: &Arc<App>, call: Call, name: &str) -> Answer {
     let _upload = app.uploads.acquire().await;
-    let base = call.base(app);
+    let (base, caller) = (call.base(app), call.caller.clone());
     let request: PublishLayerVersionRequest = call
         .json(CODE_BODY_BYTES_MAX, "PublishLayerVersion")
         .await?;
@@ -102,11 +102,15 @@ pub(super) async fn publish(app: &Arc<App>, call: Call, name: &str) -> Answer {
         architectures: request.compatible_architectures,
         license: request.license_info,
     };
+    let (caller, refused) = (caller.as_ref(), |error| change_error(app, &error));
+    let bytes = u64::try_from(zip.len()).unwrap_or(u64::MAX);
+    let _counted = storage::reserve(app, caller, bytes, None)
+        .map_err(|exceeded| refused(ChangeError::Storage(exceeded)))?;
     let (number, version) = app
         .layers
-        .publish(&app.store, &name, about, zip)
+        .publish(&app.store, &name, about, zip, storage::key_of(caller))
         .await
-        .map_err(|error| change_error(app, &error))?;
+        .map_err(refused)?;
     let view = view(app, &base, &name, number, &version);
     json(StatusCode::CREATED, &view)
 }

@@ -21,7 +21,7 @@ use crate::invocation::{FunctionResult, PAYLOAD_BYTES_MAX, Request, RestoreFault
 use crate::state::App;
 use crate::timing;
 
-pub(super) async fn invoke(app: &Arc<App>, call: Call, name: &str) -> Answer {
+pub(super) async fn invoke(app: &Arc<App>, mut call: Call, name: &str) -> Answer {
     let found = version(app, &call, name)?;
     let tail = wants_tail(&call.headers)?;
     let request = Request {
@@ -30,7 +30,8 @@ pub(super) async fn invoke(app: &Arc<App>, call: Call, name: &str) -> Answer {
         client_context: client_context(&call.headers)?,
         trace_id: Some(timing::trace_id(&call.headers)),
         measure: Measure::Off,
-        payload: payload(&call.headers, call.body, PAYLOAD_BYTES_MAX).await?,
+        payload: payload(app, &mut call, PAYLOAD_BYTES_MAX).await?,
+        quota: call.caller.map(|caller| caller.quota),
     };
     let trace = request.trace_id.as_deref().and_then(timing::trace_header);
     let live = found.pick();

@@ -18,6 +18,7 @@ pub(super) async fn code(app: &Arc<App>, call: Call, name: &str) -> Answer {
     let found = call.version(app, name)?;
     check_qualifier(found.reference.qualifier.as_deref())?;
     let live = &found.live;
+    let caller = call.caller.clone();
     let _upload = app.uploads.acquire().await;
     let request: UpdateFunctionCodeRequest =
         call.json(CODE_BODY_BYTES_MAX, "UpdateFunctionCode").await?;
@@ -33,11 +34,17 @@ pub(super) async fn code(app: &Arc<App>, call: Call, name: &str) -> Answer {
     }
     let revision_id = request.revision_id.as_deref();
     let refused = |error| change_error(app, &error);
-    let record = functions::update(app, &live.name, revision_id, Change::Code(zip))
-        .await
-        .map_err(refused)?;
+    let record = functions::update(
+        app,
+        &live.name,
+        revision_id,
+        Change::Code(zip),
+        caller.as_ref(),
+    )
+    .await
+    .map_err(refused)?;
     let view = if request.publish == Some(true) {
-        let version = versions::publish_at_once(app, &live.name, State::Pending)
+        let version = versions::publish_at_once(app, &live.name, State::Pending, caller.as_ref())
             .await
             .map_err(refused)?;
         view::version(app, &version)
@@ -58,9 +65,15 @@ pub(super) async fn configuration(app: &Arc<App>, call: Call, name: &str) -> Ans
     let mut settings = validate::update(current, request.role.as_deref(), &request.settings)?;
     layers::attach(app, &mut settings, request.settings.layers.as_deref())?;
     let change = Change::Settings(Box::new(settings));
-    let record = functions::update(app, &live.name, request.revision_id.as_deref(), change)
-        .await
-        .map_err(|error| change_error(app, &error))?;
+    let record = functions::update(
+        app,
+        &live.name,
+        request.revision_id.as_deref(),
+        change,
+        None,
+    )
+    .await
+    .map_err(|error| change_error(app, &error))?;
     json(StatusCode::OK, &view::unqualified(app, &record))
 }
 

@@ -13,13 +13,14 @@ use crate::state::App;
 
 pub(super) async fn publish(app: &Arc<App>, call: Call, name: &str) -> Answer {
     let function = call.function(app, name)?;
-    let limit = call.json_limit();
+    let (limit, caller) = (call.json_limit(), call.caller.clone());
     let request: PublishVersionRequest = call.json_or_nothing(limit, "PublishVersion").await?;
     validate::check_description(request.description.as_deref())?;
     let wanted = Wanted {
         code_sha256: request.code_sha256.filter(|digest| !digest.is_empty()),
         description: request.description.filter(|text| !text.is_empty()),
         revision_id: request.revision_id,
+        caller,
     };
     let version = versions::publish(app, &function.name, wanted)
         .await

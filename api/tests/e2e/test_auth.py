@@ -90,6 +90,8 @@ def test_a_key_may_what_it_was_made_for(guarded):
     assert refused(boto.get_function, FunctionName="hello") == denied
     assert refused(boto.list_functions) == denied
     assert refused(boto.invoke, FunctionName="other", Payload=b"{}") == denied
+    guarded.cli("keys", "limit", invoker["access_key_id"], "--concurrency", "2")
+    assert "2 at once" in guarded.cli("keys", "ls").stdout
     guarded.cli("keys", "disable", invoker["access_key_id"])
     assert refused(boto.invoke, FunctionName="hello", Payload=b"{}") == ("UnrecognizedClientException", 403)
     guarded.cli("keys", "rm", invoker["access_key_id"])
@@ -135,9 +137,12 @@ def test_the_command_line_of_this_home_needs_no_key_and_another_does(guarded, tm
 
 def test_keys_are_made_before_there_is_a_gateway_but_not_beside_one(guarded, tmp_path):
     nowhere = ["--endpoint", "http://127.0.0.1:1", "--json", "keys"]
-    made = json.loads(run("--home", tmp_path, *nowhere, "create", "--name", "early", "--allow", "invoke").stdout)
+    options = ["--name", "early", "--allow", "invoke", "--rate", "50", "--burst", "100", "--memory-mib", "4096"]
+    made = json.loads(run("--home", tmp_path, *nowhere, "create", *options).stdout)
+    run("--home", tmp_path, *nowhere, "limit", made["access_key_id"], "--rate", "20", "--burst", "none")
     listed = run("--home", tmp_path, *nowhere, "ls").stdout
     assert [found["access_key_id"] for found in json.loads(listed)["keys"]] == [made["access_key_id"]]
+    assert json.loads(listed)["keys"][0]["limits"] == {"rate": 20, "memory_mib": 4096}
     assert made["secret_access_key"] not in listed and (tmp_path / "thaw.db").stat().st_mode & 0o777 == 0o600
     beside = run("--home", guarded.home, *nowhere, "create")
     assert beside.returncode == 1 and "name it with --endpoint" in beside.stderr

@@ -22,13 +22,13 @@ fn signer(id: &str, secret: &str) -> Signer {
     }
 }
 
-fn root(server: &Server) -> Signer {
+pub fn root(server: &Server) -> Signer {
     let signer = root_signer(&server.home().join(ROOT_FILE)).unwrap();
     signer.unwrap()
 }
 
 /// Signs for one body and sends another.
-async fn send_other(
+pub async fn send_other(
     server: &Server,
     signer: &Signer,
     request: (&str, &str),
@@ -50,7 +50,7 @@ async fn send_other(
     server.send(method, path, &headers, sent).await
 }
 
-async fn send(server: &Server, signer: &Signer, request: (&str, &str), body: &Value) -> Answer {
+pub async fn send(server: &Server, signer: &Signer, request: (&str, &str), body: &Value) -> Answer {
     let body = if body.is_null() {
         String::new()
     } else {
@@ -59,9 +59,13 @@ async fn send(server: &Server, signer: &Signer, request: (&str, &str), body: &Va
     send_other(server, signer, request, body.as_bytes(), body.as_bytes()).await
 }
 
-/// Makes a key as `thaw keys create` does.
 async fn key(server: &Server, allow: &str, functions: &str) -> Signer {
-    let wanted = json!({"name": "ci", "allow": allow, "functions": functions});
+    limited(server, allow, functions, json!({})).await
+}
+
+/// Makes a key as `thaw keys create` does.
+pub async fn limited(server: &Server, allow: &str, functions: &str, limits: Value) -> Signer {
+    let wanted = json!({"name": "ci", "allow": allow, "functions": functions, "limits": limits});
     let made = send(server, &root(server), ("POST", "/thaw/v1/keys"), &wanted).await;
     assert_eq!(made.status, 201, "{}", made.text());
     let made = made.json();
@@ -69,7 +73,7 @@ async fn key(server: &Server, allow: &str, functions: &str) -> Signer {
     signer(&text("access_key_id"), &text("secret_access_key"))
 }
 
-async fn guarded() -> Server {
+pub async fn guarded() -> Server {
     let server = Server::start_as(tempdir().unwrap(), AuthMode::Required).await;
     server.until_healthy().await;
     server
@@ -176,7 +180,7 @@ async fn nothing_unsigned_altered_or_not_allowed_reaches_a_handler() {
     server.stop().await;
 }
 
-async fn until_active(server: &Server, signer: &Signer, name: &str) {
+pub async fn until_active(server: &Server, signer: &Signer, name: &str) {
     let path = format!("/thaw/v1/functions/{name}/progress");
     let text = send(server, signer, ("GET", &path), &Value::Null)
         .await

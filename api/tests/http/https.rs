@@ -1,6 +1,7 @@
 //! The gateway as a client that speaks TLS: records for destinations, and code out of a store. The servers shake hands for real.
 
 use std::fs;
+use std::future::pending;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -12,8 +13,9 @@ use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, 
 use serde_json::{Value, json};
 use tempfile::{TempDir, tempdir};
 use thaw_api::auth::signer::Signer;
+use thaw_api::connections::{self, ConnectionLimits};
 use thaw_api::s3::S3;
-use thaw_api::tls::{Tls, TlsListener, Trust};
+use thaw_api::tls::{Tls, Trust};
 use tokio::io::copy_bidirectional;
 use tokio::net::{TcpListener, TcpStream};
 
@@ -60,8 +62,9 @@ impl Authority {
         let tls = Tls::load(&cert, &key).unwrap();
         let behind = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = behind.local_addr().unwrap();
-        let listener = TlsListener::new(behind, Arc::clone(&tls));
-        tokio::spawn(async move { axum::serve(listener, router).await });
+        let (limits, end) = (ConnectionLimits::default(), Default::default());
+        let serving = connections::serve(behind, Some(tls.clone()), router, limits, end, pending());
+        tokio::spawn(serving);
         let front = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = front.local_addr().unwrap().port();
         let ended: Arc<AtomicUsize> = Arc::default();

@@ -20,7 +20,7 @@ use tokio::task::JoinHandle;
 use crate::machine::Machine;
 
 /// Longest wait for anything.
-const LIMIT: Duration = Duration::from_secs(60);
+pub const LIMIT: Duration = Duration::from_secs(60);
 
 pub struct Server {
     pub address: SocketAddr,

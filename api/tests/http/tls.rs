@@ -6,12 +6,12 @@ use std::sync::Arc;
 use tempfile::tempdir;
 use thaw_api::tls::{Tls, Trust};
 use thaw_api::{Gateway, GatewayConfig};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 
 use crate::machine::Machine;
 
 #[tokio::test]
-async fn requests_are_answered_over_tls_and_no_other_way() {
+async fn requests_are_answered_over_tls_and_a_connection_that_says_nothing_holds_up_nobody() {
     let home = tempdir().unwrap();
     let (cert, key) = (home.path().join("cert"), home.path().join("key"));
     let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
@@ -37,8 +37,11 @@ async fn requests_are_answered_over_tls_and_no_other_way() {
         let url = format!("{scheme}://localhost:{}/thaw/v1/functions", address.port());
         client.get(url).send()
     };
+    // Before anybody else, one who connects and says nothing.
+    let silent = TcpStream::connect(address).await.unwrap();
     assert_eq!(asked("https").await.unwrap().status(), 200);
     assert!(asked("http").await.is_err());
+    drop(silent);
     drop(stop);
     served.await.unwrap().unwrap();
 }

@@ -14,6 +14,27 @@ pub enum Allow {
     All,
 }
 
+/// What a key may use. What is `None` is bounded by the gateway's own limits alone; no number may be 0.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KeyLimits {
+    /// Requests a second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate: Option<u32>,
+    /// Requests at once after a pause; as many as a second's, unless given. Only with `rate`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub burst: Option<u32>,
+    /// Invocations at once, of all functions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub concurrency: Option<u32>,
+    /// Memory, as configured, of the functions that these invocations run, MiB.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_mib: Option<u32>,
+    /// Zips of functions' versions and of layer versions that were stored with the key, MiB.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub storage_mib: Option<u32>,
+}
+
 /// `POST /thaw/v1/keys`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -26,6 +47,9 @@ pub struct CreateKeyRequest {
     /// Functions it may do it with: a name with `*` and `?`. All when there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub functions: Option<String>,
+    /// What it may use.
+    #[serde(default)]
+    pub limits: KeyLimits,
 }
 
 /// A key without its secret.
@@ -43,6 +67,9 @@ pub struct KeySummary {
     pub enabled: bool,
     /// When it was made, milliseconds since the Unix epoch.
     pub created_unix_ms: i64,
+    /// What it may use.
+    #[serde(default)]
+    pub limits: KeyLimits,
 }
 
 /// A new key: the only answer that ever holds the secret.
@@ -64,10 +91,14 @@ pub struct KeyList {
     pub required: bool,
 }
 
-/// `PUT /thaw/v1/keys/{id}`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// `PUT /thaw/v1/keys/{id}`: what is not given stays.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ChangeKeyRequest {
     /// Whether it is let in.
-    pub enabled: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub enabled: Option<bool>,
+    /// What it may use: all of it, in place of what it might before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limits: Option<KeyLimits>,
 }
