@@ -14,6 +14,7 @@ use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use thaw_api_types::keys::{CreateKeyRequest, KeySummary};
+use thaw_runtime::Point;
 use thiserror::Error;
 use tokio::sync::{Mutex, Semaphore};
 
@@ -174,6 +175,7 @@ impl Auth {
         }
         let key = Arc::new(AccessKey::draw(request, clock::unix_ms())?);
         self.store.commit(&[Write::Key(&key)]).await?;
+        Point::KeyCommitted.reached();
         self.show(Arc::clone(&key));
         Ok(key)
     }

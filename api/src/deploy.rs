@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use thaw_api_types::thaw::{InitErrorSummary, ProgressEvent, SnapshotSummary, Step};
-use thaw_runtime::{FreezeError, Learn, PoolSpec};
+use thaw_runtime::{FreezeError, Learn, Point, PoolSpec};
 
 use crate::engine::{Artifact, EngineError, EngineStep, FreezeJob, Sandboxes, chain};
 use crate::environment;
@@ -50,6 +50,7 @@ type Pool = Arc<dyn Sandboxes>;
 /// # Errors
 /// The path that could not be read or removed, and why.
 pub fn clean(folder: &Path, records: &[Stored]) -> Result<(), (PathBuf, io::Error)> {
+    Point::CleanBegun.reached();
     let known: BTreeMap<&str, BTreeSet<&str>> = records
         .iter()
         .map(|stored| {
@@ -64,6 +65,7 @@ pub fn clean(folder: &Path, records: &[Stored]) -> Result<(), (PathBuf, io::Erro
     for (name, path) in entries(folder)? {
         let Some(revisions) = known.get(name.as_str()) else {
             remove(&path)?;
+            Point::CleanRemoved.reached();
             continue;
         };
         for (name, path) in entries(&path)? {
@@ -331,6 +333,7 @@ async fn freeze(
         Ok(artifact) => {
             live.progress.push(Step::Pool, "restore sandboxes ahead");
             let pool = open_pool(app, live, &artifact).await?;
+            Point::Deployed.reached();
             Ok((Outcome::Frozen(bounded(artifact)), Some(pool)))
         }
         Err(EngineError::Freeze(error)) => match init_failure(error, limit) {
@@ -421,6 +424,7 @@ async fn finish(
             return;
         }
     };
+    Point::Served.reached();
     let previous = live
         .pool
         .send_replace(pool.map_or(PoolSlot::Closed, PoolSlot::Open));

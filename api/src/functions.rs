@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
+use thaw_runtime::Point;
 use thiserror::Error;
 use uuid::Uuid;
 
@@ -112,6 +113,7 @@ pub async fn create(
         return Err(ChangeError::TooMany(app.count()));
     }
     let (id, code) = keep_code(app, name, zip, &settings, None).await?;
+    Point::CodeKept.reached();
     let folder = app.folder(name);
     let function = Function {
         name: name.to_owned(),
@@ -138,6 +140,7 @@ pub async fn create(
         deploy::discard(folder).await;
         return Err(error.into());
     }
+    Point::FunctionCommitted.reached();
     deploy::begin(app, &function.latest);
     Ok(function)
 }
@@ -205,6 +208,7 @@ pub async fn update(
         .await;
     match changed {
         Ok(Some(abandoned)) => {
+            Point::TargetCommitted.reached();
             if let Some(id) = abandoned {
                 deploy::discard(app.folder(name).join(id)).await;
             }
@@ -237,6 +241,7 @@ fn check_revision(name: &str, wanted: Option<&str>, current: &str) -> Result<(),
 pub async fn delete(app: &Arc<App>, name: &str) -> Result<(), ChangeError> {
     let (_claim, function) = claim_found(app, name)?;
     app.remove(&function).await?;
+    Point::FunctionRemoved.reached();
     function.events.close();
     // Out of the way at once, so that a successor of the same name finds nothing. A crash here or later leaves a folder
     // without a function, which the next start removes.
@@ -252,6 +257,7 @@ pub async fn delete(app: &Arc<App>, name: &str) -> Result<(), ChangeError> {
         }
         _ => away,
     };
+    Point::FolderMoved.reached();
     retire(app, &function.all(), removed);
     tracing::info!(function = %name, "function is deleted");
     Ok(())

@@ -4,6 +4,7 @@
 mod desk;
 mod lease;
 mod lesson;
+mod watchdog;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
@@ -16,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::desk::{Deed, Desk};
 use crate::monitor::{Size, Spawner};
+use crate::points::Point;
 use crate::sandbox::{Sandbox, SnapshotFiles};
 use crate::schedule::{FunctionId, Input, Rules, Shape, Ticket, Time, Turn, VmId};
 use crate::vm::chain;
@@ -23,6 +25,7 @@ use crate::{HostError, InvokeError, PoolSpec, RuntimeConfig};
 
 pub(crate) use self::lease::{Lease, RunError};
 pub(crate) use self::lesson::{Learning, Lesson, learning, touched};
+pub(crate) use self::watchdog::Turn as Watched;
 
 /// Whom a sandbox, or the news that there is none, is sent to.
 pub(crate) type Grant = oneshot::Sender<Result<Lease, InvokeError>>;
@@ -132,6 +135,9 @@ impl Node {
             tokio,
         });
         node.tokio.spawn(ring(Arc::downgrade(&node), times));
+        let interval = node.config.watch_interval;
+        node.tokio
+            .spawn(watchdog::watch(Arc::downgrade(&node), interval));
         node
     }
 
@@ -195,18 +201,28 @@ impl Node {
 
     /// Feeds the schedule what `prepare` makes of the desk, in one step.
     fn apply_with(self: &Arc<Self>, prepare: impl FnOnce(&mut Desk) -> Input) {
-        let deeds = {
+        self.apply_all(|desk| [prepare(desk)]);
+    }
+
+    /// The same with several inputs: nothing comes between the look at the desk and the steps.
+    fn apply_all<I: IntoIterator<Item = Input>>(
+        self: &Arc<Self>,
+        prepare: impl FnOnce(&mut Desk) -> I,
+    ) {
+        let mut all = Vec::new();
+        {
             let mut desk = self.desk();
-            let input = prepare(&mut desk);
-            let effects = desk.schedule.step(self.now(), input);
-            let (deeds, wake) = desk.deeds(effects);
-            if let Some(at) = wake {
-                // Under the lock, so that the newest time is the last.
-                self.alarm.send_replace(Some(self.began + at));
+            for input in prepare(&mut desk) {
+                let effects = desk.schedule.step(self.now(), input);
+                let (deeds, wake) = desk.deeds(effects);
+                if let Some(at) = wake {
+                    // Under the lock, so that the newest time is the last.
+                    self.alarm.send_replace(Some(self.began + at));
+                }
+                all.extend(deeds);
             }
-            deeds
-        };
-        for deed in deeds {
+        }
+        for deed in all {
             self.carry_out(deed);
         }
     }
@@ -224,6 +240,7 @@ impl Node {
                 self.tokio.spawn(node.rewind(id, sandbox, member));
             }
             Deed::Hand(grant, parts) => {
+                Point::Granted.reached();
                 // A caller that has gone: the lease comes back in the error, is dropped, and so returns the sandbox.
                 let _ = grant.send(Ok(Lease::new(node, parts)));
             }
@@ -263,7 +280,10 @@ impl Node {
 
     async fn try_prepare(&self, held: &mut Option<Sandbox>, shape: Shape) -> Result<(), HostError> {
         let shell = held.insert(Sandbox::spawn(&self.spawner, Size::of_shell(shape)).await?);
-        shell.prepare(shape, &self.config).await
+        Point::ShellStarted.reached();
+        shell.prepare(shape, &self.config).await?;
+        Point::ShellMade.reached();
+        Ok(())
     }
 
     async fn claim(self: Arc<Self>, id: VmId, mut held: Option<Sandbox>, member: Arc<Member>) {
@@ -295,7 +315,9 @@ impl Node {
                 none.insert(Sandbox::spawn(&self.spawner, size).await?)
             }
         };
-        sandbox.claim(&member.files(), &self.config).await
+        sandbox.claim(&member.files(), &self.config).await?;
+        Point::Claimed.reached();
+        Ok(())
     }
 
     async fn destroy(self: Arc<Self>, id: VmId, sandbox: Option<Sandbox>) {
@@ -337,7 +359,9 @@ impl Node {
     async fn rewind(self: Arc<Self>, id: VmId, mut sandbox: Sandbox, member: Arc<Member>) {
         let taught = sandbox.taught(&self.config).await;
         let began = Instant::now();
+        Point::RewindBegun.reached();
         let rewound = sandbox.rewind(&self.config).await;
+        Point::Rewound.reached();
         self.apply_with(|desk| {
             desk.held.insert(id, sandbox);
             match rewound {

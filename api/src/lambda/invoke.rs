@@ -145,7 +145,7 @@ fn event(
     client_context: Option<String>,
     trace_id: Option<String>,
 ) -> Event {
-    let now = clock::unix_ms();
+    let now = clock::steady_unix_ms();
     Event {
         id,
         function: found.function.name.clone(),

@@ -19,6 +19,7 @@ use super::{
 use crate::HostError;
 use crate::monitor::Size;
 use crate::node::Node;
+use crate::points::Point;
 use crate::sandbox::DISK_IDS;
 use crate::tail::Tail;
 use crate::vm::{Vm, VmEvent, after};
@@ -104,6 +105,7 @@ async fn attempts(
     let mut attempt = 1;
     loop {
         let (monitor, channel) = node.spawner.spawn(size).await?;
+        Point::FreezeStarted.reached();
         let mut freeze = Freeze {
             vm: Vm::new(monitor, channel),
             log: Tail::new(INIT_LOG_BYTES_MAX),
@@ -224,6 +226,7 @@ impl Freeze<'_> {
         self.vm.channel.push();
         progress(FreezeStep::RuntimeStarting);
         self.ready(init_limit, after(init_limit)).await?;
+        Point::FreezeReady.reached();
         let ready = Instant::now();
         progress(FreezeStep::Ready);
 
@@ -381,6 +384,7 @@ impl Freeze<'_> {
             blocking(move || PendingFile::create(&output)).await
         };
         let pending = pending.map_err(|source| file_error("cannot create", output, source))?;
+        Point::FreezeCreated.reached();
         let save = Request::Save(SaveRequest {
             metadata: serde_json::to_value(&request.metadata).map_err(|source| {
                 HostError::Protocol(thaw_vmm_control::wire::WireError::Malformed(source))
@@ -391,6 +395,7 @@ impl Freeze<'_> {
             .save(&save, pending.file().as_fd(), config.save_limit)
             .await
             .map_err(|error| save_error(error, output))?;
+        Point::FreezeSaved.reached();
         // A tag of what the header tells: a monitor that goes on writing makes a file that is refused.
         let key = self.node.key.clone();
         let commit = move || {
@@ -398,11 +403,13 @@ impl Freeze<'_> {
                 TagError::Write(source) => source,
                 error @ TagError::Open(_) => std::io::Error::other(error),
             })?;
+            Point::FreezeTagged.reached();
             pending.commit()
         };
         blocking(commit)
             .await
             .map_err(|source| file_error("cannot commit", output, source))?;
+        Point::FreezeCommitted.reached();
         Ok(saved)
     }
 
