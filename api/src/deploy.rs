@@ -263,6 +263,18 @@ pub fn replace_refused(app: &Arc<App>, live: &Arc<Live>, refused: &Pool, reason:
     is_taken || !is_refused(&live.pool.borrow())
 }
 
+/// Does the same when its snapshot has come to harm since it was opened, cut off or removed: its monitors die of that.
+pub async fn replace_harmed(app: &Arc<App>, live: &Arc<Live>, pool: &Pool, reason: &str) {
+    let record = live.record();
+    if let Some(Serving { revision, outcome }) = &record.serving
+        && let Outcome::Frozen(artifact) = outcome
+        && !(app.engine.usable(artifact, &revision.settings.runtime)).await
+    {
+        let reason = format!("its snapshot is damaged or gone: {reason}");
+        replace_refused(app, live, pool, reason);
+    }
+}
+
 /// The version as it is once what was promised of it is kept or not, or when it takes too long.
 pub async fn settled(app: &App, live: &Live) -> Arc<Version> {
     let record = live.record();

@@ -13,7 +13,7 @@ use thaw_runtime::{
     BaseRequest, Configure, FreezeRequest, FreezeStep, Frozen, Invocation, InvokeError,
     OpenPoolError, Outcome, Point, Pool, PoolSpec, PoolStats, Runtime, RuntimeStats, StreamPart,
 };
-use thaw_snapshot::Metadata;
+use thaw_snapshot::{Metadata, Snapshot};
 use tokio::sync::mpsc;
 
 use super::bases;
@@ -178,7 +178,7 @@ impl Engine for HostEngine {
                 let rootfs = rootfs(images, name, &mut Quiet)?;
                 Ok(rootfs.digest == artifact.rootfs_digest
                     && rootfs.rootfs == artifact.rootfs
-                    && artifact.snapshot.is_file()
+                    && Snapshot::open(&artifact.snapshot).is_ok()
                     && artifact.base.as_deref().is_none_or(Path::is_file)
                     && artifact.code.is_file())
             })

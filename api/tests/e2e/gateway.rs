@@ -26,7 +26,7 @@ struct Args {
     #[arg(long, default_value = "thaw-agent")]
     agent: PathBuf,
     /// The file that names the point at which it is to die, when there is one.
-    #[arg(long, default_value = "")]
+    #[arg(long, default_value = "never")]
     trigger: PathBuf,
 }
 
