@@ -14,6 +14,7 @@ use std::path::Path;
 use std::sync::{Arc, MutexGuard, PoisonError, RwLock};
 
 use thaw_api_types::keys::{ChangeKeyRequest, CreateKeyRequest, KeySummary};
+use thaw_runtime::Point;
 use thiserror::Error;
 use tokio::sync::{Mutex, Semaphore};
 
@@ -179,6 +180,7 @@ impl Auth {
         }
         let key = Arc::new(AccessKey::draw(request, clock::unix_ms())?);
         self.store.commit(&[Write::Key(&key)]).await?;
+        Point::KeyCommitted.reached();
         self.show(Arc::clone(&key));
         Ok(key)
     }

@@ -1,5 +1,8 @@
 //! Wall-clock time as the protocols write it.
 
+use std::sync::OnceLock;
+use std::time::Instant;
+
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
@@ -7,6 +10,15 @@ use jiff::tz::TimeZone;
 #[must_use]
 pub fn unix_ms() -> i64 {
     Timestamp::now().as_millisecond()
+}
+
+/// Milliseconds since the Unix epoch by a clock that is never set while this process lives: the wall clock when it was first
+/// asked, and the time since. For what is due or has an age.
+#[must_use]
+pub fn steady_unix_ms() -> i64 {
+    static BEGAN: OnceLock<(i64, Instant)> = OnceLock::new();
+    let (began, at) = BEGAN.get_or_init(|| (unix_ms(), Instant::now()));
+    began.saturating_add(i64::try_from(at.elapsed().as_millis()).unwrap_or(i64::MAX))
 }
 
 /// Seconds since the Unix epoch, as service models write time stamps.

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use sha2::{Digest as _, Sha256};
+use thaw_runtime::Point;
 use thiserror::Error;
 use zip::ZipArchive;
 use zip::result::ZipError;
@@ -106,6 +107,7 @@ fn write_all(folder: &Path, name: &str, bytes: &[u8]) -> Result<(), WriteError> 
     let mut file = File::create(&temporary).map_err(on(&path))?;
     file.write_all(bytes).map_err(on(&path))?;
     file.sync_all().map_err(on(&path))?;
+    Point::CodeUnnamed.reached();
     fs::rename(&temporary, &path).map_err(on(&path))?;
     sync_folders(folder)
 }

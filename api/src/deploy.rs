@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use thaw_api_types::thaw::{InitErrorSummary, ProgressEvent, SnapshotSummary, Step};
-use thaw_runtime::{FreezeError, Learn, PoolSpec};
+use thaw_runtime::{FreezeError, Learn, Point, PoolSpec};
 
 use crate::engine::{Artifact, EngineError, EngineStep, FreezeJob, Sandboxes, chain};
 use crate::environment;
@@ -50,6 +50,7 @@ type Pool = Arc<dyn Sandboxes>;
 /// # Errors
 /// The path that could not be read or removed, and why.
 pub fn clean(folder: &Path, records: &[Stored]) -> Result<(), (PathBuf, io::Error)> {
+    Point::CleanBegun.reached();
     let known: BTreeMap<&str, BTreeSet<&str>> = records
         .iter()
         .map(|stored| {
@@ -64,6 +65,7 @@ pub fn clean(folder: &Path, records: &[Stored]) -> Result<(), (PathBuf, io::Erro
     for (name, path) in entries(folder)? {
         let Some(revisions) = known.get(name.as_str()) else {
             remove(&path)?;
+            Point::CleanRemoved.reached();
             continue;
         };
         for (name, path) in entries(&path)? {
@@ -261,6 +263,18 @@ pub fn replace_refused(app: &Arc<App>, live: &Arc<Live>, refused: &Pool, reason:
     is_taken || !is_refused(&live.pool.borrow())
 }
 
+/// Does the same when its snapshot has come to harm since it was opened, cut off or removed: its monitors die of that.
+pub async fn replace_harmed(app: &Arc<App>, live: &Arc<Live>, pool: &Pool, reason: &str) {
+    let record = live.record();
+    if let Some(Serving { revision, outcome }) = &record.serving
+        && let Outcome::Frozen(artifact) = outcome
+        && !(app.engine.usable(artifact, &revision.settings.runtime)).await
+    {
+        let reason = format!("its snapshot is damaged or gone: {reason}");
+        replace_refused(app, live, pool, reason);
+    }
+}
+
 /// The version as it is once what was promised of it is kept or not, or when it takes too long.
 pub async fn settled(app: &App, live: &Live) -> Arc<Version> {
     let record = live.record();
@@ -331,6 +345,7 @@ async fn freeze(
         Ok(artifact) => {
             live.progress.push(Step::Pool, "restore sandboxes ahead");
             let pool = open_pool(app, live, revision, &artifact).await?;
+            Point::Deployed.reached();
             Ok((Outcome::Frozen(bounded(artifact)), Some(pool)))
         }
         Err(EngineError::Freeze(error)) => match init_failure(error, limit) {
@@ -428,6 +443,7 @@ async fn finish(
             return;
         }
     };
+    Point::Served.reached();
     let previous = live
         .pool
         .send_replace(pool.map_or(PoolSlot::Closed, PoolSlot::Open));

@@ -34,7 +34,7 @@ pub trait Engine: Send + Sync + 'static {
         step: &'a mut (dyn FnMut(EngineStep) + Send),
     ) -> BoxFuture<'a, Result<Artifact, EngineError>>;
 
-    /// Says whether `artifact` still fits the machine: its files are there, and are what it was frozen with.
+    /// Says whether `artifact` still fits the machine: its files are there, none is cut off, and are what it was frozen with. Cheap.
     fn usable<'a>(&'a self, artifact: &'a Artifact, runtime: &'a str) -> BoxFuture<'a, bool>;
 
     /// Verifies a snapshot and begins to keep sandboxes ready.

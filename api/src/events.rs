@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
+use thaw_runtime::Point;
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -103,12 +104,14 @@ pub struct Line {
 }
 
 impl Line {
-    /// A line with what the database has.
+    /// A line with what the database has. What was written by a clock that has been set back since is due as late as anything
+    /// may be.
     #[must_use]
-    pub fn new(events: &[Event]) -> Self {
+    pub fn new(events: &[Event], now: i64) -> Self {
+        let last = outcome::later(now, outcome::DEFER_MAX);
         let due = events
             .iter()
-            .map(|e| Reverse((e.due_unix_ms, e.id.clone())));
+            .map(|e| Reverse((e.due_unix_ms.min(last), e.id.clone())));
         Self {
             due: Mutex::new(due.collect()),
             ..Self::default()
@@ -174,6 +177,7 @@ pub async fn accept(
         return Err(AcceptError::TooMany(waiting));
     }
     app.store.commit(&[Write::Event(event)]).await?;
+    Point::EventCommitted.reached();
     function.events.push(event);
     serve(app, function);
     Ok(())
@@ -192,7 +196,7 @@ async fn work(app: Arc<App>, function: Arc<LiveFunction>) {
     let mut running = JoinSet::new();
     loop {
         let wait = if running.len() < RUNNING_MAX {
-            match line.next(clock::unix_ms()) {
+            match line.next(clock::steady_unix_ms()) {
                 Ok(id) => {
                     running.spawn(attempt(Arc::clone(&app), Arc::clone(&function), id));
                     continue;
@@ -227,12 +231,12 @@ async fn attempt(app: Arc<App>, function: Arc<LiveFunction>, id: String) {
                 .due
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner);
-            due.push(Reverse((clock::unix_ms(), id)));
+            due.push(Reverse((clock::steady_unix_ms(), id)));
             return;
         }
     };
     let config = config(&function, event.qualifier.as_deref());
-    let age = clock::unix_ms() - event.received_unix_ms;
+    let age = clock::steady_unix_ms() - event.received_unix_ms;
     let attempt = if event.url.is_none() && outcome::is_too_old(&config, age) {
         Attempt::TooOld
     } else {
@@ -252,8 +256,9 @@ async fn attempt(app: Arc<App>, function: Arc<LiveFunction>, id: String) {
         &app.limits.event_retries,
         attempt,
         &arn,
-        clock::unix_ms(),
+        clock::steady_unix_ms(),
     );
+    Point::EventAttempted.reached();
     settle(&app, &function, event, next).await;
 }
 
@@ -278,6 +283,7 @@ async fn settle(app: &Arc<App>, function: &Arc<LiveFunction>, event: Event, next
             writes.push(Write::Event(next));
         }
         let Err(error) = app.store.commit(&writes).await else {
+            Point::EventSettled.reached();
             if let Some((function, next)) = &follower {
                 function.events.push(next);
                 serve(app, function);
@@ -299,7 +305,7 @@ fn follower(
     to: &str,
     payload: Bytes,
 ) -> Option<(Arc<LiveFunction>, Event)> {
-    let now = clock::unix_ms();
+    let now = clock::steady_unix_ms();
     let next = |function: &str, qualifier, url| Event {
         id: Uuid::new_v4().to_string(),
         function: function.to_owned(),
@@ -409,12 +415,24 @@ mod tests {
 
     #[test]
     fn a_line_gives_what_is_due_in_its_order() {
-        let line = Line::new(&[event("late", 30), event("first", 5)]);
+        let line = Line::new(&[event("late", 30), event("first", 5)], 0);
         line.push(&event("second", 6));
         assert_eq!(line.next(10), Ok("first".to_owned()));
         assert_eq!(line.next(10), Ok("second".to_owned()));
         assert_eq!(line.next(10), Err(Some(Duration::from_millis(20))));
         assert_eq!(line.next(30), Ok("late".to_owned()));
         assert_eq!(line.next(30), Err(None));
+    }
+
+    #[test]
+    fn a_clock_that_was_set_back_by_hours_delays_an_event_by_minutes() {
+        let (now, hours) = (1_000_000, 10 * 60 * 60 * 1000);
+        let line = Line::new(&[event("ahead", now + hours)], now);
+        let longest = outcome::DEFER_MAX;
+        assert_eq!(line.next(now), Err(Some(longest)));
+        assert_eq!(
+            line.next(outcome::later(now, longest)),
+            Ok("ahead".to_owned())
+        );
     }
 }

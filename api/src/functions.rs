@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
+use thaw_runtime::Point;
 use thiserror::Error;
 use uuid::Uuid;
 
@@ -120,6 +121,7 @@ pub async fn create(
     }
     let _counted = storage::reserve(app, caller, size(&zip), None)?;
     let (id, code) = keep_code(app, name, zip, &settings, None).await?;
+    Point::CodeKept.reached();
     let folder = app.folder(name);
     let function = Function {
         name: name.to_owned(),
@@ -151,6 +153,7 @@ pub async fn create(
         deploy::discard(folder).await;
         return Err(error.into());
     }
+    Point::FunctionCommitted.reached();
     deploy::begin(app, &function.latest);
     Ok(function)
 }
@@ -227,6 +230,7 @@ pub async fn update(
         .await;
     match changed {
         Ok(Some(abandoned)) => {
+            Point::TargetCommitted.reached();
             if let Some(id) = abandoned {
                 deploy::discard(app.folder(name).join(id)).await;
             }
@@ -263,6 +267,7 @@ fn check_revision(name: &str, wanted: Option<&str>, current: &str) -> Result<(),
 pub async fn delete(app: &Arc<App>, name: &str) -> Result<(), ChangeError> {
     let (_claim, function) = claim_found(app, name)?;
     app.remove(&function).await?;
+    Point::FunctionRemoved.reached();
     function.events.close();
     // Out of the way at once, so that a successor of the same name finds nothing. A crash here or later leaves a folder
     // without a function, which the next start removes.
@@ -278,6 +283,7 @@ pub async fn delete(app: &Arc<App>, name: &str) -> Result<(), ChangeError> {
         }
         _ => away,
     };
+    Point::FolderMoved.reached();
     retire(app, &function.all(), removed);
     tracing::info!(function = %name, "function is deleted");
     Ok(())

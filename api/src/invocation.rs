@@ -311,7 +311,12 @@ async fn attempt(
                 closed = Some(pool);
             }
             Err(InvokeError::Abandoned) => return Err(Refusal::Abandoned),
-            Err(error @ InvokeError::Host(_)) => return Err(Refusal::Host(chain(&error))),
+            Err(error @ InvokeError::Host(_)) => {
+                let reason = chain(&error);
+                // For those that come: this request may have run.
+                deploy::replace_harmed(app, live, &pool, &reason).await;
+                return Err(Refusal::Host(reason));
+            }
         }
     }
     Err(Refusal::Host(format!(

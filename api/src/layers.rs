@@ -12,6 +12,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
+use thaw_runtime::Point;
 use uuid::Uuid;
 
 use crate::clock;
@@ -171,6 +172,7 @@ impl Layers {
             policy: Policy::default(),
             key,
         };
+        Point::LayerKept.reached();
         let published = version.clone();
         let committed = self
             .change(store, name, |layer| {
@@ -180,7 +182,10 @@ impl Layers {
             })
             .await;
         match committed {
-            Ok(number) => Ok((number.unwrap_or_default(), version)),
+            Ok(number) => {
+                Point::LayerCommitted.reached();
+                Ok((number.unwrap_or_default(), version))
+            }
             Err(error) => {
                 deploy::discard(folder).await;
                 Err(error.into())
@@ -199,6 +204,7 @@ impl Layers {
         let Some(version) = removed else {
             return Ok(false);
         };
+        Point::LayerRemoved.reached();
         // What cannot be removed now, the next start removes.
         deploy::discard(self.folder.join(name).join(version.id)).await;
         Ok(true)

@@ -20,6 +20,7 @@ pub mod running;
 use running::{Entrance, Running};
 
 use crate::auth::Auth;
+use crate::clock;
 use crate::deploy;
 use crate::engine::{Engine, Sandboxes};
 use crate::events::destination::Courier;
@@ -448,7 +449,7 @@ impl LiveFunction {
             name: stored.function.name.clone(),
             latest: live(stored.latest),
             record: RwLock::new(Arc::new(stored.function)),
-            events: Line::new(events),
+            events: Line::new(events, clock::steady_unix_ms()),
             running: Entrance::default(),
             published: RwLock::new(published.map(|v| (v.id, live(v))).collect()),
             log,

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 
 use rusqlite::types::Value;
-use rusqlite::{Connection, OptionalExtension as _, params_from_iter};
+use rusqlite::{Connection, ErrorCode, OptionalExtension as _, params_from_iter};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
@@ -19,6 +19,10 @@ use crate::auth::keys::AccessKey;
 use crate::events::Event;
 use crate::layers::Layer;
 use crate::record::{Function, Version, VersionId};
+
+mod whole;
+
+use whole::{check_new, check_whole, in_use};
 
 /// Most operations waiting for the thread; callers beyond wait for a place.
 const QUEUE_MAX: usize = 64;
@@ -64,6 +68,34 @@ pub enum StoreError {
         /// Why not.
         #[source]
         source: rusqlite::Error,
+    },
+    /// The file is no database, or not a whole one.
+    #[error("database {} is damaged: put a backup of it in its place, or move it away together with functions/ and layers/ beside it \
+        to begin anew; nothing was removed", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What SQLite found.
+        #[source]
+        source: rusqlite::Error,
+    },
+    /// There are functions or layers, and the file is new or empty.
+    #[error("database {} is gone or empty, and {} is not: put a backup of it in its place, or move that folder away to begin anew; \
+        nothing was removed", path.display(), folder.display())]
+    Lost {
+        /// The file.
+        path: PathBuf,
+        /// What it should know of.
+        folder: PathBuf,
+    },
+    /// The last gateway was killed, and its log of writes is not there.
+    #[error("{} is gone, and with it the last changes of the database: put it back, or remove {} to go on without them; nothing was \
+        removed", log.display(), marker.display())]
+    LogLost {
+        /// The write-ahead log.
+        log: PathBuf,
+        /// What says that there must be one.
+        marker: PathBuf,
     },
     /// A newer gateway wrote the file.
     #[error("database {} has schema version {found}, this gateway knows {known}", path.display())]
@@ -215,10 +247,14 @@ impl Store {
             .name("thaw-store".to_owned())
             .spawn(move || match connect(&path) {
                 Ok(mut connection) => {
+                    // Best effort: without it the loss of a log is not noticed.
+                    let _ = std::fs::write(in_use(&path), "");
                     let _ = opened.send(Ok(()));
                     while let Some(job) = queue.blocking_recv() {
                         job(&mut connection);
                     }
+                    // Before the connection is closed, and the log removed with it.
+                    let _ = std::fs::remove_file(in_use(&path));
                 }
                 Err(error) => {
                     let _ = opened.send(Err(error));
@@ -386,21 +422,26 @@ impl Store {
 }
 
 fn failed(act: &'static str, connection: &Connection, source: rusqlite::Error) -> StoreError {
-    StoreError::Sqlite {
+    refusal(
         act,
-        path: connection.path().unwrap_or_default().into(),
+        Path::new(connection.path().unwrap_or_default()),
         source,
+    )
+}
+
+fn refusal(act: &'static str, path: &Path, source: rusqlite::Error) -> StoreError {
+    let path = path.to_owned();
+    match source.sqlite_error_code() {
+        Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt) => {
+            StoreError::Damaged { path, source }
+        }
+        _ => StoreError::Sqlite { act, path, source },
     }
 }
 
 fn connect(path: &Path) -> Result<Connection, StoreError> {
-    let refused = |act| {
-        move |source| StoreError::Sqlite {
-            act,
-            path: path.to_owned(),
-            source,
-        }
-    };
+    let refused = |act| move |source| refusal(act, path, source);
+    check_whole(path)?;
     let mut connection = Connection::open(path).map_err(refused("open"))?;
     // The order matters: with the exclusive lock asked for first, the log needs no shared memory.
     connection
@@ -417,6 +458,9 @@ fn connect(path: &Path) -> Result<Connection, StoreError> {
         )
         .map_err(refused("read the schema version"))?;
     let version = usize::try_from(version).unwrap_or(usize::MAX);
+    if version == 0 {
+        check_new(path)?;
+    }
     if version > MIGRATIONS.len() {
         return Err(StoreError::Newer {
             path: path.to_owned(),
@@ -610,7 +654,7 @@ mod tests {
         std::fs::write(&path, vec![b'x'; 8192]).unwrap();
         assert!(matches!(
             Store::open(&path).await,
-            Err(StoreError::Sqlite { act: "open", .. })
+            Err(StoreError::Damaged { .. })
         ));
     }
 }

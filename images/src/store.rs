@@ -187,6 +187,15 @@ impl ImageStore {
         code::build(zip, layers, &absolute(out.to_owned()), &self.staging()?)
     }
 
+    /// Removes what builds that were cut off have left in scratch space.
+    ///
+    /// # Errors
+    /// It cannot be removed.
+    pub fn sweep(&self) -> Result<(), StagingError> {
+        // Each new scratch folder takes away those that nobody holds.
+        self.staging().map(drop)
+    }
+
     pub(crate) fn staging(&self) -> Result<Staging, StagingError> {
         Staging::new(&self.root.join(self.scratch))
     }

@@ -25,6 +25,7 @@ mod channel;
 mod fault;
 mod monitor;
 mod network;
+mod points;
 mod sandbox;
 mod tail;
 mod vm;
@@ -38,6 +39,9 @@ pub use invocation::{
     End, INVOCATION_LOG_BYTES_MAX, Invocation, InvocationTimings, InvokeError, LateLog, Measure,
     Outcome, StreamPart, ThrottleReason,
 };
+pub use points::Point;
+#[cfg(feature = "fault-points")]
+pub use points::arm;
 pub use pool::{Learn, OpenPoolError, Pool, PoolSpec, PoolStats};
 pub use schedule::{Recycle, Start};
 pub use service::{Runtime, RuntimeConfig, RuntimeStats, StartError};

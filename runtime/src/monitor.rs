@@ -6,7 +6,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use command_fds::{CommandFdExt as _, FdMapping};
 use thaw_jail::{Cell, JAIL_ARGUMENT, Jailer, JailerError, Limits};
@@ -192,6 +192,8 @@ pub(crate) struct Monitor {
     exit: Option<Exit>,
     /// Requests sent whose replies have not come.
     owed: usize,
+    /// When it was asked for a sign of life that it has not given yet.
+    asked: Option<Instant>,
 }
 
 impl Monitor {
@@ -253,6 +255,7 @@ impl Monitor {
             stderr_reader,
             exit: None,
             owed: 0,
+            asked: None,
         };
         Ok((monitor, AgentChannel::new(agent)))
     }
@@ -296,6 +299,10 @@ impl Monitor {
             match self.receiver.next_message() {
                 Ok(Some((message, _fds))) => {
                     if matches!(message, FromMonitor::Reply(_)) {
+                        // It was asked before anything else that it owes.
+                        if self.asked.take().is_some() {
+                            continue;
+                        }
                         self.owed = self.owed.saturating_sub(1);
                     }
                     return Ok(message);
@@ -433,13 +440,51 @@ impl Monitor {
         self.exit.take()
     }
 
-    /// Whether the process still holds its end of the control socket and has said nothing: what is to be expected of a
-    /// paused VM.
+    /// Whether the process still holds its end of the control socket and has said nothing but what it was asked by
+    /// [`Self::ask_for_life`]: what is to be expected of a paused VM.
     pub(crate) fn is_quiet(&mut self) -> bool {
-        // Past tokio's readiness on purpose: the socket does not block, and an end that the driver has not seen yet counts.
-        let read = self.receiver.read_from(&self.control);
-        self.exit.is_none()
-            && matches!(read, Err(error) if error.kind() == io::ErrorKind::WouldBlock)
+        loop {
+            // Past tokio's readiness on purpose: the socket does not block, and an end that the driver has not seen yet counts.
+            match self.receiver.read_from(&self.control) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return self.exit.is_none();
+                }
+                Ok(Read::Some) if self.asked.is_some() => {}
+                _ => return false,
+            }
+            loop {
+                match self.receiver.next_message::<FromMonitor>() {
+                    Ok(None) => break,
+                    Ok(Some((FromMonitor::Reply(_), _))) if self.asked.take().is_some() => {}
+                    _ => return false,
+                }
+            }
+        }
+    }
+
+    /// Asks an idle monitor for its status, unless it is still to answer; does not wait. Its answer is what it says next, and is
+    /// dropped there. `false` if it takes no request any more.
+    pub(crate) fn ask_for_life(&mut self) -> bool {
+        // What owes another reply has spoken, or runs into the limit of that.
+        if self.asked.is_some() || self.owed > 0 {
+            return true;
+        }
+        let Ok(bytes) = wire::encode(&Request::Status) else {
+            return false;
+        };
+        self.asked = Some(Instant::now());
+        // Some bytes always fit into the socket of a monitor that reads it.
+        matches!(wire::send_some(&self.control, &bytes, &[]), Ok(sent) if sent == bytes.len())
+    }
+
+    /// Whether it was asked and has not answered.
+    pub(crate) fn owes_life(&self) -> bool {
+        self.asked.is_some()
+    }
+
+    /// For how long it has not answered.
+    pub(crate) fn owes_life_for(&self) -> Duration {
+        self.asked.map_or(Duration::ZERO, |asked| asked.elapsed())
     }
 
     /// Kills the process and waits until it is gone.

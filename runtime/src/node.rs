@@ -4,6 +4,7 @@
 mod desk;
 mod lease;
 mod lesson;
+mod watchdog;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
@@ -17,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use self::desk::{Deed, Desk};
 use crate::monitor::{Size, Spawner};
 use crate::network::{Networks, Plug};
+use crate::points::Point;
 use crate::sandbox::{Sandbox, SnapshotFiles};
 use crate::schedule::{FunctionId, Input, Rules, Shape, Ticket, Time, Turn, VmId};
 use crate::vm::chain;
@@ -24,6 +26,7 @@ use crate::{HostError, InvokeError, PoolSpec, RuntimeConfig};
 
 pub(crate) use self::lease::{Lease, RunError};
 pub(crate) use self::lesson::{Learning, Lesson, learning, touched};
+pub(crate) use self::watchdog::Turn as Watched;
 
 /// Whom a sandbox, or the news that there is none, is sent to.
 pub(crate) type Grant = oneshot::Sender<Result<Lease, InvokeError>>;
@@ -135,6 +138,9 @@ impl Node {
             tokio,
         });
         node.tokio.spawn(ring(Arc::downgrade(&node), times));
+        let interval = node.config.watch_interval;
+        node.tokio
+            .spawn(watchdog::watch(Arc::downgrade(&node), interval));
         node
     }
 
@@ -202,18 +208,28 @@ impl Node {
 
     /// Feeds the schedule what `prepare` makes of the desk, in one step.
     fn apply_with(self: &Arc<Self>, prepare: impl FnOnce(&mut Desk) -> Input) {
-        let deeds = {
+        self.apply_all(|desk| [prepare(desk)]);
+    }
+
+    /// The same with several inputs: nothing comes between the look at the desk and the steps.
+    fn apply_all<I: IntoIterator<Item = Input>>(
+        self: &Arc<Self>,
+        prepare: impl FnOnce(&mut Desk) -> I,
+    ) {
+        let mut all = Vec::new();
+        {
             let mut desk = self.desk();
-            let input = prepare(&mut desk);
-            let effects = desk.schedule.step(self.now(), input);
-            let (deeds, wake) = desk.deeds(effects);
-            if let Some(at) = wake {
-                // Under the lock, so that the newest time is the last.
-                self.alarm.send_replace(Some(self.began + at));
+            for input in prepare(&mut desk) {
+                let effects = desk.schedule.step(self.now(), input);
+                let (deeds, wake) = desk.deeds(effects);
+                if let Some(at) = wake {
+                    // Under the lock, so that the newest time is the last.
+                    self.alarm.send_replace(Some(self.began + at));
+                }
+                all.extend(deeds);
             }
-            deeds
-        };
-        for deed in deeds {
+        }
+        for deed in all {
             self.carry_out(deed);
         }
     }
@@ -231,6 +247,7 @@ impl Node {
                 self.tokio.spawn(node.rewind(id, sandbox, member));
             }
             Deed::Hand(grant, parts) => {
+                Point::Granted.reached();
                 // A caller that has gone: the lease comes back in the error, is dropped, and so returns the sandbox.
                 let _ = grant.send(Ok(Lease::new(node, parts)));
             }
@@ -270,7 +287,10 @@ impl Node {
 
     async fn try_prepare(&self, held: &mut Option<Sandbox>, shape: Shape) -> Result<(), HostError> {
         let shell = held.insert(Sandbox::spawn(&self.spawner, Size::of_shell(shape)).await?);
-        shell.prepare(shape, &self.config).await
+        Point::ShellStarted.reached();
+        shell.prepare(shape, &self.config).await?;
+        Point::ShellMade.reached();
+        Ok(())
     }
 
     async fn claim(self: Arc<Self>, id: VmId, mut held: Option<Sandbox>, member: Arc<Member>) {
@@ -303,7 +323,9 @@ impl Node {
             }
         };
         let plug = self.plug(member).await?;
-        sandbox.claim(&member.files(), plug, &self.config).await
+        sandbox.claim(&member.files(), plug, &self.config).await?;
+        Point::Claimed.reached();
+        Ok(())
     }
 
     /// The network of the next life of one of the function's sandboxes, if it has one.
@@ -356,11 +378,13 @@ impl Node {
     async fn rewind(self: Arc<Self>, id: VmId, mut sandbox: Sandbox, member: Arc<Member>) {
         let taught = sandbox.taught(&self.config).await;
         let began = Instant::now();
+        Point::RewindBegun.reached();
         // Each life has a slot of its own: nothing of an earlier one's connections can come.
         let rewound = match self.plug(&member).await {
             Ok(plug) => sandbox.rewind(plug, &self.config).await,
             Err(error) => Err(error),
         };
+        Point::Rewound.reached();
         self.apply_with(|desk| {
             desk.held.insert(id, sandbox);
             match rewound {

@@ -25,7 +25,8 @@ use self::settle::Unsettled;
 use crate::channel::AgentChannel;
 use crate::monitor::{Size, Spawner, socket_pair};
 use crate::network::{Plug, Socket};
-use crate::node::Lesson;
+use crate::node::{Lesson, Watched};
+use crate::points::Point;
 use crate::schedule::{Shape, Start};
 use crate::vm::{Vm, after};
 use crate::{
@@ -328,6 +329,15 @@ impl Sandbox {
         self.vm.monitor.is_quiet()
     }
 
+    /// The watchdog's look at an idle VM: whether it is as we left it and has answered what it was asked. Asks it if it is its turn.
+    pub(crate) fn gives_signs_of_life(&mut self, turn: Watched, limit: Duration) -> bool {
+        let monitor = &mut self.vm.monitor;
+        if turn == Watched::Later && !monitor.owes_life() {
+            return true;
+        }
+        monitor.is_quiet() && (monitor.owes_life_for() < limit) && monitor.ask_for_life()
+    }
+
     /// Frames of another generation seen.
     pub(crate) fn stale_frames(&self) -> u64 {
         self.vm.channel.stale_frames()
@@ -378,6 +388,7 @@ impl Sandbox {
             Begin::Resume => monitor.send(&Request::Resume, &[]).await?,
             Begin::Continue => {}
         }
+        Point::HandedOver.reached();
         let mut life = Life::new(invocation.request_id.clone(), begin);
         let limits = Limits {
             claim: config.restore_limit,
@@ -393,6 +404,7 @@ impl Sandbox {
             }
             error => error,
         })?;
+        Point::Answered.reached();
         if life.has_extensions() {
             let left = invocation.timeout.saturating_sub(duration);
             self.unsettled = Unsettled::after(&end, left);

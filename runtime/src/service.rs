@@ -51,6 +51,8 @@ pub struct RuntimeConfig {
     pub hooks_limit: Duration,
     /// Longest time for a monitor's answer to anything but boot, restore and save.
     pub reply_limit: Duration,
+    /// How often each idle monitor is asked for a sign of life, which it has the reply limit for.
+    pub watch_interval: Duration,
     /// Longest time for writing a snapshot.
     pub save_limit: Duration,
     /// How long [`Pool::close`] lets running invocations finish.
@@ -72,6 +74,7 @@ impl Default for RuntimeConfig {
             restore_limit: Duration::from_secs(30),
             hooks_limit: Duration::from_secs(10),
             reply_limit: Duration::from_secs(10),
+            watch_interval: Duration::from_secs(30),
             save_limit: Duration::from_secs(120),
             close_limit: Duration::from_secs(10),
         }

@@ -12,6 +12,8 @@ mod settling;
 mod stage;
 #[path = "faults/streams.rs"]
 mod streams;
+#[path = "faults/watch.rs"]
+mod watch;
 
 use std::fs;
 use std::os::unix::fs::FileExt as _;

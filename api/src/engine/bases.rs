@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
-use thaw_runtime::{BaseRequest, FreezeRequest};
+use thaw_runtime::{BaseRequest, FreezeRequest, Point};
 use thaw_snapshot::Snapshot;
 
 const BASES_FOLDER: &str = "bases";
@@ -88,7 +88,9 @@ pub fn remove_unused(home: &Path) -> io::Result<()> {
                 .elapsed()
                 .is_ok_and(|age| age > AT_WORK)
         {
+            Point::BaseUnused.reached();
             fs::remove_dir_all(&folder)?;
+            Point::BaseRemoved.reached();
         }
     }
     Ok(())

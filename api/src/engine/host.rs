@@ -11,9 +11,9 @@ use thaw_images::{Fault, ImageStore, Progress, Quiet, RuntimeImage, RuntimeName}
 
 use thaw_runtime::{
     BaseRequest, Configure, FreezeRequest, FreezeStep, Frozen, Invocation, InvokeError,
-    OpenPoolError, Outcome, Pool, PoolSpec, PoolStats, Runtime, RuntimeStats, StreamPart,
+    OpenPoolError, Outcome, Point, Pool, PoolSpec, PoolStats, Runtime, RuntimeStats, StreamPart,
 };
-use thaw_snapshot::Metadata;
+use thaw_snapshot::{Metadata, Snapshot};
 use tokio::sync::mpsc;
 
 use super::bases;
@@ -127,6 +127,7 @@ impl Engine for HostEngine {
             for name in RuntimeName::AHEAD {
                 rootfs(images, name, &mut Quiet)?;
             }
+            images.sweep().map_err(image("scratch space"))?;
             bases::remove_unused(&home).map_err(image("the runtimes' snapshots"))
         })
         .boxed()
@@ -151,6 +152,7 @@ impl Engine for HostEngine {
             let code = self
                 .blocking(move |images, _| code_image(images, &zip, &layers, &out))
                 .await?;
+            Point::ImageMade.reached();
             let mut request = request(job, base, &rootfs, code);
             let base = self.base_request(&request).await?;
             let base_file = base.file.clone();
@@ -176,7 +178,7 @@ impl Engine for HostEngine {
                 let rootfs = rootfs(images, name, &mut Quiet)?;
                 Ok(rootfs.digest == artifact.rootfs_digest
                     && rootfs.rootfs == artifact.rootfs
-                    && artifact.snapshot.is_file()
+                    && Snapshot::open(&artifact.snapshot).is_ok()
                     && artifact.base.as_deref().is_none_or(Path::is_file)
                     && artifact.code.is_file())
             })

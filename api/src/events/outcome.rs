@@ -20,7 +20,7 @@ const RETRIES_MAX: u32 = 2;
 const AGE_SECONDS_MAX: u32 = 6 * 60 * 60;
 /// First and longest wait after an attempt that did not reach the function.
 const DEFER_FIRST: Duration = Duration::from_secs(1);
-const DEFER_MAX: Duration = Duration::from_secs(300);
+pub(super) const DEFER_MAX: Duration = Duration::from_secs(300);
 
 /// Waits before the second and the third attempt of a function that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -141,7 +141,7 @@ pub fn decide(
     }
 }
 
-fn later(now: i64, wait: Duration) -> i64 {
+pub(super) fn later(now: i64, wait: Duration) -> i64 {
     now.saturating_add(i64::try_from(wait.as_millis()).unwrap_or(i64::MAX))
 }
 

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use thaw_runtime::Point;
 use uuid::Uuid;
 
 use super::{ChangeError, check_revision, claim_found, retire, share_code, storage};
@@ -115,6 +116,7 @@ async fn publish_target(
     let _counted = storage::reserve(app, caller, code.bytes, None)?;
     let number = record.last_number.saturating_add(1);
     let id = share_code(app, &function.name, &latest.target, &settings).await?;
+    Point::VersionKept.reached();
     let folder = app.folder(&function.name).join(&id);
     let version = Version {
         name: function.name.clone(),
@@ -148,6 +150,7 @@ async fn publish_target(
         .await;
     match committed {
         Ok(Some(())) => {
+            Point::VersionCommitted.reached();
             let record = live.record();
             deploy::begin(app, &live);
             Ok(record)
@@ -183,6 +186,7 @@ pub async fn delete(app: &Arc<App>, name: &str, id: VersionId) -> Result<(), Cha
         return Err(ChangeError::Named(id, named));
     }
     app.remove_version(&function, id).await?;
+    Point::VersionRemoved.reached();
     let folder = app.folder(name).join(&live.record().target.id);
     tracing::info!(function = %live.label, "version is deleted");
     retire(app, &[live], folder);

@@ -148,7 +148,7 @@ pub(super) async fn invoke_async(app: &Arc<App>, mut call: Call, name: &str) -> 
 }
 
 fn event(found: &Found, id: String, payload: Bytes, trace_id: Option<String>) -> Event {
-    let now = clock::unix_ms();
+    let now = clock::steady_unix_ms();
     Event {
         id,
         function: found.function.name.clone(),

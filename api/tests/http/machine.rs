@@ -440,6 +440,10 @@ fn end(payload: Bytes) -> Result<End, InvokeError> {
                 waiting: 1,
             });
         }
+        "host" => {
+            let stderr = ": bus error".to_owned();
+            return Err(InvokeError::Host(Arc::new(HostError::Died { stderr })));
+        }
         "full" => {
             return Err(InvokeError::Throttled {
                 reason: ThrottleReason::MachineFull,

@@ -64,3 +64,37 @@ async fn a_snapshot_that_was_changed_behind_the_gateway_is_frozen_again_from_the
     assert_eq!(std::fs::read(&snapshot).unwrap(), frozen);
     server.stop().await;
 }
+
+#[tokio::test]
+async fn a_snapshot_that_comes_to_harm_while_it_serves_is_frozen_again() {
+    let server = Server::start().await;
+    for name in ["harmed", "kept"] {
+        server.post(FUNCTIONS, &good(name)).await;
+        server.deployed(name).await;
+    }
+    let invoke = async |name: &str, event: &[u8]| {
+        let path = format!("{FUNCTIONS}/{name}/invocations");
+        server.send("POST", &path, &[], event).await
+    };
+    // A monitor that dies of itself is no reason to freeze.
+    refused(
+        &invoke("harmed", b"\"host\"").await,
+        500,
+        "ServiceException",
+    );
+    assert_eq!(server.machine.freezes(), 2);
+    let revision = server.revisions("harmed").pop().unwrap();
+    let snapshot = server.home().join("functions/harmed").join(revision);
+    std::fs::remove_file(snapshot.join("snapshot.thaw")).unwrap();
+    refused(
+        &invoke("harmed", b"\"host\"").await,
+        500,
+        "ServiceException",
+    );
+    for name in ["harmed", "kept"] {
+        let answer = invoke(name, b"7").await;
+        assert_eq!((answer.status, answer.text().as_str()), (200, "7"));
+    }
+    assert_eq!(server.machine.freezes(), 3);
+    server.stop().await;
+}

@@ -14,7 +14,7 @@ use rustix::thread::{CpuSet, sched_setaffinity};
 use thaw_agent_protocol::{
     AgentMessage, Decoder, Generation, HostMessage, Message as _, Reply as Answer,
 };
-use thaw_snapshot::{CpuRecord, PAGE_BYTES, PageSource, SectionKind, Snapshot, Writer};
+use thaw_snapshot::{CpuRecord, Metadata, PageSource, SectionKind, Snapshot, Writer};
 use thaw_vmm_control::wire::{self, Read, Receiver};
 use thaw_vmm_control::{
     AGENT_FD, CONTROL_FD, Reply, Request, Rewound, SaveForm, SaveRequest, Saved, Status, WorkingSet,
@@ -195,7 +195,7 @@ impl Monitor {
     }
 }
 
-/// One page of zeros: the format wants some memory.
+/// Memory that nothing was written to.
 struct NoMemory;
 
 impl PageSource for NoMemory {
@@ -211,7 +211,8 @@ impl PageSource for NoMemory {
 
 fn write_snapshot(file: File, base: Option<File>, save: SaveRequest) -> anyhow::Result<Saved> {
     let mut writer = Writer::new(file);
-    writer.metadata(&serde_json::from_value(save.metadata)?)?;
+    let metadata: Metadata = serde_json::from_value(save.metadata)?;
+    writer.metadata(&metadata)?;
     let cpu = CpuRecord {
         vendor: "none".into(),
         tsc_khz: 1_000_000,
@@ -224,7 +225,10 @@ fn write_snapshot(file: File, base: Option<File>, save: SaveRequest) -> anyhow::
             let base = Snapshot::from_file(base, "base")?;
             writer.memory_difference(&mut NoMemory, &base, 1)?;
         }
-        None => writer.sparse_section(SectionKind::Memory, PAGE_BYTES, &mut NoMemory)?,
+        None => {
+            let bytes = u64::from(metadata.memory_mib) << 20;
+            writer.sparse_section(SectionKind::Memory, bytes, &mut NoMemory)?;
+        }
     }
     let summary = writer.finish()?;
     Ok(Saved {

@@ -21,6 +21,7 @@ use super::drive::{self, Freeze, Progress};
 use super::{BaseRequest, FreezeError, FreezeRequest, FreezeStep};
 use crate::fault::HostError;
 use crate::node::Node;
+use crate::points::Point;
 use crate::sandbox::{DISK_IDS, random};
 
 /// The generation in which a function is configured in a restored base; clones have far higher ones.
@@ -75,7 +76,9 @@ pub(super) async fn make(
         handler: String::new(),
         ..request.metadata
     };
-    drive::boot_and_freeze(node, &request, progress).await
+    drive::boot_and_freeze(node, &request, progress).await?;
+    Point::BaseMade.reached();
+    Ok(())
 }
 
 /// Device and inode: a file made again has another.

@@ -21,6 +21,7 @@ use crate::HostError;
 use crate::monitor::Size;
 use crate::network::Plug;
 use crate::node::Node;
+use crate::points::Point;
 use crate::sandbox::DISK_IDS;
 use crate::tail::Tail;
 use crate::vm::{Vm, VmEvent, after, brief};
@@ -113,6 +114,7 @@ async fn attempts(
             _ => None,
         };
         let (monitor, channel) = node.spawner.spawn(size).await?;
+        Point::FreezeStarted.reached();
         let mut freeze = Freeze {
             plug,
             vm: Vm::new(monitor, channel),
@@ -237,6 +239,7 @@ impl Freeze<'_> {
         self.vm.channel.push();
         progress(FreezeStep::RuntimeStarting);
         self.ready(init_limit, after(init_limit)).await?;
+        Point::FreezeReady.reached();
         let ready = Instant::now();
         progress(FreezeStep::Ready);
 
@@ -396,6 +399,7 @@ impl Freeze<'_> {
             blocking(move || PendingFile::create(&output)).await
         };
         let pending = pending.map_err(|source| file_error("cannot create", output, source))?;
+        Point::FreezeCreated.reached();
         let save = Request::Save(SaveRequest {
             metadata: serde_json::to_value(&request.metadata).map_err(|source| {
                 HostError::Protocol(thaw_vmm_control::wire::WireError::Malformed(source))
@@ -406,6 +410,7 @@ impl Freeze<'_> {
             .save(&save, pending.file().as_fd(), config.save_limit)
             .await
             .map_err(|error| save_error(error, output))?;
+        Point::FreezeSaved.reached();
         // A tag of what the header tells: a monitor that goes on writing makes a file that is refused.
         let key = self.node.key.clone();
         let commit = move || {
@@ -413,11 +418,13 @@ impl Freeze<'_> {
                 TagError::Write(source) => source,
                 error @ TagError::Open(_) => std::io::Error::other(error),
             })?;
+            Point::FreezeTagged.reached();
             pending.commit()
         };
         blocking(commit)
             .await
             .map_err(|source| file_error("cannot commit", output, source))?;
+        Point::FreezeCommitted.reached();
         Ok(saved)
     }
 
