@@ -80,13 +80,13 @@ pub enum StoreError {
         source: rusqlite::Error,
     },
     /// There are functions or layers, and the file is new or empty.
-    #[error("database {} is gone or empty, and {} is not: put a backup of it in its place, or move that folder away to begin anew; \
-        nothing was removed", path.display(), folder.display())]
+    #[error("database {} is gone or empty, and {} is not: put a backup of it in its place, or move that away to begin anew; \
+        nothing was removed", path.display(), rest.display())]
     Lost {
         /// The file.
         path: PathBuf,
-        /// What it should know of.
-        folder: PathBuf,
+        /// The folder that it should know of, or its log.
+        rest: PathBuf,
     },
     /// The last gateway was killed, and its log of writes is not there.
     #[error("{} is gone, and with it the last changes of the database: put it back, or remove {} to go on without them; nothing was \

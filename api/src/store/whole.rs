@@ -19,6 +19,14 @@ pub(super) fn check_whole(path: &Path) -> Result<(), StoreError> {
     let mut log = path.as_os_str().to_owned();
     log.push("-wal");
     let (log, marker) = (PathBuf::from(log), in_use(path));
+    let is_empty = |path: &Path| fs::metadata(path).map_or(true, |file| file.len() == 0);
+    if is_empty(path) && !is_empty(&log) {
+        // SQLite would take the log for a stale one, and remove it.
+        return Err(StoreError::Lost {
+            path: path.to_owned(),
+            rest: log,
+        });
+    }
     match marker.exists() && !log.exists() {
         true => Err(StoreError::LogLost { log, marker }),
         false => Ok(()),
@@ -33,7 +41,7 @@ pub(super) fn check_new(path: &Path) -> Result<(), StoreError> {
     match folders.into_iter().find(is_full) {
         Some(folder) => Err(StoreError::Lost {
             path: path.to_owned(),
-            folder,
+            rest: folder,
         }),
         None => Ok(()),
     }
@@ -86,7 +94,7 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         let path = killed(home.path()).await;
         let log = path.with_file_name("thaw.db-wal");
-        let whole = fs::read(&log).unwrap();
+        let (whole, whole_log) = (fs::read(&path).unwrap(), fs::read(&log).unwrap());
 
         fs::remove_file(&log).unwrap();
         assert!(matches!(refuses(&path).await, StoreError::LogLost { .. }));
@@ -97,18 +105,12 @@ mod tests {
         let _ = fs::remove_file(&log);
         assert!(matches!(refuses(&path).await, StoreError::Lost { .. }));
 
-        fs::write(&log, whole).unwrap();
+        fs::write(&log, whole_log).unwrap();
         fs::write(&path, "").unwrap();
-        assert_eq!(
-            Store::open(&path)
-                .await
-                .unwrap()
-                .load()
-                .await
-                .unwrap()
-                .len(),
-            1
-        );
+        assert!(matches!(refuses(&path).await, StoreError::Lost { .. }));
+        fs::write(&path, whole).unwrap();
+        let store = Store::open(&path).await.unwrap();
+        assert_eq!(store.load().await.unwrap().len(), 1);
     }
 
     #[tokio::test]
