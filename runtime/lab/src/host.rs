@@ -9,7 +9,7 @@ use serde::Serialize;
 use std::{
     fs::{self, File},
     io,
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 pub use advice::Hypervisor;
@@ -118,6 +118,7 @@ pub fn report(home: &Path) -> HostReport {
     ];
     checks.extend(kvm_instructions(&probed));
     checks.extend([cgroups(), userfaultfd(), tun(), memory(), disk(home)]);
+    checks.extend(network_tools());
     checks.extend(hardening::checks());
     let kvm = probed.map_or_else(
         |failure| KvmVerdict::Lab {
@@ -365,6 +366,32 @@ fn at_least(name: &'static str, mib: u64, wanted: u64, remedy: &str) -> Check {
 }
 
 /// What the lab needs; looked at only where the lab is.
+/// A program, and how bad it is to be without.
+fn installed(
+    name: &'static str,
+    found: Result<PathBuf, tools::MissingTool>,
+    without: Status,
+) -> Check {
+    match found {
+        Ok(path) => Check::ok(name, path.display().to_string()),
+        Err(missing) => Check::not(
+            name,
+            without,
+            format!("{} is not installed", missing.program),
+            format!("sudo apt-get install {}", missing.package),
+        ),
+    }
+}
+
+/// What makes the networks of functions that have one.
+fn network_tools() -> [Check; 2] {
+    [
+        ("network: nft", tools::find("nft", "nftables")),
+        ("network: ip", tools::find("ip", "iproute2")),
+    ]
+    .map(|(name, found)| installed(name, found, Status::Warn))
+}
+
 fn lab_tools() -> Vec<Check> {
     let mut checks: Vec<Check> = [
         ("lab: qemu", tools::qemu()),
@@ -372,15 +399,7 @@ fn lab_tools() -> Vec<Check> {
         ("lab: apt", tools::find("apt-get", "apt")),
     ]
     .into_iter()
-    .map(|(name, found)| match found {
-        Ok(path) => Check::ok(name, path.display().to_string()),
-        Err(missing) => Check::not(
-            name,
-            Status::Missing,
-            format!("{} is not installed", missing.program),
-            format!("sudo apt-get install {}", missing.package),
-        ),
-    })
+    .map(|(name, found)| installed(name, found, Status::Missing))
     .collect();
     if !rustix::process::geteuid().is_root() {
         checks.push(user_namespaces());
