@@ -4,10 +4,11 @@
 
 or without `thaw lab --` on a machine whose own KVM is good. DIR/home holds a home's images already, or they are made. Standard library alone.
 
-Every answer carries a digest of its request and a nonce that its VM drew. An answer with another digest, a nonce that was seen before, or one that comes
-from a VM in which something ran before, is *wrong*, and one is too many. An answer that says that it failed, or a connection that breaks, while something is
-being killed, is a *failure*: counted, and told apart by whether a fault had been injected within the seconds before. What the gateway and its monitors hold
-is written down every few seconds (soak.csv, soak.svg); at the end, when the load is over, it must be what it was before.
+Every answer carries a digest of its request, a nonce that its VM drew and the revision of its function. An answer with another digest or an older revision than
+was deployed, a nonce that was seen before, or one that comes from a VM in which something ran before, is *wrong*, and one is too many. An answer that says that it
+failed, or a connection that breaks, is a *failure*: each fault explains as many as it may cause (a killed monitor one, a deploy none), and one more is too many.
+What the gateway and its monitors hold is written down every few seconds (soak.csv, soak.svg). The load pauses twice, half way and at the end: then there must be
+no more of anything than before it, and no more memory at the end than half way.
 """
 
 import argparse
@@ -29,8 +30,9 @@ import threading
 import time
 import zipfile
 
+# What each function does; its last line, added at each deploy, is its revision.
 FUNCTION = '''
-import hashlib, json, os, secrets, time
+import hashlib, os, secrets, time, urllib.request
 seen = 0
 
 def handler(event, context):
@@ -38,21 +40,29 @@ def handler(event, context):
     seen += 1
     if event.get("raise"):
         raise ValueError(event["raise"])
-    if event.get("sleep"):
-        time.sleep(event["sleep"])
+    time.sleep(event.get("sleep", 0))
     if event.get("write"):
         with open("/tmp/litter", "ab") as file:
             assert file.tell() == 0, "somebody was here"
             file.write(os.urandom(event["write"]))
     data = event.get("data", "")
-    return {"digest": hashlib.sha256(data.encode()).hexdigest(), "nonce": secrets.token_hex(16), "seen": seen}
+    if event.get("far"):
+        with urllib.request.urlopen(event["far"], data.encode(), timeout=15) as answer:
+            digest = answer.read().decode()
+    else:
+        digest = hashlib.sha256(data.encode()).hexdigest()
+    return {"digest": digest, "nonce": secrets.token_hex(16), "seen": seen, "revision": REVISION}
 '''
-# After a fault, failures are its own for so long: a killed gateway opens its pools anew, a stopped monitor meets its function's time.
-FAULT_SECONDS = 45
-FUNCTIONS = ("soak-a", "soak-b", "soak-large")
+FUNCTIONS = ("soak-a", "soak-large", "soak-network")
+NETWORKED = "soak-network"
 SAMPLE_SECONDS = 5
-# What may differ at the end from what was before the load: logs, the database's own free pages, an allocator's.
-GROWTH = {"gateway_rss_kib": 40_000, "gateway_fds": 16, "monitors": 0, "cgroups": 0, "net_namespaces": 0, "disk_kib": 60_000}
+# How much more there may be at the end than half way, when allocators are warm, and than before the load (logs, the database's free pages).
+GROWTH_OF_MEMORY = {"gateway_rss_kib": 10_000, "egress_rss_kib": 2_000}
+GROWTH = {
+    "gateway_fds": 4, "egress_fds": 4, "monitors": 0, "processes": 0, "cgroups": 0, "net_namespaces": 0, "mounts": 0, "disk_kib": 30_000,
+}  # fmt: skip
+# Of a gateway that is idle, the ready sandboxes and what belongs to them, after this long.
+SETTLE_SECONDS = 60
 
 
 def zip_of(code):
@@ -62,24 +72,27 @@ def zip_of(code):
     return out.getvalue()
 
 
+def comm(pid):
+    try:
+        return pathlib.Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
+
+
 def processes(name):
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                if pathlib.Path(f"/proc/{entry}/comm").read_text().strip() == name:
-                    yield int(entry)
-            except OSError:
-                pass
+    return (int(pid) for pid in os.listdir("/proc") if pid.isdigit() and comm(pid) == name)
 
 
 class Gateway:
     def __init__(self, options):
         self.options, self.port, self.process = options, free_port(), None
-        self.lock = threading.Lock()
+        # Each function's newest revision whose deploy was acknowledged.
+        self.revisions = dict.fromkeys(FUNCTIONS, 0)
 
     def start(self):
-        command = [self.options.thaw, "--home", self.options.home, "up", "--in-lab", "--listen", f"127.0.0.1:{self.port}", "--keep-alive", "20"]
-        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        command = [self.options.thaw, "--home", self.options.home, "up", "--listen", f"127.0.0.1:{self.port}", "--keep-alive", "20"]
+        with open(self.options.home.parent / "gateway.log", "ab") as log:
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         deadline = time.monotonic() + 300
         while self.ask("GET", "/healthz")[0] != 200:
             assert self.process.poll() is None, "the gateway ended"
@@ -87,12 +100,12 @@ class Gateway:
             time.sleep(0.2)
 
     def ask(self, method, path, body=None, headers=None, timeout=120):
-        """Status and body; 0 where there is no answer."""
+        """Status, body and heads by their names in small letters; status 0 where there is no answer."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         try:
-            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
             connection.request(method, path, body, headers or {})
             answer = connection.getresponse()
-            return answer.status, answer.read(), dict(answer.getheaders())
+            return answer.status, answer.read(), {name.lower(): value for name, value in answer.getheaders()}
         except (OSError, http.client.HTTPException) as error:
             return 0, repr(error).encode(), {}
         finally:
@@ -103,20 +116,21 @@ class Gateway:
         assert 200 <= status < 300, (path, status, body)
         return json.loads(body)
 
-    def deploy(self, name, code):
-        zipped = base64.b64encode(zip_of(code)).decode()
-        if self.ask("GET", f"/2015-03-31/functions/{name}")[0] == 200:
-            self.json("PUT", f"/2015-03-31/functions/{name}/code", {"ZipFile": zipped})
+    def deploy(self, name):
+        revision = self.revisions[name] + 1
+        code = {"ZipFile": base64.b64encode(zip_of(f"{FUNCTION}REVISION = {revision}\n")).decode()}
+        if revision > 1:
+            self.json("PUT", f"/2015-03-31/functions/{name}/code", code)
         else:
-            memory = 256 if name.endswith("large") else 128
             document = {
-                "FunctionName": name, "Runtime": "python3.11", "Handler": "app.handler", "Role": "arn:aws:iam::000000000000:role/soak",
-                "Code": {"ZipFile": zipped}, "Timeout": 20, "MemorySize": memory, "ThawNetwork": {"allow": ["192.0.2.0/24"]} if name.endswith("b") else {},
+                "FunctionName": name, "Runtime": "python3.11", "Handler": "app.handler", "Role": "arn:aws:iam::000000000000:role/soak", "Code": code,
+                "Timeout": 20, "MemorySize": 256 if name == "soak-large" else 128,
             }  # fmt: skip
-            if name.endswith("b"):
+            if name == NETWORKED:
                 document["ThawNetwork"] = {"allow": [{"cidr": "192.0.2.0/24"}]}
             self.json("POST", "/2015-03-31/functions", document)
         self.settled(name)
+        self.revisions[name] = revision
 
     def settled(self, name):
         deadline = time.monotonic() + 300
@@ -136,136 +150,225 @@ def free_port():
         return probe.getsockname()[1]
 
 
+class Fault:
+    """Something done to the gateway, and the failures that it may cause: so many, of requests that ran while it lasted."""
+
+    def __init__(self, kind, failures, function=None):
+        self.kind, self.left, self.function = kind, failures, function
+        self.began, self.ended = time.monotonic(), None
+
+    def over(self):
+        self.ended = time.monotonic()
+
+    def explains(self, function, began, ended):
+        met = ended >= self.began and (self.ended is None or began <= self.ended + 1)
+        return met and self.left > 0 and self.function in (None, function)
+
+
 class Tally:
     def __init__(self):
         self.lock = threading.Lock()
-        self.counts = collections.Counter()
+        self.counts, self.kinds, self.faults = collections.Counter(), collections.Counter(), []
         self.nonces, self.wrong, self.unexplained = set(), [], []
-        self.last_fault, self.faults = 0.0, collections.Counter()
 
-    def fault(self, kind):
+    def fault(self, kind, failures, function=None):
+        fault = Fault(kind, failures, function)
         with self.lock:
-            self.last_fault = time.monotonic()
-            self.faults[kind] += 1
+            self.faults.append(fault)
+        return fault
 
-    def right(self, nonce, request):
+    def right(self, kind, nonce, told):
         with self.lock:
             if nonce in self.nonces:
-                self.wrong.append(f"nonce {nonce} came twice: {request}")
+                self.wrong.append(f"nonce {nonce} came twice: {told}")
             self.nonces.add(nonce)
             self.counts["right"] += 1
+            self.kinds[kind] += 1
 
-    def failed(self, what, began):
+    def failed(self, told, function, began):
+        ended = time.monotonic()
         with self.lock:
-            if began - self.last_fault < FAULT_SECONDS or time.monotonic() - self.last_fault < FAULT_SECONDS:
-                self.counts["failed beside a fault"] += 1
+            cause = next((fault for fault in self.faults if fault.explains(function, began, ended)), None)
+            if cause:
+                cause.left -= 1
+                self.counts["failed by a fault"] += 1
             else:
                 self.counts["failed without a fault"] += 1
-                self.unexplained.append(what)
+                self.unexplained.append(f"{ended - began:.1f} s: {told}")
+                print("unexplained:", self.unexplained[-1], flush=True)
 
-    def bad(self, what):
+    def bad(self, told):
         with self.lock:
-            self.wrong.append(what)
+            self.wrong.append(told)
+        print("wrong:", told, flush=True)
+
+    def summary(self):
+        with self.lock:
+            return f"{dict(self.counts)}, faults {dict(collections.Counter(fault.kind for fault in self.faults))}"
 
 
-def client(gateway, tally, seed, stop):
+def event_of(dice, name, world):
+    """A request: what kind, and its event."""
+    kind = dice.choices(("plain", "big", "raise", "sleep", "write"), (60, 8, 10, 12, 10))[0]
+    event = {"data": (dice.randbytes(400_000 if kind == "big" else dice.randrange(200))).hex()}
+    if kind == "raise":
+        event["raise"] = event["data"][:40] or "nothing"
+    if kind == "sleep":
+        event["sleep"] = dice.uniform(0.05, 1.0)
+    if kind == "write":
+        event["write"] = dice.randrange(1, 3_000_000)
+    if name == NETWORKED and kind in ("plain", "big"):
+        kind, event["far"] = f"far {kind}", world
+    return kind, event
+
+
+def client(gateway, tally, world, seed, stop):
     dice = random.Random(seed)
     while not stop.is_set():
-        name = dice.choices(FUNCTIONS, (6, 3, 1))[0]
-        kind = dice.choices(("plain", "big", "raise", "sleep", "write"), (60, 8, 10, 12, 10))[0]
-        data = dice.randbytes(400_000 if kind == "big" else dice.randrange(200)).hex()
-        event = {"data": data}
-        if kind == "raise":
-            event["raise"] = data[:40] or "nothing"
-        if kind == "sleep":
-            event["sleep"] = dice.uniform(0.05, 1.0)
-        if kind == "write":
-            event["write"] = dice.randrange(1, 3_000_000)
-        began = time.monotonic()
-        path = f"/2015-03-31/functions/{name}/invocations"
-        status, body, headers = gateway.ask("POST", path, json.dumps(event))
-        told = f"{name} {kind}: {status} {body[:200]!r}"
+        name = dice.choices(FUNCTIONS, (6, 1, 3))[0]
+        kind, event = event_of(dice, name, world)
+        began, revision = time.monotonic(), gateway.revisions[name]
+        status, body, headers = gateway.ask("POST", f"/2015-03-31/functions/{name}/invocations", json.dumps(event))
+        told = f"{name} {kind}: {status} {body[:300]!r}"
         if status != 200:
-            tally.failed(told, began)
+            tally.failed(told, name, began)
             time.sleep(dice.uniform(0.05, 0.5))
             continue
         answer = json.loads(body)
-        if error := headers.get("x-amz-function-error") or headers.get("X-Amz-Function-Error"):
+        if "x-amz-function-error" in headers:
             if kind == "raise" and answer.get("errorMessage") == event["raise"]:
-                tally.right(f"error {began} {seed}", told)
-            elif kind != "raise" and answer.get("errorType") == "ValueError" or "somebody was here" in str(answer):
+                tally.right(kind, f"raised {seed} {began}", told)
+            elif answer.get("errorType") in ("ValueError", "AssertionError"):
                 tally.bad(told)
-            else:  # a killed monitor, a function's time
-                tally.failed(f"{told} {error}", began)
+            else:  # a killed monitor, a function's time, a network that went
+                tally.failed(told, name, began)
             continue
-        if answer["digest"] != hashlib.sha256(data.encode()).hexdigest() or answer["seen"] != 1 or kind == "raise":
-            tally.bad(told)
-        tally.right(answer["nonce"], told)
+        digest = hashlib.sha256(event["data"].encode()).hexdigest()
+        if kind == "raise" or answer["digest"] != digest or answer["seen"] != 1 or answer["revision"] < revision:
+            tally.bad(f"{told}, asked at revision {revision}")
+        tally.right(kind, answer["nonce"], told)
 
 
-def inject(gateway, tally, dice, stop, pause):
-    """Faults, one after another, until the end."""
-    revision = 0
-    while not stop.wait(dice.uniform(0.5 * pause, 1.5 * pause)):
-        kind = dice.choices(("kill a monitor", "stop a monitor", "kill the network", "deploy again", "kill the gateway"), (10, 4, 2, 3, 2))[0]
-        tally.fault(kind)
+def inject(gateway, tally, dice, calm, options, deadly):
+    """Faults, one after another, until it is calm; the gateway is killed if this is deadly."""
+    began = time.monotonic()
+    while not calm.wait(dice.uniform(0.5, 1.5) * options.pause):
+        kinds = {"kill a monitor": 10, "stop a monitor": 3, "kill the network": 2, "deploy again": 4, "kill the gateway": 3}
+        if not deadly:
+            del kinds["kill the gateway"]
+        kind = dice.choices(list(kinds), list(kinds.values()))[0]
+        print(f"{time.monotonic() - began:.0f} s: {kind}", flush=True)
         if kind == "deploy again":
-            revision += 1
+            fault = tally.fault(kind, 0)
             try:
-                gateway.deploy(dice.choice(FUNCTIONS[:2]), FUNCTION + f"# {revision}\n")
+                gateway.deploy(dice.choice(FUNCTIONS))
             except AssertionError as error:
                 tally.bad(f"deploy: {error}")
-            tally.fault("deployed")
-            continue
-        if kind == "kill the gateway":
+        elif kind == "kill the gateway":
+            fault = tally.fault(kind, 1_000_000)
             gateway.process.kill()
             gateway.process.wait()
             gateway.start()
-            tally.fault("gateway is back")
-            continue
-        name, number = ("thaw-egress", signal.SIGKILL) if kind == "kill the network" else ("thaw-vmm", signal.SIGKILL)
-        if kind == "stop a monitor":
-            number = signal.SIGSTOP
-        if found := list(processes(name)):
-            try:
-                os.kill(dice.choice(found), number)
-            except ProcessLookupError:
-                pass
+        elif kind == "kill the network":
+            fault = tally.fault(kind, 1_000_000, NETWORKED)
+            before = kill(dice, "thaw-egress", signal.SIGKILL, every=True)
+            wait_until(lambda: set(processes("thaw-egress")) - before, 60)
+        else:
+            fault = tally.fault(kind, 1)
+            chosen = kill(dice, "thaw-vmm", signal.SIGKILL if kind == "kill a monitor" else signal.SIGSTOP)
+            # A stopped one ends by its invocation's time or by the watchdog.
+            wait_until(lambda: not chosen & set(processes("thaw-vmm")), 180) or tally.bad(f"{chosen} stands for 180 s")
+        fault.over()
+
+
+def kill(dice, name, number, every=False):
+    """Whom it was sent to."""
+    found = sorted(processes(name))
+    chosen = set(found if every else dice.sample(found, min(1, len(found))))
+    for pid in chosen:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            pass
+    return chosen
+
+
+def wait_until(holds, seconds):
+    deadline = time.monotonic() + seconds
+    while not (held := holds()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return held
+
+
+class World:
+    """A network beyond this machine's: a namespace with a server in it that answers with the digest of what it is sent."""
+
+    SERVER = """
+import hashlib, http.server
+class Digest(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = hashlib.sha256(self.rfile.read(int(self.headers["content-length"]))).hexdigest().encode()
+        self.send_response(200); self.send_header("content-length", str(len(body))); self.end_headers(); self.wfile.write(body)
+    def log_message(self, *_): pass
+http.server.ThreadingHTTPServer(("192.0.2.2", 80), Digest).serve_forever()
+"""
+
+    def __init__(self):
+        for command in (
+            "netns add soak-world", "link add soak0 type veth peer name soak1 netns soak-world", "addr add 192.0.2.1/24 dev soak0", "link set soak0 up",
+            "-n soak-world addr add 192.0.2.2/24 dev soak1", "-n soak-world link set soak1 up",
+        ):  # fmt: skip
+            subprocess.run(["ip", *command.split()], check=True)
+        self.process = subprocess.Popen(["ip", "netns", "exec", "soak-world", sys.executable, "-c", self.SERVER])
+        self.url = "http://192.0.2.2/"
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        subprocess.run(["ip", "netns", "delete", "soak-world"], check=True)
+
+
+def of_processes(pids):
+    """Resident memory, KiB, and open descriptors of all of them."""
+    rss = fds = 0
+    for pid in pids:
+        proc = pathlib.Path(f"/proc/{pid}")
+        try:
+            rss += next(int(line.split()[1]) for line in (proc / "status").read_text().splitlines() if line.startswith("VmRSS"))
+            fds += len(list((proc / "fd").iterdir()))
+        except (OSError, StopIteration):
+            pass
+    return rss, fds
 
 
 def sample(gateway, home):
     """What there is now."""
-    monitors = list(processes("thaw-vmm"))
-    pid = gateway.process.pid
-    proc = pathlib.Path(f"/proc/{pid}")
-    try:
-        rss = next(int(line.split()[1]) for line in (proc / "status").read_text().splitlines() if line.startswith("VmRSS"))
-        fds = len(list((proc / "fd").iterdir()))
-    except OSError:
-        rss, fds = 0, 0
-    namespaces = set()
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                namespaces.add(os.readlink(f"/proc/{entry}/ns/net"))
-            except OSError:
-                pass
-    trees = pathlib.Path("/sys/fs/cgroup").glob("thaw-*/vm-*")
+    rss, fds = of_processes([gateway.process.pid])
+    egress_rss, egress_fds = of_processes(processes("thaw-egress"))
+    pids, namespaces = [entry for entry in os.listdir("/proc") if entry.isdigit()], set()
+    thaws = [name for name in map(comm, pids) if name.startswith("thaw")]
+    for pid in pids:
+        try:
+            namespaces.add(os.readlink(f"/proc/{pid}/ns/net"))
+        except OSError:
+            pass
+    groups = {path.name for path in pathlib.Path("/sys/fs/cgroup").glob("**/vm-*")}
     disk = subprocess.run(["du", "-sk", home], capture_output=True, text=True).stdout.split()
     return {
-        "gateway_rss_kib": rss, "gateway_fds": fds, "monitors": len(monitors), "cgroups": len(list(trees)),
-        "net_namespaces": len(namespaces), "disk_kib": int(disk[0]) if disk else 0,
+        "gateway_rss_kib": rss, "gateway_fds": fds, "egress_rss_kib": egress_rss, "egress_fds": egress_fds, "monitors": thaws.count("thaw-vmm"),
+        "processes": len(thaws), "cgroups": len(groups), "net_namespaces": len(namespaces),
+        "mounts": len(pathlib.Path("/proc/self/mountinfo").read_text().splitlines()), "disk_kib": int(disk[0]) if disk else 0,
     }  # fmt: skip
 
 
 def settled_sample(gateway, home):
-    """When what was made for the load is gone: a keep-alive of 20 s lasts 40 at most."""
-    time.sleep(60)
+    """When what was made for the load is gone: a keep-alive lasts twice its time at most."""
+    time.sleep(SETTLE_SECONDS)
     return sample(gateway, home)
 
 
-def draw(rows, path):
-    """One line for each column, each in a band of its own."""
+def draw(rows, tally, path):
+    """One line for each column, each in a band of its own; an upright line for each fault."""
     columns = [name for name in rows[0] if name != "seconds"]
     band, width, left = 110, 900, 190
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 20}" height="{band * len(columns) + 30}" font-family="sans-serif" font-size="12">']
@@ -275,8 +378,11 @@ def draw(rows, path):
         top, most = place * band + 20, max(max(values), 1)
         points = " ".join(f"{left + width * row['seconds'] / end:.1f},{top + 80 - 76 * row[name] / most:.1f}" for row in rows)
         parts.append(f'<text x="8" y="{top + 40}">{name}</text><text x="8" y="{top + 56}" fill="#666">at most {most}</text>')
+        for fault in tally.faults:
+            x, colour = left + width * fault.at / end, "#c00" if fault.kind == "kill the gateway" else "#eba"
+            parts.append(f'<path d="M{x:.1f} {top}v82" stroke="{colour}"/>')
         parts.append(f'<rect x="{left}" y="{top}" width="{width}" height="82" fill="none" stroke="#ddd"/><polyline points="{points}" fill="none" stroke="#06c"/>')
-    parts.append(f'<text x="{left}" y="{band * len(columns) + 20}">0 to {end / 60:.0f} minutes</text></svg>')
+    parts.append(f'<text x="{left}" y="{band * len(columns) + 20}">0 to {end / 60:.0f} minutes; upright: faults, in red where the gateway was killed</text></svg>')
     path.write_text("\n".join(parts))
 
 
@@ -286,51 +392,67 @@ def main():
     parser.add_argument("--home", required=True, type=pathlib.Path, help="a state folder of the soak's own")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--clients", type=int, default=4)
-    parser.add_argument("--pause", type=float, default=60, help="seconds between two faults, on the average")
+    parser.add_argument("--pause", type=float, default=30, help="seconds between two faults, on the average")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     options.home.mkdir(parents=True, exist_ok=True)
-    gateway, tally, stop = Gateway(options), Tally(), threading.Event()
+    gateway, tally, world = Gateway(options), Tally(), World()
     gateway.start()
     for name in FUNCTIONS:
-        gateway.deploy(name, FUNCTION)
-        assert gateway.ask("POST", f"/2015-03-31/functions/{name}/invocations", "{}")[0] == 200
+        gateway.deploy(name)
+        status, body, _ = gateway.ask("POST", f"/2015-03-31/functions/{name}/invocations", json.dumps({"far": world.url} if name == NETWORKED else {}))
+        assert status == 200 and b"digest" in body, (name, status, body)
     before = settled_sample(gateway, options.home)
     print("before:", before, flush=True)
     rows, began = [], time.monotonic()
-    threads = [threading.Thread(target=client, args=(gateway, tally, options.seed * 1000 + n, stop)) for n in range(options.clients)]
-    calm = threading.Event()
-    faults = threading.Thread(target=inject, args=(gateway, tally, random.Random(options.seed), calm, options.pause))
+    # The gateway is killed in the first half alone: the second shows one process's memory.
+    load(gateway, tally, world, options, rows, began, deadly=True)
+    middle = settled_sample(gateway, options.home)
+    print("half way:", middle, flush=True)
+    load(gateway, tally, world, options, rows, began, deadly=False)
+    after = settled_sample(gateway, options.home)
+    for fault in tally.faults:
+        fault.at = fault.began - began
+    gateway.process.send_signal(signal.SIGTERM)
+    ended = gateway.process.wait(timeout=120)
+    world.close()
+    # They end when they hear that it has.
+    wait_until(lambda: not list(processes("thaw-egress")), 10)
+    left = {name: found for name in ("thaw-vmm", "thaw-egress") if (found := list(processes(name)))}
+    with open(options.home.parent / "soak.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    draw(rows, tally, options.home.parent / "soak.svg")
+    grown = {name: (before[name], after[name]) for name, most in GROWTH.items() if after[name] > before[name] + most}
+    grown |= {name: (middle[name], after[name]) for name, most in GROWTH_OF_MEMORY.items() if after[name] > middle[name] + most}
+    print("after:", after)
+    print("answers:", tally.summary(), "by kind:", dict(tally.kinds), "nonces:", len(tally.nonces))
+    print("failures without a fault:", len(tally.unexplained), tally.unexplained[:20])
+    print("wrong:", len(tally.wrong), tally.wrong[:20])
+    print("grown:", grown, "left:", left, "gateway ended with", ended)
+    return 1 if tally.wrong or tally.unexplained or grown or left or ended else 0
+
+
+def load(gateway, tally, world, options, rows, began, deadly):
+    """Half of the load with its faults; what is sampled meanwhile is added to `rows`."""
+    stop, calm = threading.Event(), threading.Event()
+    seeds = [f"{options.seed} {deadly} {n}" for n in range(options.clients)]
+    threads = [threading.Thread(target=client, args=(gateway, tally, world.url, seed, stop)) for seed in seeds]
+    faults = threading.Thread(target=inject, args=(gateway, tally, random.Random(f"{options.seed} {deadly}"), calm, options, deadly))
     for thread in [*threads, faults]:
         thread.start()
-    while (now := time.monotonic() - began) < options.minutes * 60:
-        rows.append({"seconds": round(now), **sample(gateway, options.home), "right": tally.counts["right"]})
+    end = time.monotonic() + options.minutes * 30
+    while (now := time.monotonic()) < end:
+        rows.append({"seconds": round(now - began), **sample(gateway, options.home), "right": tally.counts["right"]})
         if len(rows) % 12 == 0:
-            print(f"{now / 60:.0f} min:", dict(tally.counts), dict(tally.faults), rows[-1], flush=True)
+            print(f"{(now - began) / 60:.0f} min: {tally.summary()}", rows[-1], flush=True)
         time.sleep(SAMPLE_SECONDS)
     calm.set()
     faults.join()
     stop.set()
     for thread in threads:
         thread.join()
-    # A monitor that was stopped while it was idle is found by the watchdog.
-    time.sleep(60)
-    after = settled_sample(gateway, options.home)
-    gateway.process.send_signal(signal.SIGTERM)
-    ended = gateway.process.wait(timeout=120)
-    left = {"monitors": list(processes("thaw-vmm")), "egress": list(processes("thaw-egress"))}
-    with open(options.home.parent / "soak.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    draw(rows, options.home.parent / "soak.svg")
-    grown = {name: (before[name], after[name]) for name, most in GROWTH.items() if after[name] > before[name] + most}
-    print("after:", after)
-    print("answers:", dict(tally.counts), "faults:", dict(tally.faults), "nonces:", len(tally.nonces))
-    print("failures without a fault:", tally.unexplained[:20])
-    print("wrong:", tally.wrong[:20])
-    print("grown:", grown, "left:", left, "gateway ended with", ended)
-    return 1 if tally.wrong or tally.unexplained or grown or any(left.values()) or ended else 0
 
 
 if __name__ == "__main__":
