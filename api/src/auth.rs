@@ -16,13 +16,15 @@ use std::sync::{Arc, MutexGuard, PoisonError, RwLock};
 use thaw_api_types::keys::{ChangeKeyRequest, CreateKeyRequest, KeySummary};
 use thaw_runtime::Point;
 use thiserror::Error;
-use tokio::sync::{Mutex, Semaphore};
+use tokio::sync::Mutex;
 
 pub mod action;
 pub mod admission;
 pub mod keys;
 mod links;
+mod pages;
 pub mod quota;
+mod room;
 pub mod routes;
 pub mod signer;
 pub mod sigv4;
@@ -34,6 +36,7 @@ use crate::clock;
 use crate::store::{Store, StoreError, Write};
 use keys::{AccessKey, KeyError};
 use quota::{Meter, Quota};
+use room::Rooms;
 use signer::Signer;
 
 /// Most keys.
@@ -61,8 +64,7 @@ pub struct Auth {
     store: Store,
     /// Orders changes, so that memory and database change together.
     changes: Mutex<()>,
-    /// MiB of bodies that may be held.
-    bodies: Arc<Semaphore>,
+    rooms: Rooms,
 }
 
 /// Why keys cannot be had.
@@ -134,7 +136,7 @@ impl Auth {
             meters: std::sync::Mutex::default(),
             store,
             changes: Mutex::new(()),
-            bodies: Arc::new(Semaphore::new(usize::from(admission::UNPROVEN_MIB_MAX))),
+            rooms: Rooms::default(),
         }))
     }
 

@@ -92,6 +92,24 @@ fn refused(answer: &Answer, code: &str) -> String {
 }
 
 #[tokio::test]
+async fn without_auth_no_web_page_is_served_but_by_functions() {
+    let server = Server::start().await;
+    let body = good("f").to_string();
+    let page = ("origin", "https://evil.example");
+    for header in [page, ("origin", "null"), ("host", "evil.example:9000")] {
+        let sent = server.send("POST", FUNCTIONS, &[header], body.as_bytes());
+        let told = refused(&sent.await, "AccessDeniedException");
+        assert!(told.contains("--auth"), "{told}");
+    }
+    let listed = server.send("GET", FUNCTIONS, &[("host", "rebound.example")], b"");
+    refused(&listed.await, "AccessDeniedException");
+    // A page of this machine's own, and pages that call a function: its URL says which may.
+    let own = ("origin", "http://localhost:3000");
+    assert_eq!(server.send("GET", FUNCTIONS, &[own], b"").await.status, 200);
+    assert_eq!(server.send("GET", "/fn/f/", &[page], b"").await.status, 404);
+}
+
+#[tokio::test]
 async fn nothing_unsigned_altered_or_not_allowed_reaches_a_handler() {
     let server = guarded().await;
     let root = root(&server);
@@ -328,7 +346,7 @@ async fn nobody_is_told_to_send_a_body_before_he_is_known() {
     let server = guarded().await;
     let mut stream = TcpStream::connect(server.address).await.unwrap();
     let head = format!(
-        "POST {FUNCTIONS} HTTP/1.1\r\nHost: h\r\nContent-Length: 70000000\r\nExpect: 100-continue\r\n\r\n"
+        "POST {FUNCTIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 70000000\r\nExpect: 100-continue\r\n\r\n"
     );
     stream.write_all(head.as_bytes()).await.unwrap();
     let mut answer = [0; 12];
