@@ -34,6 +34,7 @@ pub use thaw_api_types::keys::Allow;
 
 use crate::clock;
 use crate::store::{Store, StoreError, Write};
+use admission::Caller;
 use keys::{AccessKey, KeyError};
 use quota::{Meter, Quota};
 use room::Rooms;
@@ -222,6 +223,13 @@ impl Auth {
     #[must_use]
     pub fn quota_of(&self, id: &str) -> Option<Quota> {
         self.stored(id).ok().map(|key| self.quota(&key))
+    }
+
+    /// Whether a caller's key is for this function, or, with none, for all.
+    #[must_use]
+    pub fn reaches(&self, caller: &Caller, function: Option<&str>) -> bool {
+        let key = self.find(&caller.access_key_id);
+        key.is_some_and(|key| function.map_or_else(|| key.covers_all(), |name| key.covers(name)))
     }
 
     fn quota(&self, key: &AccessKey) -> Quota {
