@@ -161,6 +161,7 @@ fn event(found: &Found, id: String, payload: Bytes, trace_id: Option<String>) ->
         failures: 0,
         deferrals: 0,
         url: None,
+        payload_bytes: payload.len() as u64,
         payload,
     }
 }
@@ -169,7 +170,9 @@ async fn accept(app: &Arc<App>, found: &Found, event: &Event) -> Result<(), ApiE
     events::accept(app, &found.function, event)
         .await
         .map_err(|error| match error {
-            AcceptError::TooMany(_) => ApiError::throttled(CONCURRENT, &error.to_string()),
+            AcceptError::TooMany(_) | AcceptError::TooLarge(_) => {
+                ApiError::throttled(CONCURRENT, &error.to_string())
+            }
             AcceptError::Store(_) => ApiError::service(chain(&error)),
         })
 }
