@@ -45,6 +45,11 @@ def processes_of(home):
     return found
 
 
+def is_native():
+    """Whether sandboxes are on this machine, not in the lab."""
+    return '"native"' in subprocess.run([THAW, "--json", "doctor"], capture_output=True, text=True).stdout
+
+
 def zip_of(**files):
     """A zip of these files; an executable one is named bootstrap."""
     buffer = io.BytesIO()

@@ -12,7 +12,7 @@ import time
 
 import pytest
 from botocore.exceptions import ClientError
-from conftest import ROLE, ROOT, THAW, Gateway, link_images, processes_of, zip_of
+from conftest import ROLE, ROOT, THAW, Gateway, is_native, link_images, processes_of, zip_of
 
 
 def test_the_command_line_deploys_invokes_lists_logs_and_removes(gateway):
@@ -147,6 +147,26 @@ def gone(home, seconds=10):
         time.sleep(0.1)
 
 
+def emulators_of(gateway):
+    """QEMU processes that a gateway's `thaw up` started."""
+    found = []
+    for entry in pathlib.Path("/proc").iterdir():
+        try:
+            name, _, rest = (entry / "stat").read_text().rpartition(") ") if entry.name.isdigit() else ("", "", "")
+        except OSError:
+            continue
+        if "(qemu-system" in name and rest.split()[0] != "Z" and rest.split()[1] == str(gateway.process.pid):
+            found.append(int(entry.name))
+    return found
+
+
+def is_served(gateway):
+    try:
+        return gateway.get("/healthz")[0] == 200
+    except OSError:
+        return False
+
+
 def test_functions_survive_ctrl_c_and_kill_9_and_nothing_stays_behind(second):
     client = second.start().client()
     create(client, "durable")
@@ -171,6 +191,16 @@ def test_functions_survive_ctrl_c_and_kill_9_and_nothing_stays_behind(second):
     assert "made here" in second.cli("snapshot", "verify", "durable").stdout  # frozen again
     client.get_waiter("function_active_v2").wait(FunctionName="cut-off")
     assert client.invoke(FunctionName="cut-off")["Payload"].read() == b'"here"'
+    if not is_native():
+        labs = emulators_of(second)
+        os.kill(labs[0], signal.SIGKILL)
+        deadline = time.monotonic() + 120
+        while emulators_of(second) in ([], labs) or not is_served(second):  # by a lab that is started again
+            assert second.process.poll() is None and time.monotonic() < deadline, "the lab is not started again"
+            time.sleep(0.2)
+        for name in ["durable", "cut-off"]:
+            assert client.invoke(FunctionName=name)["Payload"].read() == b'"here"'
+        assert len(emulators_of(second)) == 1
     assert second.stop() == 0
     gone(second.home)
     leftovers = [path for path in second.home.rglob("*") if ".thaw-tmp-" in path.name]

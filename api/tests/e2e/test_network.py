@@ -10,7 +10,7 @@ import threading
 import uuid
 
 import pytest
-from conftest import THAW, free_port
+from conftest import free_port, is_native
 
 HANDLER = '''
 import os, socket, urllib.request
@@ -49,10 +49,6 @@ class Echo(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
-
-
-def is_native():
-    return '"native"' in subprocess.run([THAW, "--json", "doctor"], capture_output=True, text=True).stdout
 
 
 def sudo(*command):
