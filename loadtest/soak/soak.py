@@ -257,7 +257,7 @@ def inject(gateway, tally, dice, calm, options, deadly):
         if not deadly:
             del kinds["kill the gateway"]
         kind = dice.choices(list(kinds), list(kinds.values()))[0]
-        print(f"{time.monotonic() - began:.0f} s: {kind}", flush=True)
+        print(f"{time.monotonic() - began:.0f} s of this half: {kind}", flush=True)
         if kind == "deploy again":
             fault = tally.fault(kind, 0)
             try:
@@ -352,7 +352,8 @@ def sample(gateway, home):
             namespaces.add(os.readlink(f"/proc/{pid}/ns/net"))
         except OSError:
             pass
-    groups = {path.name for path in pathlib.Path("/sys/fs/cgroup").glob("**/vm-*")}
+    # `os.walk` passes over what goes while it looks.
+    groups = {name for _, folders, _ in os.walk("/sys/fs/cgroup") for name in folders if name.startswith("vm-")}
     disk = subprocess.run(["du", "-sk", home], capture_output=True, text=True).stdout.split()
     return {
         "gateway_rss_kib": rss, "gateway_fds": fds, "egress_rss_kib": egress_rss, "egress_fds": egress_fds, "monitors": thaws.count("thaw-vmm"),
@@ -441,6 +442,7 @@ def load(gateway, tally, world, options, rows, began, deadly):
     threads = [threading.Thread(target=client, args=(gateway, tally, world.url, seed, stop)) for seed in seeds]
     faults = threading.Thread(target=inject, args=(gateway, tally, random.Random(f"{options.seed} {deadly}"), calm, options, deadly))
     for thread in [*threads, faults]:
+        thread.daemon = True  # else a defect of the sampling would leave the load for ever
         thread.start()
     end = time.monotonic() + options.minutes * 30
     while (now := time.monotonic()) < end:
