@@ -27,7 +27,8 @@ use crate::echo::{COMMAND_LINE, PATIENCE, PROBE, READY};
 #[derive(Clone, Debug)]
 pub struct Vmm {
     program: PathBuf,
-    jailer: Jailer,
+    /// None: without the walls of a jail, with the filters of system calls that every monitor sets itself.
+    jailer: Option<Jailer>,
 }
 
 impl Vmm {
@@ -38,7 +39,17 @@ impl Vmm {
     pub fn new(program: PathBuf, work: &Path) -> anyhow::Result<Self> {
         let (jailer, reach) = Jailer::survey(&program, Owner::Command(work))?;
         eprintln!("thaw-bench: jail around each monitor: {reach}");
+        let jailer = Some(jailer);
         Ok(Self { program, jailer })
+    }
+
+    /// The same program without a jail, to tell what that costs.
+    pub fn unjailed(&self) -> Self {
+        let program = self.program.clone();
+        Self {
+            program,
+            jailer: None,
+        }
     }
 }
 
@@ -181,10 +192,13 @@ impl Monitor {
             parent_fd: OwnedFd::from(socket),
             child_fd,
         };
-        let cell = vmm.jailer.cell(&LIMITS)?;
+        let jailer = vmm.jailer.clone();
+        let cell = jailer.as_ref().map(|it| it.cell(&LIMITS)).transpose()?;
         let mut command = Command::new(&vmm.program);
+        if let Some(cell) = &cell {
+            command.args([JAIL_ARGUMENT, &cell.orders.to_argument()]);
+        }
         command
-            .args([JAIL_ARGUMENT, &cell.orders.to_argument()])
             .env_clear()
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -195,9 +209,10 @@ impl Monitor {
             .context("cannot pass the sockets")?;
         let (held, until_gone) = mpsc::channel();
         let (started, starting) = mpsc::channel();
-        let jailer = vmm.jailer.clone();
         thread::spawn(move || {
-            jailer.turn_thread();
+            if let Some(jailer) = jailer {
+                jailer.turn_thread();
+            }
             // Fails only if nobody waits for it.
             let _ = started.send(command.spawn());
             let _ = until_gone.recv();
@@ -209,7 +224,7 @@ impl Monitor {
         }
         Ok(Self {
             process,
-            cell: Some(cell),
+            cell,
             _held: held,
             control,
             receiver: Receiver::new(),

@@ -21,6 +21,11 @@ pub const SIDES: &[(&str, &str)] = &[
     ),
     ("cold_first_instruction", "cold: spawn → first instruction"),
     ("cold_answer", "cold: spawn → answer"),
+    (
+        "cold_unjailed_first_instruction",
+        "cold, no jail: spawn → first instruction",
+    ),
+    ("cold_unjailed_answer", "cold, no jail: spawn → answer"),
     ("claim_first_instruction", "claim → first instruction"),
     ("claim_received", "  sent → received by the monitor"),
     ("claim_decoded", "  → snapshot read"),
@@ -31,6 +36,7 @@ pub const SIDES: &[(&str, &str)] = &[
     ("claim_time_set", "  → clocks set"),
     ("claim_entered", "  → guest entered"),
     ("claim_answer", "claim → answer"),
+    ("claim_unjailed_answer", "claim → answer, no jail"),
     ("claim_bare_answer", "claim → answer, nothing prefetched"),
     ("rewind_put_back", "rewind: put back"),
     ("rewind_resume_answer", "rewind: resume → answer"),
@@ -100,6 +106,18 @@ const QUESTIONS: &[Question] = &[
         "cold_vs_firecracker_spawn",
         "cold_answer",
         &["firecracker_spawn_answer"],
+        None,
+    ),
+    question(
+        "cold_vs_cold_unjailed",
+        "cold_answer",
+        &["cold_unjailed_answer"],
+        None,
+    ),
+    question(
+        "claim_vs_claim_unjailed",
+        "claim_answer",
+        &["claim_unjailed_answer"],
         None,
     ),
     question(

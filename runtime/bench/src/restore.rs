@@ -83,20 +83,24 @@ enum Side {
     FloorNew(Chip),
     FloorReady(Chip),
     Cold,
+    ColdUnjailed,
     Claim,
+    ClaimUnjailed,
     ClaimBare,
     FirecrackerSpawn,
     FirecrackerReady,
 }
 
 impl Side {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 11] = [
         Self::FloorNew(Chip::Kernel),
         Self::FloorReady(Chip::Kernel),
         Self::Cold,
+        Self::ColdUnjailed,
         Self::FloorNew(Chip::Split),
         Self::FloorReady(Chip::Split),
         Self::Claim,
+        Self::ClaimUnjailed,
         Self::ClaimBare,
         Self::FirecrackerSpawn,
         Self::FirecrackerReady,
@@ -109,7 +113,9 @@ impl Side {
             Self::FloorReady(Chip::Kernel) => "floor_ready",
             Self::FloorReady(Chip::Split) => "floor_ready_split",
             Self::Cold => "cold",
+            Self::ColdUnjailed => "cold_unjailed",
             Self::Claim => "claim",
+            Self::ClaimUnjailed => "claim_unjailed",
             Self::ClaimBare => "claim_bare",
             Self::FirecrackerSpawn => "firecracker_spawn",
             Self::FirecrackerReady => "firecracker_ready",
@@ -120,6 +126,7 @@ impl Side {
 struct Sides {
     floor: Floor,
     ours: Ours,
+    unjailed: Ours,
     firecracker: Option<Firecracker>,
 }
 
@@ -187,9 +194,14 @@ fn prepare(plan: &Plan, findings: &mut Findings) -> anyhow::Result<Sides> {
             Err(error) => findings.failed("firecracker_freeze", &error),
         }
     }
+    let unjailed = Ours {
+        vmm: ours.vmm.unjailed(),
+        ..ours.clone()
+    };
     Ok(Sides {
         floor,
         ours,
+        unjailed,
         firecracker,
     })
 }
@@ -272,7 +284,8 @@ impl Sides {
                 let took = self.floor.ready_vm(chip);
                 took.map(|took| series.add(side.name(), took))
             }
-            Side::Cold => self.cold(series),
+            Side::Cold => cold(&self.ours, side, series),
+            Side::ColdUnjailed => cold(&self.unjailed, side, series),
             Side::Claim => {
                 let claimed = self.claim_and_warm(series);
                 match claimed.map(|monitor| self.rewind(monitor, findings)) {
@@ -280,34 +293,14 @@ impl Sides {
                     Err(error) => Err(error),
                 }
             }
-            Side::ClaimBare => self.claim_without_prefetch(series),
+            Side::ClaimUnjailed => claim_once(&self.unjailed, side, Prefetch::WorkingSet, series),
+            Side::ClaimBare => claim_once(&self.ours, side, Prefetch::Off, series),
             Side::FirecrackerSpawn => self.firecracker_spawn(series),
             Side::FirecrackerReady => self.firecracker_ready(series),
         };
         if let Err(error) = result {
             findings.failed(side.name(), &error);
         }
-    }
-
-    /// A process is started for the request: everything is on its path.
-    fn cold(&self, series: &mut Series) -> anyhow::Result<()> {
-        let snapshot = self.ours.open()?;
-        let (began, sent_ns) = (Instant::now(), monotonic_ns());
-        let mut monitor = Monitor::spawn(&self.ours.vmm)?;
-        monitor.question()?;
-        monitor.send_claim(&snapshot, Prefetch::WorkingSet)?;
-        monitor.hear()?;
-        series.add("cold_answer", began.elapsed());
-        monitor.finish()?;
-        let timings = monitor.timings()?;
-        if let Some(first) = timings.first_instruction_ns {
-            let took = Duration::from_nanos(first.saturating_sub(sent_ns));
-            series.add("cold_first_instruction", took);
-        }
-        let ended = Instant::now();
-        drop(monitor);
-        series.add("ours_teardown", ended.elapsed());
-        Ok(())
     }
 
     /// A shell made ahead is given the snapshot, with the question in the guest's receive queue; then a second question.
@@ -325,18 +318,6 @@ impl Sides {
         monitor.answer()?;
         series.add("warm_answer", began.elapsed());
         Ok(monitor)
-    }
-
-    /// A claim whose guest finds nothing fetched ahead.
-    fn claim_without_prefetch(&self, series: &mut Series) -> anyhow::Result<()> {
-        let snapshot = self.ours.open()?;
-        let mut monitor = self.ours.shell()?;
-        monitor.question()?;
-        let began = Instant::now();
-        monitor.send_claim(&snapshot, Prefetch::Off)?;
-        monitor.hear()?;
-        series.add("claim_bare_answer", began.elapsed());
-        monitor.finish()
     }
 
     /// The used VM is put back and answers again, twice: as pristine, and warm.
@@ -463,6 +444,46 @@ impl Sides {
             });
         }
     }
+}
+
+/// A process is started for the request: everything is on its path.
+fn cold(ours: &Ours, side: Side, series: &mut Series) -> anyhow::Result<()> {
+    let snapshot = ours.open()?;
+    let (began, sent_ns) = (Instant::now(), monotonic_ns());
+    let mut monitor = Monitor::spawn(&ours.vmm)?;
+    monitor.question()?;
+    monitor.send_claim(&snapshot, Prefetch::WorkingSet)?;
+    monitor.hear()?;
+    series.add(&format!("{}_answer", side.name()), began.elapsed());
+    monitor.finish()?;
+    let timings = monitor.timings()?;
+    if let Some(first) = timings.first_instruction_ns {
+        let took = Duration::from_nanos(first.saturating_sub(sent_ns));
+        series.add(&format!("{}_first_instruction", side.name()), took);
+    }
+    let ended = Instant::now();
+    drop(monitor);
+    if side == Side::Cold {
+        series.add("ours_teardown", ended.elapsed());
+    }
+    Ok(())
+}
+
+/// A claim, and its answer.
+fn claim_once(
+    ours: &Ours,
+    side: Side,
+    prefetch: Prefetch,
+    series: &mut Series,
+) -> anyhow::Result<()> {
+    let snapshot = ours.open()?;
+    let mut monitor = ours.shell()?;
+    monitor.question()?;
+    let began = Instant::now();
+    monitor.send_claim(&snapshot, prefetch)?;
+    monitor.hear()?;
+    series.add(&format!("{}_answer", side.name()), began.elapsed());
+    monitor.finish()
 }
 
 fn firecracker_memory(
