@@ -11,7 +11,7 @@ use super::{
     Answer, CODE_BODY_BYTES_MAX, Call, change_error, check_region, is_elsewhere, json, layers,
     source, validate, view,
 };
-use crate::functions::{self, versions};
+use crate::functions::{self, storage, versions};
 use crate::state::App;
 
 pub(super) async fn create(app: &Arc<App>, call: Call) -> Answer {
@@ -41,6 +41,12 @@ pub(super) async fn create(app: &Arc<App>, call: Call) -> Answer {
     let zip = source::zip(app, request.code.unwrap_or_default()).await?;
     let tags = request.tags.unwrap_or_default();
     let refused = |error| change_error(app, &error);
+    if request.publish == Some(true) {
+        // $LATEST and the version count, each as on AWS: without room for both, none is made.
+        let both = (zip.len() as u64).saturating_mul(2);
+        let room = storage::reserve(app, caller.as_ref(), both, None);
+        room.map_err(|exceeded| refused(exceeded.into()))?;
+    }
     let function = functions::create(app, &reference.name, settings, tags, zip, caller.as_ref())
         .await
         .map_err(refused)?;

@@ -172,6 +172,10 @@ async fn a_key_stores_as_much_as_it_may_and_a_restart_forgets_nothing_of_it() {
         let body = create(name, &zip_of(bytes));
         send(server, signer, ("POST", FUNCTIONS), &body).await
     };
+    // One that is published with its making takes room for both, or is not made.
+    let mut published = create("f", &zip_of(MIB + 1));
+    published["Publish"] = true.into();
+    exceeded(&send(&server, &key, ("POST", FUNCTIONS), &published).await);
     let made = make(&server, &key, "f", MIB).await;
     assert_eq!(made.status, 201, "{}", made.text());
     until_active(&server, &key, "f").await;

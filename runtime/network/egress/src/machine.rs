@@ -23,7 +23,8 @@ const CACHE_TTL_MAX: Duration = Duration::from_secs(300);
 #[derive(Debug)]
 pub struct Machine {
     started: Instant,
-    own: RwLock<HashSet<Ipv4Addr>>,
+    /// None until they were listed once.
+    own: RwLock<Option<HashSet<Ipv4Addr>>>,
     resolver: RwLock<Option<Arc<Resolver>>>,
     roots: Arc<RootCertStore>,
 }
@@ -71,12 +72,13 @@ impl Machine {
         Arc::clone(&self.roots)
     }
 
-    /// Whether an address is this machine's own.
+    /// Whether an address is this machine's own; all are as long as these are not known.
     pub fn owns(&self, address: Ipv4Addr) -> bool {
         self.own
             .read()
             .unwrap_or_else(PoisonError::into_inner)
-            .contains(&address)
+            .as_ref()
+            .is_none_or(|own| own.contains(&address))
     }
 
     /// The resolvers; none if the machine has none.
@@ -90,7 +92,7 @@ impl Machine {
     /// Looks at addresses and files, once.
     pub fn refresh(&self) {
         match addresses() {
-            Ok(own) => *self.own.write().unwrap_or_else(PoisonError::into_inner) = own,
+            Ok(own) => *self.own.write().unwrap_or_else(PoisonError::into_inner) = Some(own),
             Err(error) => tracing::warn!(%error, "cannot list this machine's addresses"),
         }
         let dates = FILES
@@ -144,5 +146,19 @@ fn resolver() -> Option<TokioResolver> {
             tracing::warn!(%error, "no resolver: /etc/resolv.conf names none that can be used");
             None
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_the_machines_own_until_it_is_known_which_are() {
+        let machine = Machine::new();
+        let elsewhere = Ipv4Addr::new(192, 0, 2, 1);
+        assert!(machine.owns(elsewhere));
+        machine.refresh();
+        assert!(!machine.owns(elsewhere) && machine.owns(Ipv4Addr::LOCALHOST));
     }
 }
