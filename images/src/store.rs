@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::apt::{Apt, PackageError};
 use crate::code::{self, CodeError, CodeImage};
@@ -26,7 +27,12 @@ pub struct ImageStore {
     is_ordering: bool,
     /// Scratch space: a folder's name.
     scratch: &'static str,
+    /// The initramfs that was made last, and of what.
+    initramfs: Arc<Mutex<Option<(InitramfsParts, Initramfs)>>>,
 }
+
+/// The kernel's digest and the agent's path.
+type InitramfsParts = (String, PathBuf);
 
 impl ImageStore {
     /// A store in `root` (`THAW_HOME`), which is made on the first build.
@@ -38,6 +44,7 @@ impl ImageStore {
             cache: root.join("cache"),
             is_ordering: false,
             scratch: "staging",
+            initramfs: Arc::default(),
             root,
         }
     }
@@ -87,14 +94,27 @@ impl ImageStore {
 
     /// The first file system of a guest: `agent` as `/init`, and the modules of `kernel`.
     ///
-    /// Keyed by content: another agent or kernel gives another file (`initramfs/`).
+    /// Keyed by content: another agent or kernel gives another file (`initramfs/`). A store reads the agent once: each deploy would otherwise
+    /// hold all of it in memory, and one that is replaced under a running gateway may speak another protocol than that.
     ///
     /// # Errors
     /// When `agent` is no static x86-64 ELF program, or a file cannot be read or written.
     pub fn initramfs(&self, kernel: &Kernel, agent: &Path) -> Result<Initramfs, InitramfsError> {
-        initramfs::ensure(&self.root.join("initramfs"), kernel, agent, || {
-            self.staging()
-        })
+        let parts = (kernel.digest.clone(), agent.to_owned());
+        let mut last = self
+            .initramfs
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some((of, made)) = &*last
+            && *of == parts
+            && made.path.is_file()
+        {
+            return Ok(made.clone());
+        }
+        let folder = self.root.join("initramfs");
+        let made = initramfs::ensure(&folder, kernel, agent, || self.staging())?;
+        *last = Some((parts, made.clone()));
+        Ok(made)
     }
 
     /// The root file system of a runtime (`images/<name>/`); builds it when there is none, or when
@@ -226,4 +246,52 @@ fn chain(error: &dyn std::error::Error) -> String {
 /// Without a current folder a relative path leads nowhere; the first use of it will say so.
 fn absolute(path: PathBuf) -> PathBuf {
     std::path::absolute(&path).unwrap_or(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    /// An x86-64 ELF header that asks for nothing, and something after it.
+    fn agent(what: &str) -> Vec<u8> {
+        let mut header = vec![0; 64];
+        header[..7].copy_from_slice(b"\x7fELF\x02\x01\x01");
+        (header[16], header[18], header[20]) = (2, 62, 1);
+        header.extend(what.bytes());
+        header
+    }
+
+    #[test]
+    fn an_agent_that_is_replaced_is_for_the_next_store() {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("agent");
+        fs::write(&path, agent("old")).unwrap();
+        let kernel = Kernel {
+            release: "0".to_owned(),
+            bzimage: PathBuf::new(),
+            vmlinux: PathBuf::new(),
+            modules: Vec::new(),
+            network_modules: Vec::new(),
+            digest: String::new(),
+        };
+        let store = ImageStore::new(home.path());
+        let old = store.initramfs(&kernel, &path).unwrap();
+        fs::write(&path, agent("new")).unwrap();
+        assert_eq!(store.clone().initramfs(&kernel, &path).unwrap(), old);
+        let next = ImageStore::new(home.path());
+        let new = next.initramfs(&kernel, &path).unwrap();
+        assert_ne!(new, old);
+        assert!(
+            fs::read(&new.path)
+                .unwrap()
+                .windows(3)
+                .any(|it| it == b"new")
+        );
+        // One whose file is gone is made again.
+        fs::remove_file(&new.path).unwrap();
+        assert_eq!(next.initramfs(&kernel, &path).unwrap(), new);
+        assert!(new.path.is_file());
+    }
 }
