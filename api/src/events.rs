@@ -236,8 +236,8 @@ async fn attempt(app: Arc<App>, function: Arc<LiveFunction>, id: String) {
         }
     };
     let config = config(&function, event.qualifier.as_deref());
-    let age = clock::steady_unix_ms() - event.received_unix_ms;
-    let attempt = if event.url.is_none() && outcome::is_too_old(&config, age) {
+    let age = || clock::lived_since(event.received_unix_ms);
+    let attempt = if event.url.is_none() && outcome::is_too_old(&config, age()) {
         Attempt::TooOld
     } else {
         match &event.url {
@@ -256,7 +256,7 @@ async fn attempt(app: Arc<App>, function: Arc<LiveFunction>, id: String) {
         &app.limits.event_retries,
         attempt,
         &arn,
-        clock::steady_unix_ms(),
+        (clock::steady_unix_ms(), age()),
     );
     Point::EventAttempted.reached();
     settle(&app, &function, event, next).await;
