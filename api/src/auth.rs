@@ -16,13 +16,15 @@ use std::sync::{Arc, MutexGuard, PoisonError, RwLock};
 use thaw_api_types::keys::{ChangeKeyRequest, CreateKeyRequest, KeySummary};
 use thaw_runtime::Point;
 use thiserror::Error;
-use tokio::sync::{Mutex, Semaphore};
+use tokio::sync::Mutex;
 
 pub mod action;
 pub mod admission;
 pub mod keys;
 mod links;
+mod pages;
 pub mod quota;
+mod room;
 pub mod routes;
 pub mod signer;
 pub mod sigv4;
@@ -32,8 +34,10 @@ pub use thaw_api_types::keys::Allow;
 
 use crate::clock;
 use crate::store::{Store, StoreError, Write};
+use admission::Caller;
 use keys::{AccessKey, KeyError};
 use quota::{Meter, Quota};
+use room::Rooms;
 use signer::Signer;
 
 /// Most keys.
@@ -61,8 +65,7 @@ pub struct Auth {
     store: Store,
     /// Orders changes, so that memory and database change together.
     changes: Mutex<()>,
-    /// MiB of bodies that may be held.
-    bodies: Arc<Semaphore>,
+    rooms: Rooms,
 }
 
 /// Why keys cannot be had.
@@ -134,7 +137,7 @@ impl Auth {
             meters: std::sync::Mutex::default(),
             store,
             changes: Mutex::new(()),
-            bodies: Arc::new(Semaphore::new(usize::from(admission::UNPROVEN_MIB_MAX))),
+            rooms: Rooms::default(),
         }))
     }
 
@@ -220,6 +223,13 @@ impl Auth {
     #[must_use]
     pub fn quota_of(&self, id: &str) -> Option<Quota> {
         self.stored(id).ok().map(|key| self.quota(&key))
+    }
+
+    /// Whether a caller's key is for this function, or, with none, for all.
+    #[must_use]
+    pub fn reaches(&self, caller: &Caller, function: Option<&str>) -> bool {
+        let key = self.find(&caller.access_key_id);
+        key.is_some_and(|key| function.map_or_else(|| key.covers_all(), |name| key.covers(name)))
     }
 
     fn quota(&self, key: &AccessKey) -> Quota {

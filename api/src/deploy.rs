@@ -4,25 +4,26 @@
 //! failure of the function itself makes a function that answers with its error; only a failure of this machine makes one
 //! that is Failed.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
-use std::io;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use thaw_api_types::thaw::{InitErrorSummary, ProgressEvent, SnapshotSummary, Step};
-use thaw_runtime::{FreezeError, Learn, Point, PoolSpec};
+use thaw_api_types::thaw::Step;
+use thaw_runtime::{Learn, Point, PoolSpec};
 
 use crate::engine::{Artifact, EngineError, EngineStep, FreezeJob, Sandboxes, chain};
 use crate::environment;
 use crate::events;
-use crate::invocation::{self, fault};
-use crate::record::{
-    InitCause, InitFailure, LastUpdate, Outcome, Revision, Serving, State, Version, VersionId,
-};
+use crate::invocation;
+use crate::record::{LastUpdate, Outcome, Revision, Serving, State, Version, VersionId};
 use crate::state::{App, Health, Live, PoolSlot};
-use crate::store::Stored;
+
+mod leftovers;
+mod telling;
+
+pub use leftovers::{clean, discard};
+pub(crate) use leftovers::{entries, remove};
+use telling::{bounded, explain, failed_event, init_failure, tell};
+pub use telling::{done_event, init_summary};
 
 /// Names within a revision's folder.
 pub const CODE_ZIP: &str = "code.zip";
@@ -33,9 +34,6 @@ pub fn layer_zip(place: usize) -> String {
     format!("layer-{}.zip", place + 1)
 }
 
-/// Most of an initialisation's output that the database keeps, bytes.
-const INIT_LOG_BYTES_MAX: usize = 64 * 1024;
-
 /// First and longest wait between two attempts to prepare the images.
 const PREPARE_RETRY_FIRST: Duration = Duration::from_secs(2);
 const PREPARE_RETRY_MAX: Duration = Duration::from_secs(60);
@@ -44,85 +42,6 @@ const PREPARE_RETRY_MAX: Duration = Duration::from_secs(60);
 const SNAP_START_INIT_LIMIT: Duration = Duration::from_secs(130);
 
 type Pool = Arc<dyn Sandboxes>;
-
-/// Removes what a crash left behind: folders without a function, revisions that nothing refers to, half-written files.
-///
-/// # Errors
-/// The path that could not be read or removed, and why.
-pub fn clean(folder: &Path, records: &[Stored]) -> Result<(), (PathBuf, io::Error)> {
-    Point::CleanBegun.reached();
-    let known: BTreeMap<&str, BTreeSet<&str>> = records
-        .iter()
-        .map(|stored| {
-            let versions = stored.published.iter().chain([&stored.latest]);
-            let revisions = versions.flat_map(|version| {
-                let serves = version.serving.as_ref().map(|s| s.revision.id.as_str());
-                serves.into_iter().chain([version.target.id.as_str()])
-            });
-            (stored.function.name.as_str(), revisions.collect())
-        })
-        .collect();
-    for (name, path) in entries(folder)? {
-        let Some(revisions) = known.get(name.as_str()) else {
-            remove(&path)?;
-            Point::CleanRemoved.reached();
-            continue;
-        };
-        for (name, path) in entries(&path)? {
-            if revisions.contains(name.as_str()) {
-                clean_revision(&path)?;
-            } else if name != "log" && name != "log.1" {
-                remove(&path)?;
-            }
-        }
-    }
-    Ok(())
-}
-
-fn clean_revision(folder: &Path) -> Result<(), (PathBuf, io::Error)> {
-    match thaw_snapshot::commit::remove_stale(folder) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            return Err((folder.to_owned(), error));
-        }
-        _ => {}
-    }
-    for (name, path) in entries(folder)? {
-        if name.ends_with(".tmp") || name.ends_with(".partial") {
-            remove(&path)?;
-        }
-    }
-    Ok(())
-}
-
-/// What is in a folder, name and path; nothing if there is no folder.
-pub(crate) fn entries(folder: &Path) -> Result<Vec<(String, PathBuf)>, (PathBuf, io::Error)> {
-    let failed = |source| (folder.to_owned(), source);
-    let listing = match fs::read_dir(folder) {
-        Ok(listing) => listing,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(failed(error)),
-    };
-    listing
-        .map(|entry| {
-            let entry = entry.map_err(failed)?;
-            let name = entry.file_name().to_string_lossy().into_owned();
-            Ok((name, entry.path()))
-        })
-        .collect()
-}
-
-/// Removes a file or a folder, if it is there.
-pub(crate) fn remove(path: &Path) -> Result<(), (PathBuf, io::Error)> {
-    let result = if path.is_dir() && !path.is_symlink() {
-        fs::remove_dir_all(path)
-    } else {
-        fs::remove_file(path)
-    };
-    match result {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err((path.to_owned(), error)),
-        _ => Ok(()),
-    }
-}
 
 /// Makes all functions of the database ready, once the images are; runs beside the server.
 pub async fn start_all(app: Arc<App>) {
@@ -527,174 +446,4 @@ fn give_up(record: &mut Version, reason: String, state: State) -> Option<String>
             None
         }
     }
-}
-
-/// Removes a folder that nothing refers to; what cannot be removed now is removed at the next start.
-pub async fn discard(folder: PathBuf) {
-    let removed = tokio::task::spawn_blocking(move || remove(&folder)).await;
-    if let Ok(Err((path, error))) = removed {
-        tracing::warn!(path = %path.display(), %error, "folder is left for the next start");
-    }
-}
-
-/// Sorts the function's own failures from this machine's.
-fn init_failure(error: FreezeError, limit: Duration) -> Result<InitFailure, FreezeError> {
-    let (cause, log) = match error {
-        // The agent's own finding, which is told with each request's id.
-        FreezeError::Init(failure) if failure.error_type.starts_with("Extension.") => (
-            InitCause::Found {
-                text: fault::text_of(&failure.document),
-                error_type: failure.error_type,
-            },
-            failure.log,
-        ),
-        FreezeError::Init(failure) => (
-            InitCause::Document {
-                error_type: failure.error_type,
-                document: String::from_utf8_lossy(&failure.document).into_owned(),
-            },
-            failure.log,
-        ),
-        FreezeError::RuntimeExit { exit, log } => (fault::exit(&exit).into(), log),
-        // A guest that did not even boot within its limit is no fault of the function.
-        FreezeError::TimedOut {
-            waiting_for,
-            log,
-            console,
-            ..
-        } if waiting_for.contains("init") || waiting_for.contains("ready") => {
-            let _ = console;
-            (fault::init_timed_out(limit).into(), log)
-        }
-        FreezeError::GuestDied {
-            reason,
-            detail,
-            console,
-        } if reason != thaw_runtime::ExitReason::HostFault => {
-            let death = fault::death(reason, &detail, &console);
-            (death.into(), console.into_bytes())
-        }
-        error => return Err(error),
-    };
-    Ok(InitFailure {
-        cause,
-        log: tail(&log),
-    })
-}
-
-/// Text for people, with what they can do about it.
-fn explain(error: &EngineError) -> String {
-    let text = chain(error);
-    match error {
-        EngineError::Freeze(FreezeError::DiskFull { path }) => format!(
-            "no space left for {}: free some on that file system, then deploy again",
-            path.display()
-        ),
-        EngineError::Freeze(FreezeError::TimedOut { console, .. }) => {
-            format!(
-                "{text}; the guest's console ends with: {}",
-                fault::last_line(console)
-            )
-        }
-        EngineError::Image { .. } => {
-            format!(
-                "{text}; `thaw up` builds what is missing, `thaw doctor` says what this machine lacks"
-            )
-        }
-        _ => text,
-    }
-}
-
-fn bounded(artifact: Artifact) -> Artifact {
-    Artifact {
-        init_log: tail(artifact.init_log.as_bytes()),
-        ..artifact
-    }
-}
-
-fn tail(log: &[u8]) -> String {
-    let start = log.len().saturating_sub(INIT_LOG_BYTES_MAX);
-    String::from_utf8_lossy(log.get(start..).unwrap_or_default()).into_owned()
-}
-
-fn tell(live: &Live, step: EngineStep) {
-    let (step, message) = match step {
-        EngineStep::Images => (Step::Images, "kernel and runtime image"),
-        EngineStep::Image(step) => {
-            tracing::info!(function = %live.label, %step, "the runtime's image is made");
-            live.progress
-                .push(Step::Images, &format!("runtime image: {step}"));
-            return;
-        }
-        EngineStep::Code => (Step::Code, "make the code image"),
-        EngineStep::Booting => (Step::Booting, "boot the guest"),
-        EngineStep::AgentUp => (Step::Agent, "agent is up"),
-        EngineStep::Initializing => (Step::Initializing, "initialise the function"),
-        EngineStep::Ready => (Step::Ready, "function waits for its first event"),
-        EngineStep::Saving => (Step::Saving, "write the snapshot"),
-        EngineStep::Saved {
-            file_bytes,
-            stored_bytes,
-        } => {
-            live.progress.push_event(ProgressEvent {
-                step: Step::Saving,
-                message: "snapshot is written".to_owned(),
-                snapshot: Some(SnapshotSummary {
-                    file_bytes,
-                    stored_bytes,
-                }),
-                ..ProgressEvent::default()
-            });
-            return;
-        }
-    };
-    live.progress.push(step, message);
-}
-
-/// The last line of a successful deployment.
-#[must_use]
-pub fn done_event(outcome: &Outcome) -> ProgressEvent {
-    let (message, init_error, snapshot) = match outcome {
-        Outcome::Frozen(artifact) => (
-            "function is ready",
-            None,
-            Some(SnapshotSummary {
-                file_bytes: artifact.file_bytes,
-                stored_bytes: artifact.stored_bytes,
-            }),
-        ),
-        Outcome::InitFailed(failure) => (
-            "function is deployed, but fails to initialise",
-            Some(init_summary(failure)),
-            None,
-        ),
-    };
-    ProgressEvent {
-        step: Step::Active,
-        message: message.to_owned(),
-        done: true,
-        init_error,
-        snapshot,
-        ..ProgressEvent::default()
-    }
-}
-
-/// A failed initialisation, briefly.
-#[must_use]
-pub fn init_summary(failure: &InitFailure) -> InitErrorSummary {
-    InitErrorSummary {
-        error_type: failure.cause.error_type().to_owned(),
-        message: failure.cause.message(),
-        log: failure.log.clone(),
-    }
-}
-
-fn failed_event(live: &Live, reason: String) {
-    live.progress.push_event(ProgressEvent {
-        step: Step::Failed,
-        message: "deployment failed".to_owned(),
-        done: true,
-        error: Some(reason),
-        ..ProgressEvent::default()
-    });
 }

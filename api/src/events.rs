@@ -7,7 +7,7 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -37,6 +37,9 @@ pub const EVENT_BYTES_MAX: usize = 1024 * 1024;
 
 /// Events of one function that wait; more are refused.
 const WAITING_MAX: usize = 100_000;
+
+/// What their payloads may weigh together, bytes: they are on the disk that all functions share.
+const WAITING_BYTES_MAX: u64 = 1 << 30;
 
 /// Events of one function that run at once: invocations that somebody waits for share the function's sandboxes with them.
 const RUNNING_MAX: usize = 8;
@@ -74,6 +77,9 @@ pub struct Event {
     pub url: Option<String>,
     /// The key that it was accepted of: its quota is for attempts, too.
     pub key: Option<String>,
+    /// Length of the payload.
+    #[serde(default)]
+    pub payload_bytes: u64,
     /// JSON.
     #[serde(skip)]
     pub payload: Bytes,
@@ -94,13 +100,45 @@ pub struct EventConfig {
     pub on_failure: Option<String>,
 }
 
-/// The events of one function that wait, in memory: their ids and when they are due.
+/// The events of one function that wait, in memory: their ids, when they are due, and what they weigh.
 #[derive(Debug, Default)]
 pub struct Line {
-    due: Mutex<BinaryHeap<Reverse<(i64, String)>>>,
+    places: Mutex<Places>,
     wake: Notify,
     is_served: AtomicBool,
     closed: CancellationToken,
+}
+
+#[derive(Debug, Default)]
+struct Places {
+    due: BinaryHeap<Reverse<Place>>,
+    /// Of all.
+    payload_bytes: u64,
+}
+
+/// An event's place in a line.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Place {
+    due_unix_ms: i64,
+    id: String,
+    payload_bytes: u64,
+}
+
+impl Place {
+    fn of(event: &Event) -> Self {
+        Self {
+            due_unix_ms: event.due_unix_ms,
+            id: event.id.clone(),
+            payload_bytes: event.payload_bytes,
+        }
+    }
+}
+
+impl Places {
+    fn push(&mut self, place: Place) {
+        self.payload_bytes = self.payload_bytes.saturating_add(place.payload_bytes);
+        self.due.push(Reverse(place));
+    }
 }
 
 impl Line {
@@ -109,11 +147,16 @@ impl Line {
     #[must_use]
     pub fn new(events: &[Event], now: i64) -> Self {
         let last = outcome::later(now, outcome::DEFER_MAX);
-        let due = events
-            .iter()
-            .map(|e| Reverse((e.due_unix_ms.min(last), e.id.clone())));
+        let mut places = Places::default();
+        for event in events {
+            let place = Place::of(event);
+            places.push(Place {
+                due_unix_ms: place.due_unix_ms.min(last),
+                ..place
+            });
+        }
         Self {
-            due: Mutex::new(due.collect()),
+            places: Mutex::new(places),
             ..Self::default()
         }
     }
@@ -123,30 +166,47 @@ impl Line {
         self.closed.cancel();
     }
 
+    fn places(&self) -> MutexGuard<'_, Places> {
+        self.places.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn push(&self, event: &Event) {
-        let mut due = self.due.lock().unwrap_or_else(PoisonError::into_inner);
-        due.push(Reverse((event.due_unix_ms, event.id.clone())));
-        drop(due);
+        self.places().push(Place::of(event));
         self.wake.notify_one();
     }
 
     /// Events that wait.
     #[must_use]
     pub fn waiting(&self) -> usize {
-        self.due
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .len()
+        self.places().due.len()
+    }
+
+    /// Whether one more may wait.
+    fn check(&self) -> Result<(), AcceptError> {
+        let places = self.places();
+        if places.due.len() >= WAITING_MAX {
+            return Err(AcceptError::TooMany(places.due.len()));
+        }
+        if places.payload_bytes >= WAITING_BYTES_MAX {
+            return Err(AcceptError::TooLarge(places.payload_bytes));
+        }
+        Ok(())
     }
 
     /// The next event if it is due, or how long it is until then.
-    fn next(&self, now: i64) -> Result<String, Option<Duration>> {
-        let mut due = self.due.lock().unwrap_or_else(PoisonError::into_inner);
-        match due.peek() {
-            Some(Reverse((at, _))) if *at > now => {
-                Err(Some(Duration::from_millis((*at - now).unsigned_abs())))
+    fn next(&self, now: i64) -> Result<Place, Option<Duration>> {
+        let mut places = self.places();
+        match places.due.peek() {
+            Some(Reverse(first)) if first.due_unix_ms > now => Err(Some(Duration::from_millis(
+                (first.due_unix_ms - now).unsigned_abs(),
+            ))),
+            Some(_) => {
+                let Some(Reverse(place)) = places.due.pop() else {
+                    return Err(None);
+                };
+                places.payload_bytes = places.payload_bytes.saturating_sub(place.payload_bytes);
+                Ok(place)
             }
-            Some(_) => due.pop().map(|Reverse((_, id))| id).ok_or(None),
             None => Err(None),
         }
     }
@@ -158,6 +218,9 @@ pub enum AcceptError {
     /// So many of the function wait already.
     #[error("{0} events of this function wait already")]
     TooMany(usize),
+    /// Those that wait weigh as much as they may.
+    #[error("events of {0} bytes wait for this function already")]
+    TooLarge(u64),
     /// The database refused.
     #[error("the event cannot be kept")]
     Store(#[from] StoreError),
@@ -172,10 +235,7 @@ pub async fn accept(
     function: &Arc<LiveFunction>,
     event: &Event,
 ) -> Result<(), AcceptError> {
-    let waiting = function.events.waiting();
-    if waiting >= WAITING_MAX {
-        return Err(AcceptError::TooMany(waiting));
-    }
+    function.events.check()?;
     app.store.commit(&[Write::Event(event)]).await?;
     Point::EventCommitted.reached();
     function.events.push(event);
@@ -197,8 +257,8 @@ async fn work(app: Arc<App>, function: Arc<LiveFunction>) {
     loop {
         let wait = if running.len() < RUNNING_MAX {
             match line.next(clock::steady_unix_ms()) {
-                Ok(id) => {
-                    running.spawn(attempt(Arc::clone(&app), Arc::clone(&function), id));
+                Ok(place) => {
+                    running.spawn(attempt(Arc::clone(&app), Arc::clone(&function), place));
                     continue;
                 }
                 Err(wait) => wait,
@@ -219,19 +279,17 @@ async fn work(app: Arc<App>, function: Arc<LiveFunction>) {
 }
 
 /// One attempt at an event, and what follows from it.
-async fn attempt(app: Arc<App>, function: Arc<LiveFunction>, id: String) {
-    let event = match app.store.event(&id).await {
+async fn attempt(app: Arc<App>, function: Arc<LiveFunction>, place: Place) {
+    let event = match app.store.event(&place.id).await {
         Ok(Some(event)) => event,
         Ok(None) => return,
         Err(error) => {
-            tracing::error!(event = %id, reason = %chain(&error), "event is not read");
+            tracing::error!(event = %place.id, reason = %chain(&error), "event is not read");
             tokio::time::sleep(STORE_PAUSE).await;
-            let mut due = function
-                .events
-                .due
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
-            due.push(Reverse((clock::steady_unix_ms(), id)));
+            function.events.places().push(Place {
+                due_unix_ms: clock::steady_unix_ms(),
+                ..place
+            });
             return;
         }
     };
@@ -318,6 +376,7 @@ fn follower(
         deferrals: 0,
         url,
         key: event.key.clone(),
+        payload_bytes: payload.len() as u64,
         payload,
     };
     let (name, qualifier, url) = match destination::parse(app, to) {
@@ -409,6 +468,7 @@ mod tests {
             deferrals: 0,
             url: None,
             key: None,
+            payload_bytes: 0,
             payload: Bytes::new(),
         }
     }
@@ -417,10 +477,10 @@ mod tests {
     fn a_line_gives_what_is_due_in_its_order() {
         let line = Line::new(&[event("late", 30), event("first", 5)], 0);
         line.push(&event("second", 6));
-        assert_eq!(line.next(10), Ok("first".to_owned()));
-        assert_eq!(line.next(10), Ok("second".to_owned()));
+        assert_eq!(line.next(10), Ok(Place::of(&event("first", 5))));
+        assert_eq!(line.next(10), Ok(Place::of(&event("second", 6))));
         assert_eq!(line.next(10), Err(Some(Duration::from_millis(20))));
-        assert_eq!(line.next(30), Ok("late".to_owned()));
+        assert_eq!(line.next(30), Ok(Place::of(&event("late", 30))));
         assert_eq!(line.next(30), Err(None));
     }
 
@@ -430,9 +490,31 @@ mod tests {
         let line = Line::new(&[event("ahead", now + hours)], now);
         let longest = outcome::DEFER_MAX;
         assert_eq!(line.next(now), Err(Some(longest)));
-        assert_eq!(
-            line.next(outcome::later(now, longest)),
-            Ok("ahead".to_owned())
-        );
+        let ahead = line.next(outcome::later(now, longest)).unwrap();
+        assert_eq!(ahead.id, "ahead");
+    }
+
+    #[test]
+    fn what_waits_has_a_bound_in_number_and_in_bytes_after_a_restart_too() {
+        let heavy = |id: &str| Event {
+            payload_bytes: WAITING_BYTES_MAX / 2,
+            ..event(id, 0)
+        };
+        // As the database has it: without the payload itself.
+        let text = serde_json::to_string(&heavy("first")).unwrap();
+        let line = Line::new(&[serde_json::from_str(&text).unwrap()], 0);
+        line.check().unwrap();
+        line.push(&heavy("second"));
+        assert!(matches!(
+            line.check(),
+            Err(AcceptError::TooLarge(WAITING_BYTES_MAX))
+        ));
+        line.next(0).unwrap();
+        line.check().unwrap();
+        (1..WAITING_MAX).for_each(|number| line.push(&event(&number.to_string(), 0)));
+        assert!(matches!(
+            line.check(),
+            Err(AcceptError::TooMany(WAITING_MAX))
+        ));
     }
 }

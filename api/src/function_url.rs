@@ -186,7 +186,12 @@ async fn answer(
     let (parts, body) = request.into_parts();
     // A caller's body is in memory already.
     let room = match caller {
-        None => app.auth.room(&parts.headers, PAYLOAD_BYTES_MAX).await,
+        None => {
+            let sender = Some(source.ip());
+            app.auth
+                .room(sender, &parts.headers, PAYLOAD_BYTES_MAX)
+                .await
+        }
         Some(_) => Ok(None),
     };
     let room = match room {

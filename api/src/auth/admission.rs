@@ -3,40 +3,35 @@
 //!
 //! Everything that can be checked before the body is read is. A client that declares (and signs) its body's digest, or sends
 //! none, is proven by then; boto3 declares nothing, so that a body must be read on the word of someone who only knows a key's
-//! id: such bodies, all together, have [`UNPROVEN_MIB_MAX`], and so have events of those who need no key.
+//! id: such bodies, all together, have [`super::room::BODIES_MIB_MAX`], and so have events of those who need no key.
 //!
 //! **Invariant:** no handler runs before signature, body and permission were checked
 //! (`nothing_unsigned_altered_or_not_allowed_reaches_a_handler`).
 
+use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use axum::body::{Body, HttpBody as _};
-use axum::extract::{Request, State};
-use axum::http::{HeaderMap, HeaderValue, Response, StatusCode, header};
+use axum::extract::{ConnectInfo, Request, State};
+use axum::http::{HeaderValue, Response, StatusCode, header};
 use axum::middleware::Next;
 use bytes::Bytes;
 use serde::Deserialize;
 use serde_json::json;
-use tokio::sync::OwnedSemaphorePermit;
 use uuid::Uuid;
 
 use super::action::{Action, BodyKind, Need, Target};
 use super::keys::AccessKey;
 use super::quota::Quota;
+use super::room::Room;
 use super::sigv4::{Claim, Expected, Head, SignatureError, hex_digest};
-use super::{Allow, Auth, links, signer::SERVICE};
+use super::{Allow, Auth, links, pages, signer::SERVICE};
 use crate::body::{self, BodyError};
 use crate::function_url;
 use crate::lambda::errors::{ApiError, CALLER_RATE};
 use crate::lambda::names::FunctionRef;
 
-/// What bodies may weigh together while they are read, and code until its request is done, MiB.
-pub const UNPROVEN_MIB_MAX: u16 = 512;
-/// Longest wait for room for a body.
-const ROOM_LIMIT: Duration = Duration::from_secs(30);
-/// A body up to this size does not count, bytes.
-const SMALL_BYTES_MAX: usize = 64 * 1024;
 /// From this size on a body is hashed on a thread of its own, bytes.
 const HASH_INLINE_BYTES_MAX: usize = 1024 * 1024;
 
@@ -62,10 +57,16 @@ pub enum Refusal {
     Error(ApiError),
 }
 
-/// In front of every route: with auth on, all but the open ones are for signed requests.
+/// In front of every route: with auth on, all but the open ones are for signed requests; with auth off, for whom no web page has sent.
 pub async fn guard(State(auth): State<Arc<Auth>>, request: Request, next: Next) -> Response<Body> {
-    if !auth.is_required() || is_open(request.uri().path()) {
+    if is_open(request.uri().path()) {
         return next.run(request).await;
+    }
+    if !auth.is_required() {
+        return match pages::sent_by_a_page(request.headers()) {
+            Some(page) => Refusal::Denied(pages::refusal(&page)).into_response(),
+            None => next.run(request).await,
+        };
     }
     let action = Action::of(
         request.method(),
@@ -110,10 +111,11 @@ pub async fn authorize_function_url(
     })
 }
 
-/// Held as long as a body is read, and one of code is in memory; `None` for a small one.
-type Room = Option<OwnedSemaphorePermit>;
-
-async fn admit(auth: &Auth, request: Request, action: &Action) -> Result<(Request, Room), Refusal> {
+async fn admit(
+    auth: &Auth,
+    request: Request,
+    action: &Action,
+) -> Result<(Request, Option<Room>), Refusal> {
     let (mut parts, body) = request.into_parts();
     let head = Head {
         method: &parts.method,
@@ -125,7 +127,9 @@ async fn admit(auth: &Auth, request: Request, action: &Action) -> Result<(Reques
     if is_proven {
         pace(&quota)?;
     }
-    let room = auth.room(&parts.headers, action.limit.bytes).await;
+    let sender = parts.extensions.get::<ConnectInfo<SocketAddr>>();
+    let sender = sender.map(|info| info.0.ip());
+    let room = auth.room(sender, &parts.headers, action.limit.bytes).await;
     let room = room.map_err(Refusal::Error)?;
     let bytes = body::read(&parts.headers, body, action.limit.bytes)
         .await
@@ -254,30 +258,6 @@ impl Auth {
     fn user_arn(&self, key: &AccessKey) -> String {
         format!("arn:aws:iam::{}:user/{}", self.account_id, key.name)
     }
-
-    /// The right to hold a body of what the client announced, or of the whole limit.
-    ///
-    /// # Errors
-    /// There is no room in time.
-    pub(crate) async fn room(&self, headers: &HeaderMap, limit: usize) -> Result<Room, ApiError> {
-        let announced = headers
-            .get(header::CONTENT_LENGTH)
-            .and_then(|value| value.to_str().ok()?.parse::<usize>().ok())
-            .unwrap_or(limit)
-            .min(limit);
-        if announced <= SMALL_BYTES_MAX {
-            return Ok(None);
-        }
-        let mib = u32::try_from(announced.div_ceil(1024 * 1024)).unwrap_or(u32::MAX);
-        let mib = mib.min(u32::from(UNPROVEN_MIB_MAX));
-        let room = Arc::clone(&self.bodies).acquire_many_owned(mib);
-        match tokio::time::timeout(ROOM_LIMIT, room).await {
-            Ok(room) => Ok(room.ok()),
-            Err(_) => Err(ApiError::unavailable(
-                "Other requests' bodies take all the memory that there is for bodies. Try again later.",
-            )),
-        }
-    }
 }
 
 impl Refusal {
@@ -313,39 +293,4 @@ fn answer(code: &'static str, body: &serde_json::Value) -> Response<Body> {
         headers.insert("x-amzn-requestid", id);
     }
     response
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::auth::AuthMode;
-    use crate::lambda::CODE_BODY_BYTES_MAX;
-    use crate::store::Store;
-
-    #[tokio::test]
-    async fn large_bodies_share_a_budget_by_what_they_may_weigh() {
-        let home = tempfile::tempdir().unwrap();
-        let store = Store::open(&home.path().join("thaw.db")).await.unwrap();
-        let auth = Auth::open(AuthMode::Required, home.path(), "us-east-1", "0", store);
-        let auth = auth.await.unwrap();
-        let total = usize::from(UNPROVEN_MIB_MAX);
-        let held = async |announced: Option<&'static str>, limit: usize| {
-            let mut headers = HeaderMap::new();
-            if let Some(length) = announced {
-                headers.insert(header::CONTENT_LENGTH, HeaderValue::from_static(length));
-            }
-            let permit = auth.room(&headers, limit).await.unwrap();
-            let held = total - auth.bodies.available_permits();
-            drop(permit);
-            assert_eq!(auth.bodies.available_permits(), total);
-            held
-        };
-        assert_eq!(held(Some("65536"), CODE_BODY_BYTES_MAX).await, 0);
-        assert_eq!(held(Some("65537"), CODE_BODY_BYTES_MAX).await, 1);
-        assert_eq!(held(Some("70000000"), CODE_BODY_BYTES_MAX).await, 67);
-        assert_eq!(held(Some("99999999999"), CODE_BODY_BYTES_MAX).await, 67);
-        // Who announces nothing, or nonsense, is taken to send the most.
-        assert_eq!(held(None, 6 * 1024 * 1024).await, 6);
-        assert_eq!(held(Some("-1"), 6 * 1024 * 1024).await, 6);
-    }
 }

@@ -9,10 +9,14 @@ use std::time::Duration;
 use bytes::Bytes;
 use serde_json::{Value, json};
 
-use super::{Event, EventConfig};
+use super::{EVENT_BYTES_MAX, Event, EventConfig};
 use crate::clock;
-use crate::invocation::FunctionResult;
+use crate::invocation::{FunctionResult, PAYLOAD_BYTES_MAX};
 use crate::record::VersionId;
+
+/// Largest record for a destination, bytes: an event, an answer, and what is said of both. A record's event can be a record itself:
+/// without a bound it would grow with every function that it comes through.
+const RECORD_BYTES_MAX: usize = EVENT_BYTES_MAX + PAYLOAD_BYTES_MAX + 64 * 1024;
 
 /// Attempts after the first, unless configured.
 const RETRIES_MAX: u32 = 2;
@@ -187,7 +191,12 @@ fn end(
         record["responseContext"] = context;
         record["responsePayload"] = answer;
     }
-    Next::End(Some((to.clone(), record.to_string().into())))
+    let record = record.to_string();
+    if record.len() > RECORD_BYTES_MAX {
+        tracing::error!(event = %event.id, to, bytes = record.len(), "a record is too large for its destination, and dropped");
+        return Next::End(None);
+    }
+    Next::End(Some((to.clone(), record.into())))
 }
 
 #[cfg(test)]
@@ -209,6 +218,7 @@ mod tests {
             deferrals: 3,
             url: None,
             key: None,
+            payload_bytes: 7,
             payload: Bytes::from_static(b"{\"a\":1}"),
         }
     }
@@ -294,6 +304,31 @@ mod tests {
         assert_eq!(record["requestContext"]["condition"], "Success");
         assert_eq!(record["requestContext"]["approximateInvokeCount"], 1);
         assert!(record["responseContext"].get("functionError").is_none());
+    }
+
+    #[test]
+    fn a_record_that_has_grown_too_large_is_dropped() {
+        let config = EventConfig {
+            on_success: Some("good".to_owned()),
+            ..EventConfig::default()
+        };
+        for (bytes, is_told) in [
+            (EVENT_BYTES_MAX, true),
+            (EVENT_BYTES_MAX + 64 * 1024, false),
+        ] {
+            let text = |bytes: usize| Bytes::from(format!("\"{}\"", "x".repeat(bytes - 2)));
+            let large = Event {
+                payload: text(bytes),
+                ..event(0)
+            };
+            let answered = Attempt::Answered {
+                version: VersionId::Latest,
+                result: FunctionResult::Response(text(PAYLOAD_BYTES_MAX)),
+            };
+            let next = follows(&large, &config, answered);
+            assert_eq!(matches!(next, Next::End(Some(_))), is_told);
+            assert_eq!(next == Next::End(None), !is_told);
+        }
     }
 
     #[test]

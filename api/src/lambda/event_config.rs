@@ -12,7 +12,9 @@ use super::errors::{ApiError, violation};
 use super::names::FunctionRef;
 use super::paging::Page;
 use super::{Answer, Call, Found, change_function, empty, find_or, function_or, json};
+use crate::auth::admission::Caller;
 use crate::clock;
+use crate::events::destination::Target;
 use crate::events::{EventConfig, destination};
 use crate::record::Function;
 use crate::state::App;
@@ -31,6 +33,7 @@ pub(super) enum Members {
 
 pub(super) async fn keep(app: &Arc<App>, call: Call, name: &str, members: Members) -> Answer {
     let reference = call.reference(name)?;
+    let caller = call.caller.clone();
     let limit = call.json_limit();
     let request: EventInvokeConfigRequest =
         call.json(limit, "PutFunctionEventInvokeConfig").await?;
@@ -44,7 +47,11 @@ pub(super) async fn keep(app: &Arc<App>, call: Call, name: &str, members: Member
         Members::Replaced => EventConfig::default(),
         Members::Merged => read(app, &found)?,
     };
+    let names_destinations = request.destination_config.is_some();
     let config = merge(app, &found, current, request)?;
+    if names_destinations {
+        may_send(app, caller.as_ref(), &config)?;
+    }
     let kept = config.clone();
     change(app, &found, move |record, qualifier| {
         record.event_configs.insert(qualifier, kept);
@@ -234,6 +241,27 @@ fn destinations(
         return Err(ApiError::invalid_parameter(refused));
     }
     Ok((on_success, on_failure))
+}
+
+/// A record is sent with the gateway's own reach, on the word of who says where to: he may only name what he may call himself. URLs may
+/// lead to whatever this machine reaches, so they take a key for everything.
+fn may_send(app: &App, caller: Option<&Caller>, config: &EventConfig) -> Result<(), ApiError> {
+    let Some(caller) = caller else { return Ok(()) };
+    let named = [&config.on_success, &config.on_failure];
+    for text in named.into_iter().flatten() {
+        let may = match destination::parse(app, text) {
+            Ok(Target::Function(to)) => app.auth.reaches(caller, Some(&to.name)),
+            Ok(Target::Url(_)) => app.auth.reaches(caller, None),
+            // Nothing is sent there.
+            Err(_) => true,
+        };
+        if !may {
+            return Err(ApiError::invalid_parameter(format!(
+                "This key may not have records sent to {text}: to functions that it is for, and to URLs only if it is for all functions."
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// Whether this gateway has more to say of it than that it is wrong.

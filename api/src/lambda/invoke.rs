@@ -161,6 +161,7 @@ fn event(found: &Found, id: String, payload: Bytes, trace_id: Option<String>) ->
         failures: 0,
         deferrals: 0,
         url: None,
+        payload_bytes: payload.len() as u64,
         payload,
     }
 }
@@ -169,7 +170,9 @@ async fn accept(app: &Arc<App>, found: &Found, event: &Event) -> Result<(), ApiE
     events::accept(app, &found.function, event)
         .await
         .map_err(|error| match error {
-            AcceptError::TooMany(_) => ApiError::throttled(CONCURRENT, &error.to_string()),
+            AcceptError::TooMany(_) | AcceptError::TooLarge(_) => {
+                ApiError::throttled(CONCURRENT, &error.to_string())
+            }
             AcceptError::Store(_) => ApiError::service(chain(&error)),
         })
 }
@@ -177,8 +180,8 @@ async fn accept(app: &Arc<App>, found: &Found, event: &Event) -> Result<(), ApiE
 pub(super) async fn payload(app: &App, call: &mut Call, limit: usize) -> Result<Bytes, ApiError> {
     let body = std::mem::take(&mut call.body);
     let _room = match call.caller {
-        None => app.auth.room(&call.headers, limit).await?,
-        Some(_) => None, // it is in memory already
+        None => app.auth.room(None, &call.headers, limit).await?, // auth is off
+        Some(_) => None,                                          // it is in memory already
     };
     let payload = body::read(&call.headers, body, limit)
         .await

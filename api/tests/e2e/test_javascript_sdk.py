@@ -24,7 +24,7 @@ STREAMING = """
 export const handler = awslambda.streamifyResponse(async (event, stream) => {
     for (const piece of ['one,', 'two,', 'three,', 'four,']) {
         stream.write(piece);
-        await new Promise((resolve) => setTimeout(resolve, 200));
+        await new Promise((resolve) => setTimeout(resolve, 600));
     }
     stream.end();
 });

@@ -92,6 +92,57 @@ fn refused(answer: &Answer, code: &str) -> String {
 }
 
 #[tokio::test]
+async fn without_auth_no_web_page_is_served_but_by_functions() {
+    let server = Server::start().await;
+    let body = good("f").to_string();
+    let page = ("origin", "https://evil.example");
+    for header in [page, ("origin", "null"), ("host", "evil.example:9000")] {
+        let headers = [header];
+        let sent = server.send("POST", FUNCTIONS, &headers, body.as_bytes());
+        let told = refused(&sent.await, "AccessDeniedException");
+        assert!(told.contains("--auth"), "{told}");
+    }
+    let rebound = [("host", "rebound.example")];
+    let listed = server.send("GET", FUNCTIONS, &rebound, b"").await;
+    refused(&listed, "AccessDeniedException");
+    // A page of this machine's own, and pages that call a function: its URL says which may.
+    let own = ("origin", "http://localhost:3000");
+    assert_eq!(server.send("GET", FUNCTIONS, &[own], b"").await.status, 200);
+    assert_eq!(server.send("GET", "/fn/f/", &[page], b"").await.status, 404);
+}
+
+#[tokio::test]
+async fn a_key_has_records_sent_only_to_what_it_may_call() {
+    let server = guarded().await;
+    let root = root(&server);
+    for name in ["team-a", "team-b", "other"] {
+        let made = send(&server, &root, ("POST", FUNCTIONS), &good(name)).await;
+        assert_eq!(made.status, 201, "{}", made.text());
+    }
+    let team = key(&server, "manage", "team-*").await;
+    let path = "/2019-09-25/functions/team-a/event-invoke-config";
+    let keep = async |signer: &Signer, side: &str, to: &str| {
+        let config = json!({"DestinationConfig": {side: {"Destination": to}}});
+        send(&server, signer, ("PUT", path), &config).await
+    };
+    let arn = |name: &str| format!("arn:aws:lambda:us-east-1:000000000000:function:{name}");
+    for to in [arn("other"), "http://127.0.0.1:1/".to_owned()] {
+        for side in ["OnSuccess", "OnFailure"] {
+            let answer = keep(&team, side, &to).await;
+            assert_eq!(answer.status, 400, "{}", answer.text());
+            assert!(
+                answer.text().contains("may not have records"),
+                "{}",
+                answer.text()
+            );
+        }
+        assert_eq!(keep(&root, "OnSuccess", &to).await.status, 200);
+    }
+    assert_eq!(keep(&team, "OnSuccess", &arn("team-b")).await.status, 200);
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn nothing_unsigned_altered_or_not_allowed_reaches_a_handler() {
     let server = guarded().await;
     let root = root(&server);
@@ -328,7 +379,7 @@ async fn nobody_is_told_to_send_a_body_before_he_is_known() {
     let server = guarded().await;
     let mut stream = TcpStream::connect(server.address).await.unwrap();
     let head = format!(
-        "POST {FUNCTIONS} HTTP/1.1\r\nHost: h\r\nContent-Length: 70000000\r\nExpect: 100-continue\r\n\r\n"
+        "POST {FUNCTIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 70000000\r\nExpect: 100-continue\r\n\r\n"
     );
     stream.write_all(head.as_bytes()).await.unwrap();
     let mut answer = [0; 12];

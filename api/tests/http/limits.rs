@@ -67,7 +67,7 @@ fn status(answer: &str) -> u16 {
     code.unwrap().parse().unwrap()
 }
 
-const HEALTH: &[u8] = b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n";
+const HEALTH: &[u8] = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
 async fn deployed(shape: impl FnOnce(&mut GatewayConfig)) -> Server {
     let server = Server::shaped(shape).await;
@@ -159,7 +159,7 @@ async fn a_head_over_its_limits_is_refused_by_name() {
 async fn a_body_over_its_limit_is_refused_before_it_has_come_and_is_no_request() {
     let server = deployed(patient).await;
     let head = |length: &str| {
-        format!("POST {FUNCTIONS}/f/invocations HTTP/1.1\r\nHost: h\r\n{length}\r\n\r\n")
+        format!("POST {FUNCTIONS}/f/invocations HTTP/1.1\r\nHost: localhost\r\n{length}\r\n\r\n")
     };
     let size = 6 * 1024 * 1024 + 1_usize;
     let mut declared = connect(&server).await;
@@ -193,7 +193,11 @@ async fn a_body_over_its_limit_is_refused_before_it_has_come_and_is_no_request()
     let mut rest = HEALTH.repeat(size / HEALTH.len() + 1);
     rest.truncate(size);
     sending.write_all(&rest).await.unwrap();
-    let text = ask(&mut sending, b"GET /fn/nobody/ HTTP/1.1\r\nHost: h\r\n\r\n").await;
+    let text = ask(
+        &mut sending,
+        b"GET /fn/nobody/ HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    )
+    .await;
     assert_eq!(status(&text), 404, "{text}");
     server.stop().await;
 }
@@ -240,7 +244,7 @@ async fn requests_in_one_piece_are_answered_in_their_order() {
     let invoke = |event: &str| {
         let length = event.len();
         format!(
-            "POST {FUNCTIONS}/f/invocations HTTP/1.1\r\nHost: h\r\nContent-Length: {length}\r\n\r\n{event}"
+            "POST {FUNCTIONS}/f/invocations HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n{event}"
         )
     };
     let requests: String = (0..50).map(|number| invoke(&number.to_string())).collect();
@@ -260,7 +264,7 @@ async fn a_body_that_trickles_is_given_up() {
     })
     .await;
     let head = format!(
-        "POST {FUNCTIONS}/f/invocations HTTP/1.1\r\nHost: h\r\nContent-Length: 100\r\n\r\n[1,"
+        "POST {FUNCTIONS}/f/invocations HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n[1,"
     );
     let mut stream = connect(&server).await;
     let text = ask(&mut stream, head.as_bytes()).await;
@@ -324,7 +328,7 @@ async fn a_client_that_does_not_take_its_answer_is_given_up() {
     // More than both ends' buffers hold.
     let event = format!("\"{}\"", "x".repeat(6 * 1024 * 1024 - 2));
     let head = format!(
-        "POST {FUNCTIONS}/f/invocations HTTP/1.1\r\nHost: h\r\nContent-Length: {}\r\n\r\n",
+        "POST {FUNCTIONS}/f/invocations HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n",
         event.len()
     );
     stream.write_all(head.as_bytes()).await.unwrap();

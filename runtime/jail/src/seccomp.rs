@@ -34,13 +34,59 @@ pub struct Rule {
 pub enum Only {
     /// With all.
     Any,
-    /// ioctl(2) whose request is of this driver: bits 8 to 15, as `_IOC` lays it out.
-    Driver(u8),
-    /// mmap(2), mprotect(2): not of memory that can be executed (argument 2).
-    NotExecutable,
+    /// With an argument of which these bits, of its lower 32, have this value.
+    Bits {
+        /// Which argument, from 0.
+        argument: u8,
+        /// Which of its bits.
+        mask: u32,
+        /// What they must be.
+        value: u32,
+    },
     /// With one of these values of an argument, of which 32 bits are looked at.
     Values(u8, &'static [u32]),
 }
+
+impl Only {
+    /// mmap(2), mprotect(2): not of memory that can be executed.
+    pub const NOT_EXECUTABLE: Self = Self::Bits {
+        argument: 2,
+        mask: libc::PROT_EXEC.unsigned_abs(),
+        value: 0,
+    };
+    /// openat(2): to read what is there, and nothing else.
+    pub const TO_READ: Self = Self::Bits {
+        argument: 2,
+        mask: (libc::O_ACCMODE | libc::O_CREAT | libc::O_TRUNC).unsigned_abs(),
+        value: libc::O_RDONLY.unsigned_abs(),
+    };
+    /// clone(2): a thread of this process and of its namespaces.
+    pub const THREAD: Self = Self::Bits {
+        argument: 0,
+        mask: NAMESPACES | libc::CLONE_THREAD.unsigned_abs(),
+        value: libc::CLONE_THREAD.unsigned_abs(),
+    };
+
+    /// ioctl(2) whose request is of this driver: bits 8 to 15, as `_IOC` lays it out.
+    #[must_use]
+    pub const fn driver(kind: u8) -> Self {
+        Self::Bits {
+            argument: 1,
+            mask: 0xff00,
+            value: (kind as u32) << 8,
+        }
+    }
+}
+
+/// Flags of clone(2) that make a namespace.
+const NAMESPACES: u32 = (libc::CLONE_NEWCGROUP
+    | libc::CLONE_NEWIPC
+    | libc::CLONE_NEWNET
+    | libc::CLONE_NEWNS
+    | libc::CLONE_NEWPID
+    | libc::CLONE_NEWUSER
+    | libc::CLONE_NEWUTS)
+    .unsigned_abs();
 
 /// Allows a call with all arguments.
 #[must_use]
@@ -82,6 +128,18 @@ impl Filter {
         compiled.map(Self).map_err(SeccompError::Compile)
     }
 
+    /// A filter that says of these calls that the kernel has none such, and leaves all others to other filters: clone3(2) keeps its flags
+    /// in memory, where no filter sees them, and libraries then take clone(2).
+    ///
+    /// # Errors
+    /// They make no filter.
+    pub fn absent(calls: &[libc::c_long]) -> Result<Self, SeccompError> {
+        let rules = calls.iter().map(|call| (*call, Vec::new())).collect();
+        let none = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
+        let built = build(rules, SeccompAction::Allow, none);
+        built.map(Self).map_err(SeccompError::Compile)
+    }
+
     /// Puts the calling thread, and those that it will make, behind it.
     ///
     /// # Errors
@@ -98,13 +156,13 @@ fn compiled(tables: &[&[Rule]]) -> Result<BpfProgram, Box<dyn std::error::Error 
         let alternatives = rules.entry(rule.call).or_default();
         match rule.only {
             Only::Any => whole.push(rule.call),
-            Only::Driver(kind) => {
-                let wanted = u64::from(kind) << 8;
-                alternatives.push(when(1, SeccompCmpOp::MaskedEq(0xff00), wanted)?);
-            }
-            Only::NotExecutable => {
-                let execute = u64::from(libc::PROT_EXEC.unsigned_abs());
-                alternatives.push(when(2, SeccompCmpOp::MaskedEq(execute), 0)?);
+            Only::Bits {
+                argument,
+                mask,
+                value,
+            } => {
+                let is = SeccompCmpOp::MaskedEq(u64::from(mask));
+                alternatives.push(when(argument, is, u64::from(value))?);
             }
             Only::Values(argument, values) => {
                 for value in values {
@@ -115,8 +173,16 @@ fn compiled(tables: &[&[Rule]]) -> Result<BpfProgram, Box<dyn std::error::Error 
     }
     // No alternatives: whatever the arguments.
     rules.extend(whole.into_iter().map(|call| (call, Vec::new())));
+    build(rules, SeccompAction::Trap, SeccompAction::Allow)
+}
+
+fn build(
+    rules: BTreeMap<i64, Vec<SeccompRule>>,
+    others: SeccompAction,
+    these: SeccompAction,
+) -> Result<BpfProgram, Box<dyn std::error::Error + Send + Sync>> {
     let arch = TargetArch::try_from(std::env::consts::ARCH)?;
-    let filter = SeccompFilter::new(rules, SeccompAction::Trap, SeccompAction::Allow, arch)?;
+    let filter = SeccompFilter::new(rules, others, these, arch)?;
     Ok(BpfProgram::try_from(filter)?)
 }
 
@@ -231,7 +297,7 @@ mod tests {
 
     #[test]
     fn tables_are_joined_and_a_call_that_one_allows_whole_is_allowed_whole() {
-        let some = [only(libc::SYS_ioctl, Only::Driver(0xae), "kvm")];
+        let some = [only(libc::SYS_ioctl, Only::driver(0xae), "kvm")];
         let whole = [any(libc::SYS_ioctl, "everything")];
         let joined = Filter::compile(&[&some, &whole]).expect("a filter");
         let alone = Filter::compile(&[&whole]).expect("a filter");

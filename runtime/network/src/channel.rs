@@ -6,6 +6,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use serde::{Serialize, de::DeserializeOwned};
+use thaw_vmm_control::FDS_MAX;
 use thaw_vmm_control::wire::{self, Read, Receiver, WireError};
 use tokio::io::Interest;
 use tokio::net::UnixStream;
@@ -68,11 +69,18 @@ impl Incoming {
     /// The next message; none when the peer closed. A future that is dropped has lost nothing.
     ///
     /// # Errors
-    /// No message of the expected kind, or the socket's own.
+    /// No message of the expected kind, more descriptors than [`FDS_MAX`] that nobody took, or the socket's own.
     pub async fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>, WireError> {
         loop {
             if let Some((message, fds)) = self.receiver.next_message()? {
                 self.fds.extend(fds);
+                // Who takes none of them, because none was to come, would be without descriptors one day.
+                if self.fds.len() > FDS_MAX {
+                    return Err(WireError::TooLarge {
+                        bytes: 0,
+                        fds: self.fds.len(),
+                    });
+                }
                 return Ok(Some(message));
             }
             let receiver = &mut self.receiver;
@@ -91,5 +99,30 @@ impl Incoming {
     /// The oldest descriptor that nobody took yet: who has a message that brings one takes it before the next message.
     pub fn take_fd(&mut self) -> Option<OwnedFd> {
         self.fds.pop_front()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd as _;
+
+    #[tokio::test]
+    async fn descriptors_that_nobody_asked_for_end_the_channel_and_do_not_gather() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (mut sender, _other) = halves(theirs);
+        let (_sender, mut incoming) = halves(ours);
+        let file = std::fs::File::open("/dev/null").unwrap();
+        let mut taken = 0;
+        let ended = loop {
+            sender.send(&taken, &[file.as_fd(); 3]).await.unwrap();
+            match incoming.next::<usize>().await {
+                Ok(message) => assert_eq!(message, Some(taken)),
+                Err(error) => break error,
+            }
+            taken += 1;
+        };
+        assert!(matches!(ended, WireError::TooLarge { .. }), "{ended}");
+        assert_eq!(taken, FDS_MAX / 3);
     }
 }

@@ -1,7 +1,7 @@
 //! The process `thaw-egress` and what it is asked.
 
 use std::collections::HashMap;
-use std::io::{self, BufRead as _, BufReader};
+use std::io::{self, BufRead, BufReader, Read as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
@@ -22,8 +22,8 @@ use crate::protocol::{FromEgress, Reply, Report, Request, SlotId, Status, ToEgre
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// Lines of the process's standard error kept for error messages.
 const LAST_LINES: usize = 8;
-/// Longest such line that is kept, bytes.
-const LINE_BYTES_MAX: usize = 512;
+/// Longest such line, bytes: a longer one counts as several.
+const LINE_BYTES_MAX: u64 = 512;
 
 /// Why a slot could not be had.
 #[derive(Debug, Error)]
@@ -260,8 +260,8 @@ fn attend(
     let _ = started.send(Ok(child.id()));
     let mut last = Vec::new();
     if let Some(stderr) = child.stderr.take() {
-        for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-            let line: String = line.chars().take(LINE_BYTES_MAX).collect();
+        let mut stderr = BufReader::new(stderr);
+        while let Some(line) = next_line(&mut stderr) {
             tracing::warn!(line, "thaw-egress");
             if last.len() == LAST_LINES {
                 last.remove(0);
@@ -275,6 +275,17 @@ fn attend(
     };
     last.push(status);
     end.send_replace(Some(last.join("; ")));
+}
+
+/// The next line of a process that may write anything, or as much of it as is kept at once.
+fn next_line(from: &mut impl BufRead) -> Option<String> {
+    let mut bytes = Vec::new();
+    let count = from
+        .take(LINE_BYTES_MAX)
+        .read_until(b'\n', &mut bytes)
+        .ok()?;
+    let text = String::from_utf8_lossy(&bytes);
+    (count > 0).then(|| text.trim_end_matches(['\r', '\n']).to_owned())
 }
 
 /// Carries requests and replies until nobody can ask any more or the process closes its end.
@@ -338,4 +349,18 @@ async fn converse(
 
 fn told(error: &WireError) {
     tracing::warn!(error = %error, "the socket to thaw-egress is lost");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_without_end_comes_in_pieces_and_bytes_that_are_no_text_end_nothing() {
+        let mut endless = BufReader::new(io::repeat(b'x'));
+        assert_eq!(next_line(&mut endless).unwrap(), "x".repeat(512));
+        let mut odd = &b"one\r\n\xff\n\nlast"[..];
+        let lines: Vec<String> = std::iter::from_fn(|| next_line(&mut odd)).collect();
+        assert_eq!(lines, ["one", "\u{fffd}", "", "last"]);
+    }
 }

@@ -2,19 +2,20 @@
 //!
 //! The main thread's filter is set before there is another, and the others inherit it, so it allows what any of them needs;
 //! each then sets a tighter one of its own. No table has a call that opens a file by a name from the root (which is
-//! empty), starts a program, makes a socket or memory that can be executed, or changes a signal's handler.
+//! empty), or to write, starts a program or a process, makes a namespace, a socket or memory that can be executed, or changes a signal's handler.
 
 use std::sync::OnceLock;
 
 use thaw_jail::seccomp::{self, Filter, Only, Rule, SeccompError, any, only};
 
 /// `KVMIO`, the letter of KVM's ioctls (include/uapi/linux/kvm.h).
-const KVM: Only = Only::Driver(0xae);
+const KVM: Only = Only::driver(0xae);
 /// `UFFDIO`, that of userfaultfd's (include/uapi/linux/userfaultfd.h).
-const USERFAULTFD: Only = Only::Driver(0xaa);
+const USERFAULTFD: Only = Only::driver(0xaa);
 /// `FIONBIO` (include/uapi/asm-generic/ioctls.h) and `FICLONE` (include/uapi/linux/fs.h).
 const OF_FILES: Only = Only::Values(1, &[0x5421, 0x4004_9409]);
 const F_DUPFD_CLOEXEC: u32 = libc::F_DUPFD_CLOEXEC.unsigned_abs();
+/// Not `F_SETFL`: a file's flags are common to all who were given the same description of it, other monitors included.
 const DESCRIPTOR_COMMANDS: Only = Only::Values(
     1,
     &[
@@ -22,7 +23,6 @@ const DESCRIPTOR_COMMANDS: Only = Only::Values(
         libc::F_GETFD.unsigned_abs(),
         libc::F_SETFD.unsigned_abs(),
         libc::F_GETFL.unsigned_abs(),
-        libc::F_SETFL.unsigned_abs(),
     ],
 );
 /// The signal with which glibc changes the user of all threads (sysdeps/nptl/pthreadP.h).
@@ -42,12 +42,12 @@ const EVERY: &[Rule] = &[
     any(libc::SYS_sched_yield, "locks that spin a moment"),
     only(
         libc::SYS_mmap,
-        Only::NotExecutable,
+        Only::NOT_EXECUTABLE,
         "heap, stacks, guest memory",
     ),
     only(
         libc::SYS_mprotect,
-        Only::NotExecutable,
+        Only::NOT_EXECUTABLE,
         "the heap's growth, guard pages",
     ),
     any(libc::SYS_munmap, "heap, stacks"),
@@ -124,11 +124,8 @@ const CONTROL: &[Rule] = &[
         Only::Values(0, &[SIGSETXID]),
         "the C library, with its first thread",
     ),
-    any(libc::SYS_clone3, "threads"),
-    any(
-        libc::SYS_clone,
-        "threads, on a C library that does not know clone3",
-    ),
+    any(libc::SYS_clone3, "said not to exist, by a filter before"),
+    only(libc::SYS_clone, Only::THREAD, "threads"),
     only(
         libc::SYS_prctl,
         Only::Values(0, &[libc::PR_SET_NO_NEW_PRIVS.unsigned_abs()]),
@@ -175,8 +172,9 @@ const CONTROL: &[Rule] = &[
     any(libc::SYS_fdatasync, "the same"),
     any(libc::SYS_syncfs, "the same"),
     any(libc::SYS_mincore, "which of a file's pages are there"),
-    any(
+    only(
         libc::SYS_openat,
+        Only::TO_READ,
         "chunks below a store's folder; there is no other folder",
     ),
 ];
@@ -220,8 +218,9 @@ const FETCHING: &[Rule] = &[
     any(libc::SYS_mincore, "which pages are there already"),
     any(libc::SYS_fstat, "lengths of chunks"),
     any(libc::SYS_statx, "the same"),
-    any(
+    only(
         libc::SYS_openat,
+        Only::TO_READ,
         "chunks below a store's folder; there is no other folder",
     ),
     any(
@@ -270,6 +269,7 @@ pub fn process() -> Result<(), SeccompError> {
     // Set once: `main` calls this.
     FILTERS.get_or_init(|| filters);
     seccomp::report_violations()?;
+    Filter::absent(&[libc::SYS_clone3])?.apply()?;
     all.apply()
 }
 
@@ -290,7 +290,13 @@ pub fn thread(role: Role) {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::{File, OpenOptions};
+    use std::process::Command;
+
     use super::*;
+
+    /// What a process does behind the main thread's filter: the test runs itself.
+    const ATTEMPT: &str = "THAW_TEST_ATTEMPT";
 
     const TABLES: [&[Rule]; 6] = [EVERY, CONTROL, VCPU, DEVICES, FETCHING, FAULTS];
 
@@ -322,6 +328,60 @@ mod tests {
             assert!(!rule.reason.is_empty());
             let handler = rule.call == libc::SYS_rt_sigaction;
             assert!(!handler || matches!(rule.only, Only::Values(0, &[SIGSETXID])));
+        }
+    }
+
+    fn attempt(name: &str) {
+        process().expect("a filter");
+        match name {
+            "what is allowed" => {
+                let thread = std::thread::spawn(|| File::open("/dev/null").map(drop));
+                thread.join().expect("a thread").expect("to read");
+            }
+            "a process" => {
+                // SAFETY: the child, should there be one, ends at once.
+                if unsafe { libc::fork() } == 0 {
+                    // SAFETY: as above.
+                    unsafe { libc::_exit(0) }
+                }
+            }
+            "a namespace" => {
+                let flags = libc::CLONE_THREAD | libc::CLONE_NEWNET;
+                // SAFETY: flags that the kernel refuses, as a thread shares memory and handlers.
+                unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
+            }
+            "to write" => drop(OpenOptions::new().write(true).open("/dev/null")),
+            "to make" => drop(File::create("/dev/null")),
+            "another's flags" => {
+                // SAFETY: a number, and no memory.
+                unsafe { libc::fcntl(0, libc::F_SETFL, libc::O_DIRECT) };
+            }
+            other => unreachable!("{other}"),
+        }
+        // SAFETY: ends the process before the harness does what no monitor does.
+        unsafe { libc::_exit(0) }
+    }
+
+    #[test]
+    fn a_monitor_makes_threads_and_reads_and_neither_forks_nor_writes_files() {
+        if let Ok(name) = std::env::var(ATTEMPT) {
+            return attempt(&name);
+        }
+        let forbidden = Some(seccomp::VIOLATION_EXIT_CODE);
+        for (name, expected) in [
+            ("what is allowed", Some(0)),
+            ("a process", forbidden),
+            ("a namespace", forbidden),
+            ("to write", forbidden),
+            ("to make", forbidden),
+            ("another's flags", forbidden),
+        ] {
+            let this = std::env::current_exe().expect("a path");
+            let test = "confine::tests::a_monitor_makes_threads_and_reads_and_neither_forks_nor_writes_files";
+            let mut command = Command::new(this);
+            command.args(["--exact", test, "--nocapture"]);
+            let output = command.env(ATTEMPT, name).output().expect("a process");
+            assert_eq!(output.status.code(), expected, "{name}: {output:?}");
         }
     }
 

@@ -26,6 +26,13 @@ const ENTRIES_MAX: u32 = 64;
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 
+/// The network device's kind (virtio 1.2, 5).
+const NETWORK: u32 = 1;
+/// Bytes before each frame.
+const VNET_HEADER_BYTES: usize = 12;
+/// Shortest buffer for a frame that the device need not refuse: header, Ethernet's own, MTU.
+const RECEIVE_BYTES_MIN: usize = VNET_HEADER_BYTES + 14 + 1500;
+
 /// How the buffers of a request to one kind of device look: what the device reads of it, and how much it may write.
 struct Kind {
     device: u32,
@@ -34,7 +41,12 @@ struct Kind {
 }
 
 /// One more device is one more row; of devices that have none only registers are poked.
-const KINDS: [Kind; 3] = [
+const KINDS: [Kind; 4] = [
+    Kind {
+        device: NETWORK,
+        queues: 2,
+        request: network,
+    },
     Kind {
         device: 2,
         queues: 1,
@@ -108,6 +120,47 @@ fn vsock(dice: &mut Dice, queue: u32) -> (Vec<u8>, usize) {
     packet.extend((dice.edge(32) as u32).to_le_bytes());
     packet.extend(dice.bytes(length));
     (packet, 0)
+}
+
+/// Frames of any length and content under any header; every other one is a datagram that the host hears (harness/net.rs).
+fn network(dice: &mut Dice, queue: u32) -> (Vec<u8>, usize) {
+    if queue == 0 {
+        return (Vec::new(), RECEIVE_BYTES_MIN + dice.index(2000));
+    }
+    let mut packet = dice.bytes(VNET_HEADER_BYTES);
+    if dice.in_thousand(500) {
+        let length = dice.index(2000);
+        packet.extend(dice.bytes(length));
+    } else {
+        let length = dice.index(1400);
+        packet.extend(datagram(&dice.bytes(length)));
+    }
+    (packet, 0)
+}
+
+/// A frame with a UDP datagram from the guest's address to the host's (thaw-agent-protocol's `network`).
+fn datagram(payload: &[u8]) -> Vec<u8> {
+    let length = |headers: usize| ((headers + payload.len()) as u16).to_be_bytes();
+    let mut ip = [
+        0x45, 0, 0, 0, 0, 0, 0, 0, 64, 17, 0, 0, 172, 31, 255, 2, 172, 31, 255, 1,
+    ];
+    ip[2..4].copy_from_slice(&length(28));
+    let words = ip.as_chunks::<2>().0.iter();
+    let sum: u32 = words.map(|word| u32::from(u16::from_be_bytes(*word))).sum();
+    let sum = (sum & 0xffff) + (sum >> 16);
+    ip[10..12].copy_from_slice(&(!(sum as u16)).to_be_bytes());
+    let mut frame = b"\x06THAW\x01\x06THAW\x02\x08\x00".to_vec();
+    frame.extend(ip);
+    for field in [
+        7001u16.to_be_bytes(),
+        7000u16.to_be_bytes(),
+        length(8),
+        [0; 2],
+    ] {
+        frame.extend(field);
+    }
+    frame.extend(payload);
+    frame
 }
 
 /// A mapping of `length` bytes, for ever.
@@ -187,8 +240,22 @@ struct Queue {
     readable: Vec<Page>,
     entries: u16,
     made_available: u16,
+    /// The device's index of used chains when it was last looked at.
+    used: u16,
+    /// Chains that the device gave back, since ever.
+    answered: u64,
     /// The device knows of it.
     is_up: bool,
+}
+
+impl Queue {
+    /// How many chains the device has not given back.
+    fn waiting(&mut self) -> u16 {
+        let used = self.page.half(USED + 2);
+        self.answered += u64::from(used.wrapping_sub(self.used));
+        self.used = used;
+        self.made_available.wrapping_sub(used)
+    }
 }
 
 /// A window and its device.
@@ -223,6 +290,8 @@ impl Window {
                 readable: (0..ENTRIES_MAX / 2).map(|_| Page::new()).collect(),
                 entries: 0,
                 made_available: 0,
+                used: 0,
+                answered: 0,
                 is_up: false,
             };
             let queues = (0..kind.map_or(0, |kind| kind.queues))
@@ -234,6 +303,16 @@ impl Window {
                 ..window
             });
         }
+    }
+
+    /// The device's number and how many chains of each queue came back.
+    fn answered(&mut self) -> String {
+        let device = self.read(8);
+        let counts = self.queues.iter_mut().map(|queue| {
+            queue.waiting();
+            queue.answered.to_string()
+        });
+        format!(" {device}={}", counts.collect::<Vec<_>>().join("/"))
     }
 
     fn read(&self, register: usize) -> u32 {
@@ -299,8 +378,10 @@ impl Window {
             let most = self.read(0x34).clamp(1, ENTRIES_MAX).ilog2();
             let entries = 1u16 << dice.range(0, u64::from(most));
             let queue = &mut self.queues[index];
+            queue.waiting();
             queue.page.write(0, &[0; PAGE_BYTES]);
-            (queue.entries, queue.made_available, queue.is_up) = (entries, 0, true);
+            (queue.entries, queue.made_available, queue.used) = (entries, 0, 0);
+            queue.is_up = true;
             let address = queue.page.address;
             self.write(0x38, u32::from(entries));
             for (register, offset) in [(0x80, 0), (0x90, AVAILABLE as u64), (0xa0, USED as u64)] {
@@ -319,7 +400,7 @@ impl Window {
         };
         let index = dice.index(self.queues.len());
         let queue = &mut self.queues[index];
-        let waiting = queue.made_available.wrapping_sub(queue.page.half(USED + 2));
+        let waiting = queue.waiting();
         // Each chain has two descriptors of its own, lest a later one makes nonsense of one that waits.
         let chains = queue.entries / 2;
         if !queue.is_up || waiting >= chains {
@@ -460,9 +541,11 @@ pub fn poke(manner: &str, seconds: u64, seed: u64) -> ! {
         }
         count += 1;
     }
+    let answered = windows.iter_mut().map(Window::answered).collect::<Vec<_>>();
     serial.say(&format!(
-        "\npoked {count} times at {} windows\n",
-        windows.len()
+        "\npoked {count} times at {} windows, chains answered:{}\n",
+        windows.len(),
+        answered.concat()
     ));
     loop {
         thread::park();

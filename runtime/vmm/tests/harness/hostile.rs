@@ -1,14 +1,15 @@
 //! Guests that mean harm (`tests/guest/poke.rs`), and what becomes of their monitors and neighbours: nothing.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{Read as _, Write as _};
 use std::time::{Duration, Instant};
 
 use thaw_vmm::devices::HEAP_BYTES_MAX;
-use thaw_vmm_control::{ExitReason, Reply, Request};
+use thaw_vmm_control::{Disk, ExitReason, Reply, Request, RestoreRequest};
 
-use crate::monitor::Monitor;
-use crate::rewind::{Frozen, frozen};
+use crate::guest::{disk_of, ext4};
+use crate::monitor::{Monitor, copy_on_write, read_only, stored};
+use crate::net::Slot;
 
 /// How long a guest pokes when nobody says how long.
 const SECONDS: u64 = 10;
@@ -20,11 +21,44 @@ const GUEST_KIB: u64 = 256 * 1024;
 /// for pages of code and stacks that were not touched before.
 const GROWTH_KIB_MAX: u64 = 2 * HEAP_BYTES_MAX as u64 / 1024;
 
-fn running(frozen: &Frozen) -> Monitor {
-    let mut monitor = Monitor::restore(&frozen.snapshot, &frozen.disks, &[&frozen.shared]);
-    monitor.done(&Request::Resume, &[]);
-    assert_eq!(monitor.command("ping 0"), "pong 0");
-    monitor
+/// A guest with one of each device, frozen.
+struct Frozen {
+    snapshot: File,
+    disks: Vec<Disk>,
+    shared: File,
+}
+
+impl Frozen {
+    fn new() -> Self {
+        let (shared, overlay) = (disk_of(b'r', 1 << 20), ext4());
+        let disks = [
+            (read_only("shared"), &shared),
+            (copy_on_write("overlay"), &overlay),
+        ];
+        let slot = Slot::new();
+        let mut monitor = Monitor::boot_with("vmlinux", 1, &disks, Some(&slot.tap));
+        let snapshot = monitor.freeze();
+        monitor.quit();
+        let disks = vec![read_only("shared"), stored(&copy_on_write("overlay"))];
+        Self {
+            snapshot,
+            disks,
+            shared,
+        }
+    }
+
+    fn running(&self, slot: &Slot) -> Monitor {
+        let mut monitor = Monitor::start();
+        let request = Request::Restore(RestoreRequest {
+            disks: self.disks.clone(),
+            resume: true,
+            has_tap: true,
+            ..Default::default()
+        });
+        monitor.done(&request, &[&self.snapshot, &self.shared, &slot.tap]);
+        assert_eq!(monitor.command("ping 0"), "pong 0");
+        monitor
+    }
 }
 
 /// What a monitor holds without its guest's memory, KiB, and how many descriptors it has.
@@ -74,9 +108,9 @@ fn chat(monitor: &mut Monitor, number: u64) -> u64 {
 }
 
 /// Guests that break their devices, one after another.
-#[derive(Default)]
 struct Wild {
     present: Option<Monitor>,
+    slot: Slot,
     seed: u64,
     ends: Vec<ExitReason>,
 }
@@ -84,10 +118,11 @@ struct Wild {
 impl Wild {
     /// Begins one, or looks at the one that there is: how it ends is its own fault, and its monitor is well.
     fn look(&mut self, frozen: &Frozen, is_over: bool) {
+        self.slot.chat();
         let Some(mut monitor) = self.present.take() else {
             if !is_over {
                 self.seed += 1;
-                let mut monitor = running(frozen);
+                let mut monitor = frozen.running(&self.slot);
                 monitor.tell(&format!("poke wild {PATIENCE_SECONDS} {}", self.seed));
                 self.present = Some(monitor);
             }
@@ -117,18 +152,27 @@ impl Wild {
 #[test]
 fn a_hostile_guest_harms_neither_its_monitor_nor_its_neighbours() {
     let seconds = std::env::var("THAW_POKE_SECONDS").map_or(SECONDS, |text| text.parse().unwrap());
-    let frozen = frozen(1);
-    let (mut neighbour, mut hostile) = (running(frozen), running(frozen));
+    let seed = std::env::var("THAW_POKE_SEED").map_or(1, |text| text.parse().unwrap());
+    let frozen = Frozen::new();
+    let slots = [Slot::new(), Slot::new()];
+    let [mut neighbour, mut hostile] = slots.each_ref().map(|slot| frozen.running(slot));
     let (kib_before, fds_before) = held(&hostile);
-    hostile.tell(&format!("poke gentle {seconds} 1"));
+    hostile.tell(&format!("poke gentle {seconds} {seed}"));
     let until = Instant::now() + Duration::from_secs(seconds);
     let patience = until + Duration::from_secs(PATIENCE_SECONDS);
-    let (mut rounds, mut heard, mut kib_most, mut wild) = (0, 0, 0, Wild::default());
+    let (mut rounds, mut heard, mut datagrams, mut kib_most) = (0, 0, 0, 0);
+    let mut wild = Wild {
+        present: None,
+        slot: Slot::new(),
+        seed,
+        ends: Vec::new(),
+    };
     let said = loop {
         rounds += 1;
         let answer = neighbour.command(&format!("ping {rounds}"));
         assert_eq!(answer, format!("pong {rounds}"));
         heard += chat(&mut hostile, rounds);
+        datagrams += slots[1].chat();
         let (kib, fds) = held(&hostile);
         kib_most = kib_most.max(kib);
         assert!(
@@ -139,7 +183,7 @@ fn a_hostile_guest_harms_neither_its_monitor_nor_its_neighbours() {
         if let Some(exit) = hostile.has_ended() {
             panic!("{:?}: {}", exit.reason, exit.detail);
         }
-        wild.look(frozen, Instant::now() > until);
+        wild.look(&frozen, Instant::now() > until);
         let console = hostile.status().console;
         let said = console.rsplit_once("\npoked ").map(|(_, said)| said);
         if let Some(said) = said.filter(|said| said.contains('\n') && wild.present.is_none()) {
@@ -158,17 +202,35 @@ fn a_hostile_guest_harms_neither_its_monitor_nor_its_neighbours() {
         std::thread::sleep(Duration::from_millis(50));
     };
     println!(
-        "poked {said}; {heard} bytes heard; monitor {kib_before} kib before, {kib_most} at most; \
+        "poked {said}; {heard} bytes and {datagrams} datagrams heard; monitor {kib_before} kib before, {kib_most} at most; \
          {fds_before} descriptors; neighbour answered {rounds} times; wild guests ended: {:?}",
         wild.ends
     );
+    let answered = said.split_once("answered: ").unwrap().1;
+    let devices: Vec<&str> = answered.split(' ').collect();
+    assert_eq!(devices.len(), 5, "two disks, vsock, rng, network");
+    for device in devices {
+        let counts = device.split_once('=').unwrap().1.split('/');
+        let idle: Vec<&str> = counts.filter(|count| *count == "0").collect();
+        // The socket's event queue is never used.
+        let idle_expected = usize::from(device.starts_with("19="));
+        assert_eq!(idle.len(), idle_expected, "a ring was not served: {said}");
+    }
+    assert!(datagrams > 0, "no frame of its rings left the guest");
     assert!(
         wild.ends.contains(&ExitReason::GuestFault),
         "nothing broke: {:?}",
         wild.ends
     );
     // It obeys as any monitor does: its guest is stopped, saved as it is, and gone.
-    hostile.freeze();
+    let asked = Instant::now();
+    hostile.done(&Request::Pause, &[]);
+    let paused = asked.elapsed();
+    hostile.save();
+    println!(
+        "paused in {paused:.1?}, saved {:.1?} later",
+        asked.elapsed() - paused
+    );
     hostile.quit();
     neighbour.quit();
 }

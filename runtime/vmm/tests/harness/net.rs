@@ -22,8 +22,9 @@ const GUEST_PORT: u16 = 7001;
 const PATIENCE: Duration = Duration::from_secs(90);
 
 /// One end of a network: a tap, and sockets at the gateway's address. The namespace lives as long as they do.
-struct Slot {
-    tap: File,
+pub struct Slot {
+    /// The monitor's end.
+    pub tap: File,
     datagrams: UdpSocket,
     streams: TcpListener,
 }
@@ -104,9 +105,27 @@ fn make_here() -> Slot {
 }
 
 impl Slot {
-    fn new() -> Self {
+    /// A network of its own.
+    pub fn new() -> Self {
         // A thread's namespace cannot be left again: the thread is given up with it.
         thread::spawn(make_here).join().unwrap()
+    }
+
+    /// Takes the datagrams that have come, and sends each of two lengths to whoever listens on the tap, asking nobody for an address.
+    pub fn chat(&self) -> u64 {
+        self.datagrams.set_nonblocking(true).unwrap();
+        let mut heard = 0;
+        while self.datagrams.recv_from(&mut [0; 2048]).is_ok() {
+            heard += 1;
+        }
+        self.datagrams.set_broadcast(true).unwrap();
+        for length in [1, 1400] {
+            // A full queue takes none.
+            let _ = self
+                .datagrams
+                .send_to(&vec![7; length], (Ipv4Addr::BROADCAST, GUEST_PORT));
+        }
+        heard
     }
 
     /// The guest's next datagram and where it came from.
