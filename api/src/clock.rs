@@ -16,10 +16,20 @@ pub fn unix_ms() -> i64 {
 /// asked, and the time since. For what is due or has an age.
 #[must_use]
 pub fn steady_unix_ms() -> i64 {
-    static BEGAN: OnceLock<(i64, Instant)> = OnceLock::new();
     let (began, at) = BEGAN.get_or_init(|| (unix_ms(), Instant::now()));
     began.saturating_add(i64::try_from(at.elapsed().as_millis()).unwrap_or(i64::MAX))
 }
+
+/// How long ago that moment of [`steady_unix_ms`] was, milliseconds, as far as this process has lived since: between its life and the
+/// last one's the wall clock may have been set, and nothing could be done about what waits.
+#[must_use]
+pub fn lived_since(unix_ms: i64) -> i64 {
+    let now = steady_unix_ms();
+    let (began, _) = BEGAN.get_or_init(|| (now, Instant::now()));
+    now.saturating_sub(unix_ms.max(*began))
+}
+
+static BEGAN: OnceLock<(i64, Instant)> = OnceLock::new();
 
 /// Seconds since the Unix epoch, as service models write time stamps.
 #[must_use]
@@ -62,6 +72,14 @@ fn format(unix_ms: i64, pattern: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_of_an_earlier_life_is_as_old_as_this_one() {
+        let day = 24 * 60 * 60 * 1000;
+        let before = steady_unix_ms() - day;
+        assert!(lived_since(before) < day, "the clock was set forward");
+        assert!(lived_since(steady_unix_ms() + day) < 0, "and back");
+    }
 
     #[test]
     fn times_are_written_as_lambda_writes_them() {

@@ -294,8 +294,8 @@ async fn attempt(app: Arc<App>, function: Arc<LiveFunction>, place: Place) {
         }
     };
     let config = config(&function, event.qualifier.as_deref());
-    let age = clock::steady_unix_ms() - event.received_unix_ms;
-    let attempt = if event.url.is_none() && outcome::is_too_old(&config, age) {
+    let age = || clock::lived_since(event.received_unix_ms);
+    let attempt = if event.url.is_none() && outcome::is_too_old(&config, age()) {
         Attempt::TooOld
     } else {
         match &event.url {
@@ -314,7 +314,7 @@ async fn attempt(app: Arc<App>, function: Arc<LiveFunction>, place: Place) {
         &app.limits.event_retries,
         attempt,
         &arn,
-        clock::steady_unix_ms(),
+        (clock::steady_unix_ms(), age()),
     );
     Point::EventAttempted.reached();
     settle(&app, &function, event, next).await;

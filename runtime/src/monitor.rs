@@ -3,12 +3,14 @@
 use std::convert::Infallible;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use command_fds::{CommandFdExt as _, FdMapping};
+use rustix::process::Signal;
 use thaw_jail::{Cell, JAIL_ARGUMENT, Jailer, JailerError, Limits};
 use thaw_vmm_control::wire::{self, Read, Receiver, WireError};
 use thaw_vmm_control::{
@@ -497,7 +499,7 @@ impl Monitor {
     fn reason(&self) -> String {
         let cell = self.process.as_ref().and_then(|p| p.cell.as_ref());
         if cell.is_some_and(Cell::ran_out_of_memory) {
-            return ": it has used all of the memory that its VM, its disk and the monitor itself may use".into();
+            return ": it has used all of the memory that its VM, its disk and the monitor itself may use: give the function more memory, or let it write less to its disk".into();
         }
         self.stderr
             .lock()
@@ -518,9 +520,27 @@ impl Monitor {
         {
             self.stderr_reader = None;
         }
-        HostError::Died {
-            stderr: self.reason(),
+        let mut stderr = self.reason();
+        if stderr.is_empty()
+            && let Some(process) = &mut self.process
+            && let Ok(Ok(status)) =
+                tokio::time::timeout(LAST_WORDS_LIMIT, process.child.wait()).await
+        {
+            stderr = wordless_end(status);
         }
+        HostError::Died { stderr }
+    }
+}
+
+/// What can be said of a process that said nothing.
+fn wordless_end(status: ExitStatus) -> String {
+    match status.signal() {
+        // mmap(2): memory beyond the end of the file that it is mapped from, or whose bytes cannot be read.
+        Some(signal) if signal == Signal::BUS.as_raw() => {
+            ": a file that its memory is mapped from was cut off or cannot be read (SIGBUS)".into()
+        }
+        Some(signal) => format!(": it was killed by signal {signal}"),
+        None => String::new(),
     }
 }
 

@@ -5,6 +5,8 @@
 //! `THAW_TEST_SNAPSHOT`, if set, is where the snapshot goes, and is taken from there when it exists already.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+#[path = "sandbox/faults.rs"]
+mod faults;
 #[path = "sandbox/jail.rs"]
 mod jail;
 

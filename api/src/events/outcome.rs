@@ -72,7 +72,7 @@ pub fn is_too_old(config: &EventConfig, age_ms: i64) -> bool {
     age_ms > i64::from(limit) * 1000
 }
 
-/// What follows.
+/// What follows now, when the event has this age in milliseconds.
 #[must_use]
 pub fn decide(
     event: &Event,
@@ -80,9 +80,8 @@ pub fn decide(
     retries: &Retries,
     attempt: Attempt,
     arn: &str,
-    now: i64,
+    (now, age): (i64, i64),
 ) -> Next {
-    let age = now - event.received_unix_ms;
     match attempt {
         Attempt::Delivered => Next::End(None),
         Attempt::Unreachable(reason) => {
@@ -235,7 +234,14 @@ mod tests {
     }
 
     fn follows(event: &Event, config: &EventConfig, attempt: Attempt) -> Next {
-        decide(event, config, &Retries::default(), attempt, ARN, 5000)
+        decide(
+            event,
+            config,
+            &Retries::default(),
+            attempt,
+            ARN,
+            (5000, 5000 - event.received_unix_ms),
+        )
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::Parser;
-use thaw_api::gateway::{Confinement, Gateway, GatewayConfig};
+use thaw_api::gateway::{Confinement, Exposure, Gateway, GatewayConfig};
 use thaw_runtime::{Point, arm};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -25,6 +25,9 @@ struct Args {
     vmm: PathBuf,
     #[arg(long, default_value = "thaw-agent")]
     agent: PathBuf,
+    /// What makes networks. With it monitors are real ones: in their jails, with guests. Serves whom the lab forwards, too.
+    #[arg(long)]
+    egress: Option<PathBuf>,
     /// The file that names the point at which it is to die, when there is one.
     #[arg(long, default_value = "never")]
     trigger: PathBuf,
@@ -49,10 +52,18 @@ fn main() -> anyhow::Result<ExitCode> {
 }
 
 async fn serve(args: Args) -> anyhow::Result<ExitCode> {
-    let listener = TcpListener::bind(("127.0.0.1", args.port)).await?;
+    let address = match args.egress {
+        Some(_) => "0.0.0.0",
+        None => "127.0.0.1",
+    };
+    let listener = TcpListener::bind((address, args.port)).await?;
     let home = args.home.context("no home")?;
     let mut config = GatewayConfig::new(home, listener, args.vmm, args.agent);
-    config.confinement = Confinement::Nothing;
+    match args.egress {
+        Some(_) => config.exposure = Exposure::ForwardedLoopback,
+        None => config.confinement = Confinement::Nothing,
+    }
+    config.egress = args.egress;
     config.ready_count = 1;
     let gateway = Gateway::start(config).await?;
     let mut told = signal(SignalKind::terminate())?;

@@ -68,8 +68,8 @@ class Mortal(Gateway):
         return self.until_served()
 
     def until_served(self):
-        until(lambda: self.process.poll() is not None or self.is_healthy(), "the gateway serves")
-        assert self.process.poll() is None, (self.home / "log").read_text()[-3000:]
+        until(lambda: self.is_dead() or self.is_healthy(), "the gateway serves")
+        assert not self.is_dead(), (self.home / "log").read_text()[-3000:]
         self.lambda_ = self.client()
         return self
 
