@@ -43,13 +43,23 @@ impl Networks {
 
     /// A fresh slot, within `limit`. One that is ready costs a message and no call that configures a network.
     pub(crate) async fn plug(&self, policy: &Policy, limit: Duration) -> Result<Plug, HostError> {
-        let egress = self.egress().await.map_err(HostError::Network)?;
+        let taken = match self.take(policy, limit).await {
+            // It has died since a slot was last taken; no life has begun with it, and another process may do better.
+            Err(EgressError::Ended(_) | EgressError::Protocol) => self.take(policy, limit).await,
+            taken => taken,
+        };
+        taken.map_err(HostError::Network)
+    }
+
+    async fn take(&self, policy: &Policy, limit: Duration) -> Result<Plug, EgressError> {
+        let egress = self.egress().await?;
         let taken = egress.take(policy, limit).await;
         if matches!(taken, Err(EgressError::Ended(_) | EgressError::Protocol)) {
-            // The next one starts it again.
-            *self.current.lock().await = None;
+            let mut current = self.current.lock().await;
+            // Not one that somebody else has started meanwhile: it would end with every slot of it.
+            current.take_if(|it| it.pid() == egress.pid());
         }
-        let (slot, tap) = taken.map_err(HostError::Network)?;
+        let (slot, tap) = taken?;
         let socket = Socket { egress, slot };
         Ok(Plug { socket, tap })
     }

@@ -1,6 +1,6 @@
 """Keeps the gateway of test_kills_vm.py where its monitors run, as root: in the lab, or on this machine. Standard library only.
 
-Commands come by lines: "start POINT", "stop", "kill", "dead", "look", each answered with one line of JSON that begins with "keeper: "."""
+Commands come by lines: "start POINT", "stop", "kill", "dead", "look", "end PROGRAM", each answered with one line of JSON that begins with "keeper: "."""
 
 import json
 import os
@@ -22,11 +22,15 @@ def text(path):
         return ""
 
 
+def pids_of(*programs):
+    """Of an ended process that nobody has waited for, nothing is left."""
+    pids = [pid for pid in os.listdir("/proc") if pid.isdigit() and "State:\tZ" not in text(f"/proc/{pid}/status")]
+    return sorted(int(pid) for pid in pids if pathlib.PurePath(text(f"/proc/{pid}/cmdline").split("\0")[0]).name in programs)
+
+
 def look():
-    """All that a gateway makes outside its home. Of an ended process that nobody has waited for, nothing is left."""
-    pids = [pid for pid in os.listdir("/proc") if pid.isdigit() and text(f"/proc/{pid}/status").find("State:\tZ") < 0]
-    names = {pid: pathlib.PurePath(text(f"/proc/{pid}/cmdline").split("\0")[0]).name for pid in pids}
-    networks = set()
+    """All that a gateway makes outside its home."""
+    pids, networks = [pid for pid in os.listdir("/proc") if pid.isdigit()], set()
     for pid in pids:
         try:
             networks.add(os.readlink(f"/proc/{pid}/ns/net"))
@@ -34,7 +38,7 @@ def look():
             pass
     cells = [folder for tree in pathlib.Path("/sys/fs/cgroup").glob("**/thaw-*") for folder in [tree, *tree.glob("vm-*")]]
     return {
-        "processes": sorted(int(pid) for pid, name in names.items() if name in PROGRAMS),
+        "processes": pids_of(*PROGRAMS),
         "networks": len(networks),
         "links": sorted(os.listdir("/sys/class/net")),
         "named networks": sorted(os.listdir("/run/netns")) if os.path.isdir("/run/netns") else [],
@@ -61,6 +65,9 @@ for line in sys.stdin:
         answer = process.wait()
     elif what == "dead":
         answer = process.poll() if process else None
+    elif what == "end":  # all processes of that program
+        for pid in pids_of(point):
+            os.kill(pid, signal.SIGKILL)
     elif what == "look":
         answer = look()
     print("keeper: " + json.dumps(answer), flush=True)

@@ -90,6 +90,8 @@ def test_a_gateway_that_is_killed_with_real_guests_leaves_nothing_and_keeps_its_
     kept.cli("deploy", tmp_path)
     kept.functions["kept"] = {"memory": {128}, "versions": set(), "alias": None}
     kept.invoke("kept")
+    kept.tell("end thaw-egress")
+    kept.invoke("kept")  # which starts it again
     kept.tell("arm freeze.saved")
     with pytest.raises((BotoCoreError, OSError)):
         kept.create("late")  # acknowledged, then killed while the new function's monitor is there
