@@ -3,6 +3,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -28,20 +29,26 @@ impl PendingFile {
             .file_name()
             .ok_or(io::ErrorKind::InvalidInput)?
             .to_string_lossy();
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let temporary =
-            target.with_file_name(format!(".{name}{MARK}{}-{number}", std::process::id()));
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .open(&temporary)?;
-        Ok(Self {
-            file,
-            temporary,
-            target: target.to_owned(),
-            committed: false,
-        })
+        loop {
+            let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+            let temporary =
+                target.with_file_name(format!(".{name}{MARK}{}-{number}", std::process::id()));
+            let file = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create_new(true)
+                .open(&temporary)?;
+            // Whoever tidies up leaves alone what is locked; he may have come before this lock.
+            file.lock()?;
+            if file.metadata()?.nlink() > 0 {
+                return Ok(Self {
+                    file,
+                    temporary,
+                    target: target.to_owned(),
+                    committed: false,
+                });
+            }
+        }
     }
 
     /// The file, to be written.
@@ -94,7 +101,8 @@ pub fn is_temporary(name: &str) -> bool {
     name.starts_with('.') && name.contains(MARK)
 }
 
-/// Removes what a crash left in `folder`; returns how many files that were. Call it only while nobody writes there.
+/// Removes what a crash left in `folder`; returns how many files that were. What somebody is writing stays: it is locked (flock(2)), for as long
+/// as anybody holds a descriptor of it.
 ///
 /// # Errors
 /// The folder cannot be read, or a file cannot be removed.
@@ -102,7 +110,8 @@ pub fn remove_stale(folder: &Path) -> io::Result<usize> {
     let mut removed = 0;
     for entry in fs::read_dir(folder)? {
         let entry = entry?;
-        if entry.file_name().to_str().is_some_and(is_temporary) {
+        let is_nobodys = || File::open(entry.path()).is_ok_and(|file| file.try_lock().is_ok());
+        if entry.file_name().to_str().is_some_and(is_temporary) && is_nobodys() {
             fs::remove_file(entry.path())?;
             removed += 1;
         }

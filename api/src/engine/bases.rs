@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
 use thaw_runtime::{BaseRequest, FreezeRequest, Point};
-use thaw_snapshot::Snapshot;
+use thaw_snapshot::{Snapshot, commit};
 
 const BASES_FOLDER: &str = "bases";
 const CODE_FILE: &str = "no-code.erofs";
@@ -64,7 +64,7 @@ pub fn request(home: &Path, request: &FreezeRequest) -> BaseRequest {
     }
 }
 
-/// Removes each base that no snapshot below `home` is a difference from and that has been so for an hour.
+/// Removes each base that no snapshot below `home` is a difference from and that has been so for an hour, and what a crash left of others.
 ///
 /// # Errors
 /// A folder that cannot be read or removed.
@@ -91,6 +91,8 @@ pub fn remove_unused(home: &Path) -> io::Result<()> {
             Point::BaseUnused.reached();
             fs::remove_dir_all(&folder)?;
             Point::BaseRemoved.reached();
+        } else {
+            commit::remove_stale(&folder)?;
         }
     }
     Ok(())
@@ -172,6 +174,9 @@ mod tests {
             .map(|path| home.path().join(path));
         write(&deployed, 9, Some(&base("deployed")));
         write(&built, 9, Some(&base("built")));
+        let cut_off = base("deployed").with_file_name(".base.thaw.thaw-tmp-1-1");
+        fs::write(&cut_off, "").unwrap();
+        let in_work = commit::PendingFile::create(&base("new")).unwrap();
         for name in ["deployed", "built", "unused"] {
             age(&base(name));
         }
@@ -186,6 +191,8 @@ mod tests {
         };
         remove_unused(home.path()).unwrap();
         assert_eq!(left(), ["built", "deployed", "new"]);
+        assert!(!cut_off.exists());
+        in_work.commit().unwrap();
         fs::remove_file(&built).unwrap();
         remove_unused(home.path()).unwrap();
         assert_eq!(left(), ["deployed", "new"]);

@@ -30,11 +30,16 @@ fn inherited(fd: RawFd) -> Option<UnixStream> {
     Some(UnixStream::from(owned))
 }
 
-/// Ctrl-C and terminal stops are the gateway's business: it ends its monitors in order.
-fn ignore_terminal_signals() {
-    for signal in [libc::SIGINT, libc::SIGTTOU] {
+/// Ctrl-C and terminal stops are the gateway's business: it ends its monitors in order. A snapshot that is cut off under its guest ends this process by the
+/// signal for that (SIGBUS), which the gateway explains: Rust's own handler would make a system call that is forbidden by then.
+fn settle_signals() {
+    for (signal, what) in [
+        (libc::SIGINT, libc::SIG_IGN),
+        (libc::SIGTTOU, libc::SIG_IGN),
+        (libc::SIGBUS, libc::SIG_DFL),
+    ] {
         // SAFETY: sets a disposition that runs no code of ours.
-        unsafe { libc::signal(signal, libc::SIG_IGN) };
+        unsafe { libc::signal(signal, what) };
     }
 }
 
@@ -89,7 +94,7 @@ fn main() -> ExitCode {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .init();
-    ignore_terminal_signals();
+    settle_signals();
     if let Err(error) = confine(&orders) {
         tracing::error!(
             error = format!("{error:#}"),
