@@ -151,9 +151,14 @@ mod tests {
     #[test]
     fn what_a_crash_left_is_removed_and_nothing_else() {
         let folder = tempfile::tempdir().unwrap();
-        std::mem::forget(PendingFile::create(&folder.path().join("a.thaw")).unwrap());
-        fs::write(folder.path().join("b.thaw"), b"").unwrap();
+        let mut left = PendingFile::create(&folder.path().join("a.thaw")).unwrap();
+        left.committed = true; // it is not removed when its process ends
+        let written = PendingFile::create(&folder.path().join("b.thaw")).unwrap();
+        assert_eq!(remove_stale(folder.path()).unwrap(), 0);
+        drop(left);
         assert_eq!(remove_stale(folder.path()).unwrap(), 1);
+        written.commit().unwrap();
         assert!(folder.path().join("b.thaw").exists());
+        assert_eq!(remove_stale(folder.path()).unwrap(), 0);
     }
 }

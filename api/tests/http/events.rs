@@ -1,14 +1,11 @@
 //! Asynchronous invocations: the queue, attempts, destinations.
 
-use std::path::Path;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use axum::Router;
 use axum::http::StatusCode;
 use axum::routing::post;
 use serde_json::{Value, json};
-use thaw_api::gateway::GatewayConfig;
 
 use super::server::{Answer, Server};
 use super::{FUNCTIONS, good, refused};
@@ -21,17 +18,6 @@ async fn send(server: &Server, name: &str, event: &Value) -> Answer {
     let kind = [("X-Amz-Invocation-Type", "Event")];
     let event = event.to_string();
     server.send("POST", &path, &kind, event.as_bytes()).await
-}
-
-/// Between two gateways the clock is set forward, beyond the age at which an event is given up.
-fn a_day_passes_for_events(home: &Path) {
-    let database = rusqlite::Connection::open(home.join(GatewayConfig::DATABASE)).unwrap();
-    // As gateways open it: what one of them leaves has no shared memory.
-    let own = "PRAGMA locking_mode = EXCLUSIVE";
-    database.query_row(own, [], |_| Ok(())).unwrap();
-    database.busy_timeout(Duration::from_secs(10)).unwrap();
-    let earlier = "UPDATE events SET document = json_set(document, '$.received_unix_ms', document ->> '$.received_unix_ms' - 86400000)";
-    assert_eq!(database.execute(earlier, []).unwrap(), 20);
 }
 
 async fn configure(server: &Server, config: &Value) -> Answer {
@@ -88,9 +74,7 @@ async fn acknowledged_events_survive_a_restart_and_reach_their_destination() {
         "f is not there yet"
     );
 
-    let home = server.stop().await;
-    a_day_passes_for_events(home.path());
-    let server = Server::start_in(home).await;
+    let server = Server::start_in(server.stop().await).await;
     server
         .until(|server| server.machine.events_of("g").len() == 20)
         .await;
