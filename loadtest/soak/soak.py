@@ -55,6 +55,7 @@ def handler(event, context):
 '''
 FUNCTIONS = ("soak-a", "soak-large", "soak-network")
 NETWORKED = "soak-network"
+NETWORK = {"allow": [{"cidr": "192.0.2.0/24"}]}
 SAMPLE_SECONDS = 5
 # How much more there may be at the end than half way, when allocators are warm, and than before the load (logs, the database's free pages).
 GROWTH_OF_MEMORY = {"gateway_rss_kib": 10_000, "egress_rss_kib": 2_000}
@@ -65,11 +66,11 @@ GROWTH = {
 SETTLE_SECONDS = 60
 
 
-def zip_of(code):
+def zip_file(code):
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
         archive.writestr("app.py", code)
-    return out.getvalue()
+    return {"ZipFile": base64.b64encode(out.getvalue()).decode()}
 
 
 def comm(pid):
@@ -89,8 +90,8 @@ class Gateway:
         # Each function's newest revision whose deploy was acknowledged.
         self.revisions = dict.fromkeys(FUNCTIONS, 0)
 
-    def start(self):
-        command = [self.options.thaw, "--home", self.options.home, "up", "--listen", f"127.0.0.1:{self.port}", "--keep-alive", "20"]
+    def start(self, *more):
+        command = [self.options.thaw, "--home", self.options.home, "up", "--listen", f"127.0.0.1:{self.port}", "--keep-alive", "20", *more]
         with open(self.options.home.parent / "gateway.log", "ab") as log:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         deadline = time.monotonic() + 300
@@ -118,19 +119,23 @@ class Gateway:
 
     def deploy(self, name):
         revision = self.revisions[name] + 1
-        code = {"ZipFile": base64.b64encode(zip_of(f"{FUNCTION}REVISION = {revision}\n")).decode()}
+        code = f"{FUNCTION}REVISION = {revision}\n"
         if revision > 1:
-            self.json("PUT", f"/2015-03-31/functions/{name}/code", code)
+            self.json("PUT", f"/2015-03-31/functions/{name}/code", zip_file(code))
+            self.settled(name)
         else:
-            document = {
-                "FunctionName": name, "Runtime": "python3.11", "Handler": "app.handler", "Role": "arn:aws:iam::000000000000:role/soak", "Code": code,
-                "Timeout": 20, "MemorySize": 256 if name == "soak-large" else 128,
-            }  # fmt: skip
-            if name == NETWORKED:
-                document["ThawNetwork"] = {"allow": [{"cidr": "192.0.2.0/24"}]}
-            self.json("POST", "/2015-03-31/functions", document)
-        self.settled(name)
+            self.create(name, code, memory=256 if name == "soak-large" else 128, network=NETWORK if name == NETWORKED else None)
         self.revisions[name] = revision
+
+    def create(self, name, code, memory=128, timeout=20, network=None):
+        document = {
+            "FunctionName": name, "Runtime": "python3.11", "Handler": "app.handler", "Role": "arn:aws:iam::000000000000:role/soak", "Code": zip_file(code),
+            "Timeout": timeout, "MemorySize": memory,
+        }  # fmt: skip
+        if network:
+            document["ThawNetwork"] = network
+        self.json("POST", "/2015-03-31/functions", document)
+        self.settled(name)
 
     def settled(self, name):
         deadline = time.monotonic() + 300
