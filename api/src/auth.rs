@@ -24,7 +24,7 @@ pub mod keys;
 mod links;
 mod pages;
 pub mod quota;
-mod room;
+pub(crate) mod room;
 pub mod routes;
 pub mod signer;
 pub mod sigv4;

@@ -10,6 +10,9 @@ const MEMORY_PERCENT: u64 = 75;
 /// least as often as it computes; and one that only computes still has a quarter of a processor.
 const VCPUS_PER_CPU: u32 = 4;
 
+/// What a sandbox of the smallest function counts, MiB.
+const SMALLEST_MIB: u64 = 128 + 16;
+
 /// A machine whose memory is unknown is taken for a small one, MiB.
 const MEMORY_MIB_UNKNOWN: u64 = 4096;
 
@@ -35,6 +38,12 @@ impl Budget {
             total_mib.unwrap_or(MEMORY_MIB_UNKNOWN),
             u32::try_from(cpus).unwrap_or(u32::MAX),
         )
+    }
+
+    /// Most invocations that run at once, of the smallest functions.
+    #[must_use]
+    pub fn at_once(self) -> u64 {
+        u64::from(self.vcpus).min(self.memory_mib / SMALLEST_MIB)
     }
 
     fn of(total_mib: u64, cpus: u32) -> Self {
@@ -63,6 +72,8 @@ mod tests {
         assert_eq!(mib, 8192);
         let budget = Budget::of(mib, 2);
         assert_eq!((budget.memory_mib, budget.vcpus), (6144, 8));
+        assert_eq!(budget.at_once(), 8);
+        assert_eq!(Budget::of(mib, 64).at_once(), 6144 / 144);
         assert_eq!(total_mib("MemTotal: much"), None);
         assert!(Budget::of_this_machine().vcpus >= VCPUS_PER_CPU);
     }

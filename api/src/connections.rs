@@ -5,7 +5,8 @@
 //! the answer; so a client that stalls or trickles ends, and holds up nobody before. HTTP/1.1 alone is spoken.
 //!
 //! **Invariant:** what a connection may hold is bounded, and so is their number
-//! (`ten_thousand_idle_connections_are_held_while_requests_are_served`, `a_connection_too_many_is_refused_at_once`).
+//! (`ten_thousand_idle_connections_are_held_while_requests_are_served`, `a_connection_too_many_is_refused_at_once`); one address leaves
+//! the others half (`one_address_has_half_of_the_connections_and_this_machine_all`).
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -29,7 +30,6 @@ use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
@@ -41,10 +41,12 @@ use crate::tls::Tls;
 
 pub mod arriving;
 pub mod pace;
+pub mod places;
 pub mod watched;
 
 use arriving::Arriving;
 use pace::Patience;
+use places::{Full, Place, Places};
 use watched::{Activity, Busy, Watched};
 
 /// Longest path and query of a request, bytes.
@@ -62,7 +64,7 @@ const OTHER_DESCRIPTORS: u64 = 4096;
 /// Limits of connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ConnectionLimits {
-    /// Open connections; one more is refused. Fewer when this process may not have that many files open.
+    /// Open connections, of which one address has half at most; one more is refused. Fewer when this process may not have that many files open.
     pub count_max: usize,
     /// Longest time between two requests, and before the first.
     pub idle: Duration,
@@ -112,7 +114,7 @@ pub async fn serve(
         stop: stop.clone(),
         complaints: Mutex::default(),
     });
-    let (places, mut connections) = (Arc::new(Semaphore::new(count_max)), JoinSet::new());
+    let (places, mut connections) = (Places::new(count_max), JoinSet::new());
     let served = tokio::select! {
         error = door.accept_all(&listener, &places, &mut connections) => Err(error),
         () = shutdown => Ok(()),
@@ -171,17 +173,17 @@ impl Door {
     async fn accept_all(
         self: &Arc<Self>,
         listener: &TcpListener,
-        places: &Arc<Semaphore>,
+        places: &Arc<Places>,
         connections: &mut JoinSet<()>,
     ) -> io::Error {
         loop {
             tokio::select! {
                 accepted = listener.accept() => match accepted {
-                    Ok((stream, address)) => match Arc::clone(places).try_acquire_owned() {
+                    Ok((stream, address)) => match places.take(address.ip()) {
                         Ok(place) => {
                             connections.spawn(Arc::clone(self).admit(stream, address, place));
                         }
-                        Err(_) => self.refuse(&stream),
+                        Err(full) => self.refuse(&stream, address, full),
                     },
                     Err(error) if is_final(&error) => return error,
                     Err(error) if is_the_clients(&error) => {}
@@ -196,9 +198,15 @@ impl Door {
     }
 
     /// Says that there are too many, as far as that goes without waiting.
-    fn refuse(self: &Arc<Self>, stream: &TcpStream) {
+    fn refuse(self: &Arc<Self>, stream: &TcpStream, address: SocketAddr, full: Full) {
+        let whose = match full {
+            Full::All => "This gateway",
+            Full::Sender => "Your address",
+        };
         if self.tls.is_none() {
-            let body = r#"{"Type":"Service","message":"This gateway has as many connections as it may have. Try again later."}"#;
+            let body = format!(
+                r#"{{"Type":"Service","message":"{whose} has as many connections as it may have. Try again later."}}"#
+            );
             let answer = format!(
                 "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nx-amzn-errortype: ServiceUnavailableException\r\n\
                  retry-after: 1\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
@@ -207,7 +215,10 @@ impl Door {
             // The buffer of a new connection is empty.
             let _ = stream.try_write(answer.as_bytes());
         }
-        self.complain("there are as many as there may be".to_owned());
+        self.complain(match full {
+            Full::All => "there are as many as there may be".to_owned(),
+            Full::Sender => format!("{} has as many as one address may have", address.ip()),
+        });
     }
 
     /// Logs, at most once a second for each reason, that connections are refused.
@@ -233,12 +244,7 @@ impl Door {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn admit(
-        self: Arc<Self>,
-        stream: TcpStream,
-        address: SocketAddr,
-        _place: OwnedSemaphorePermit,
-    ) {
+    async fn admit(self: Arc<Self>, stream: TcpStream, address: SocketAddr, _place: Place) {
         match &self.tls {
             None => self.speak(stream, address).await,
             Some(tls) => {

@@ -5,7 +5,7 @@
 //! of their own, so that no function's failures delay another's.
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::{BTreeMap, BinaryHeap};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -72,6 +72,9 @@ pub struct Event {
     /// Attempts that did not reach the function, one after another.
     #[serde(default)]
     pub deferrals: u32,
+    /// How often each function ran in the chain of records that led here, before this event.
+    #[serde(default)]
+    pub lineage: BTreeMap<String, u32>,
     /// It is a record for this URL, not for the function: the function's invocation has ended.
     #[serde(default)]
     pub url: Option<String>,
@@ -297,6 +300,8 @@ async fn attempt(app: Arc<App>, function: Arc<LiveFunction>, place: Place) {
     let age = || clock::lived_since(event.received_unix_ms);
     let attempt = if event.url.is_none() && outcome::is_too_old(&config, age()) {
         Attempt::TooOld
+    } else if outcome::loops(&event) && !function.record().allows_loops {
+        Attempt::Loop
     } else {
         match &event.url {
             Some(url) => destination::deliver(&app.courier, url, &event).await,
@@ -364,6 +369,8 @@ fn follower(
     payload: Bytes,
 ) -> Option<(Arc<LiveFunction>, Event)> {
     let now = clock::steady_unix_ms();
+    let mut lineage = event.lineage.clone();
+    *lineage.entry(event.function.clone()).or_default() += 1;
     let next = |function: &str, qualifier, url| Event {
         id: Uuid::new_v4().to_string(),
         function: function.to_owned(),
@@ -374,6 +381,7 @@ fn follower(
         due_unix_ms: now,
         failures: 0,
         deferrals: 0,
+        lineage,
         url,
         key: event.key.clone(),
         payload_bytes: payload.len() as u64,
@@ -466,6 +474,7 @@ mod tests {
             due_unix_ms: due,
             failures: 0,
             deferrals: 0,
+            lineage: BTreeMap::new(),
             url: None,
             key: None,
             payload_bytes: 0,

@@ -4,6 +4,7 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -127,8 +128,6 @@ pub struct Limits {
     pub freeze_concurrency_max: usize,
     /// Restores at once, over all functions.
     pub restore_concurrency_max: usize,
-    /// Networks that are kept ready for functions that have one: a burst of so many claims waits for none.
-    pub slots_ready: usize,
     /// Longest initialisation of a function. AWS gives 10 s on its own hardware; an emulated host is ten times slower,
     /// and nobody waits for it but the deployment.
     pub init_limit: Duration,
@@ -149,13 +148,20 @@ impl Default for Limits {
             function_count_max: 1000,
             freeze_concurrency_max: 1,
             restore_concurrency_max: 2,
-            slots_ready: 16,
             init_limit: Duration::from_secs(60),
             event_retries: Retries::default(),
             drain_limit: Duration::from_secs(15),
             connections: ConnectionLimits::default(),
         }
     }
+}
+
+/// Networks that are kept ready: as many as invocations can begin at once, so that none of a burst waits for one to be made; within these.
+const SLOTS_READY: RangeInclusive<usize> = 16..=128;
+
+fn slots_ready(budget: Budget) -> usize {
+    let at_once = usize::try_from(budget.at_once()).unwrap_or(usize::MAX);
+    at_once.clamp(*SLOTS_READY.start(), *SLOTS_READY.end())
 }
 
 /// Why a gateway did not start.
@@ -258,7 +264,7 @@ impl Gateway {
             jailer,
             egress: config.egress.clone().map(|program| EgressOptions {
                 program,
-                ready: config.limits.slots_ready,
+                ready: slots_ready(config.budget),
             }),
             memory_budget_mib: Some(config.budget.memory_mib),
             vcpu_budget: Some(config.budget.vcpus),

@@ -46,8 +46,7 @@ pub struct Function {
     /// Resource-based policies, by qualifier, `$LATEST` for none.
     #[serde(default)]
     pub policies: BTreeMap<String, Policy>,
-    /// Whether a client has allowed recursive loops. Of those that Lambda ends, by way of queues, topics and buckets, there are
-    /// none here.
+    /// Whether a client has allowed recursive loops, by way of destinations.
     #[serde(default)]
     pub allows_loops: bool,
     /// URLs that were configured, by alias, `$LATEST` for none.

@@ -1,4 +1,4 @@
-"""A hundred invocations at once, each in a VM of its own: of a function with a network and of the same function without one, in turn. What does the network cost?
+"""A hundred invocations at once, each in a VM of its own: of functions with a network and of the same without one, in turn. What does the network cost?
 
     thaw lab --memory MIB --writable DIR -- python3 loadtest/soak/burst.py --thaw target/release/thaw --home DIR/home   (as root)
 
@@ -24,22 +24,25 @@ def handler(event, context):
     time.sleep(max(0, event["until"] - began))
     return began
 """
-NAMES = ("alone", "networked")
+KINDS = ("alone", "networked")
+# A function runs 64 times at once at most.
+OF_ONE_FUNCTION = 50
 
 
-def burst(gateway, name, count, stay):
+def burst(gateway, kind, count, stay):
     """How long after it was asked each invocation began, seconds."""
     asked = time.time()
     event, began, failed = json.dumps({"until": asked + stay}), [], []
 
-    def invoke():
+    def invoke(number):
+        name = f"{kind}-{number // OF_ONE_FUNCTION}"
         status, body, headers = gateway.ask("POST", f"/2015-03-31/functions/{name}/invocations", event, timeout=60 + stay * 4)
         if status == 200 and "x-amz-function-error" not in headers:
             began.append(json.loads(body) - asked)
         else:
             failed.append((status, body[:300]))
 
-    threads = [threading.Thread(target=invoke) for _ in range(count)]
+    threads = [threading.Thread(target=invoke, args=(number,)) for number in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -62,17 +65,19 @@ def main():
     gateway = Gateway(options)
     # As many at once as are asked, whatever the machine's processors; what they waited for is the same for both.
     gateway.start("--cpus", str(options.count), "--memory", str(options.count * 150 + 4_000))
-    medians = {name: [] for name in NAMES}
-    for name in NAMES:
-        gateway.create(name, CODE, timeout=round(options.stay * 3), network=NETWORK if name == "networked" else None)
-        burst(gateway, name, 1, 0)
+    medians = {kind: [] for kind in KINDS}
+    for kind in KINDS:
+        for number in range(-(-options.count // OF_ONE_FUNCTION)):
+            network = NETWORK if kind == "networked" else None
+            gateway.create(f"{kind}-{number}", CODE, timeout=round(options.stay * 3), network=network)
+        burst(gateway, kind, 1, 1)
     for number in range(options.rounds):
-        for name in NAMES[:: 1 if number % 2 else -1]:
-            began = burst(gateway, name, options.count, options.stay)
-            medians[name].append(statistics.median(began))
-            print(f"{name}: first {began[0]:.2f} s, half {medians[name][-1]:.2f} s, last {began[-1]:.2f} s", flush=True)
+        for kind in KINDS[:: 1 if number % 2 else -1]:
+            began = burst(gateway, kind, options.count, options.stay)
+            medians[kind].append(statistics.median(began))
+            print(f"{kind}: first {began[0]:.2f} s, half {medians[kind][-1]:.2f} s, last {began[-1]:.2f} s", flush=True)
             time.sleep(45)  # the keep-alive of what was made for it
-    alone, networked = (statistics.median(medians[name]) for name in NAMES)
+    alone, networked = (statistics.median(medians[kind]) for kind in KINDS)
     print(f"networked / alone, medians of {options.rounds} medians: {networked / alone:.2f}")
     gateway.process.send_signal(signal.SIGTERM)
     return gateway.process.wait(timeout=120)

@@ -47,5 +47,5 @@ pub use schedule::{Recycle, Start};
 pub use service::{Runtime, RuntimeConfig, RuntimeStats, StartError};
 pub use thaw_agent_protocol::{Configure, RuntimeExit, RuntimeExitCause};
 pub use thaw_jail::{Jailer, JailerError, Owner, Reach, become_root_of_own_namespace};
-pub use thaw_network::{EgressOptions, Policy as NetworkPolicy};
+pub use thaw_network::{EgressOptions, Policy as NetworkPolicy, is_metadata};
 pub use thaw_vmm_control::{ExitReason, Failure, Fault};

@@ -74,7 +74,7 @@ impl Rooms {
 }
 
 /// IPv6 is given out in networks of 64 bits, in which everybody has as many addresses as he likes.
-fn whose(sender: IpAddr) -> IpAddr {
+pub(crate) fn whose(sender: IpAddr) -> IpAddr {
     match sender.to_canonical() {
         IpAddr::V6(address) => {
             let network = address.to_bits() >> 64 << 64;

@@ -1,12 +1,13 @@
 //! Where the snapshots of runtimes alone are kept, over which functions' snapshots are differences, and when one goes.
 //!
-//! Each has a folder of its own, named by all that the snapshot is made of: an upgrade makes a new one beside the old.
+//! Each has a folder of its own, named by all that the snapshot is made of: an upgrade makes a new one beside the old. Who makes or
+//! uses a base has its folder locked until a snapshot that differs from it is there; what is neither locked nor differed from goes.
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
 use thaw_runtime::{BaseRequest, FreezeRequest, Point};
@@ -20,9 +21,6 @@ const BASE_FILE: &str = "base.thaw";
 const SNAPSHOTS: [(&str, usize); 2] = [("functions", 2), ("snapshots", 1)];
 /// Ending of a snapshot file's name.
 const ENDING: &str = "thaw";
-
-/// A folder that changed more recently than this may be one that a build is filling.
-const AT_WORK: Duration = Duration::from_secs(60 * 60);
 
 /// The base of `request` below `home`.
 pub fn request(home: &Path, request: &FreezeRequest) -> BaseRequest {
@@ -64,11 +62,70 @@ pub fn request(home: &Path, request: &FreezeRequest) -> BaseRequest {
     }
 }
 
-/// Removes each base that no snapshot below `home` is a difference from and that has been so for an hour, and what a crash left of others.
+/// A base that stays as long as this is held.
+#[derive(Debug)]
+pub struct Held {
+    _folder: File,
+}
+
+/// Keeps a base, which may still have to be made; waits while it is being removed.
+///
+/// # Errors
+/// Its folder cannot be made or locked.
+pub fn hold(base: &BaseRequest) -> io::Result<Held> {
+    let folder = base.file.parent().ok_or(io::ErrorKind::InvalidInput)?;
+    loop {
+        fs::create_dir_all(folder)?;
+        let opened = match File::open(folder) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            opened => opened?,
+        };
+        opened.lock_shared()?;
+        // Who removed it may have come before this lock, and another has made it anew.
+        let named = fs::metadata(folder).ok();
+        if named.is_some_and(|named| {
+            opened
+                .metadata()
+                .is_ok_and(|ours| ours.ino() == named.ino())
+        }) {
+            return Ok(Held { _folder: opened });
+        }
+    }
+}
+
+/// Removes each base that no snapshot below `home` is a difference from and that nobody holds, and what a crash left of others.
 ///
 /// # Errors
 /// A folder that cannot be read or removed.
 pub fn remove_unused(home: &Path) -> io::Result<()> {
+    let (mut free, mut held) = (Vec::new(), Vec::new());
+    for folder in list(&home.join(BASES_FOLDER))? {
+        let lock = File::open(&folder)?;
+        match lock.try_lock() {
+            Ok(()) => free.push((folder, lock)),
+            Err(_) => held.push(folder),
+        }
+    }
+    // Looked at under the locks: nobody makes a snapshot meanwhile that differs from one of these.
+    let used = used(home)?;
+    for (folder, _lock) in free {
+        let base = Snapshot::open(&folder.join(BASE_FILE));
+        if base.is_ok_and(|base| used.contains(&base.content_digest())) {
+            held.push(folder);
+        } else {
+            Point::BaseUnused.reached();
+            fs::remove_dir_all(&folder)?;
+            Point::BaseRemoved.reached();
+        }
+    }
+    for folder in held {
+        commit::remove_stale(&folder)?;
+    }
+    Ok(())
+}
+
+/// What snapshots below `home` are differences from.
+fn used(home: &Path) -> io::Result<BTreeSet<thaw_snapshot::Digest>> {
     let snapshots = SNAPSHOTS.map(|(folder, depth)| folders_below(&home.join(folder), depth));
     let mut used = BTreeSet::new();
     for folder in snapshots.into_iter().flatten() {
@@ -78,24 +135,7 @@ pub fn remove_unused(home: &Path) -> io::Result<()> {
         let opened = files.filter_map(|path| Snapshot::open(&path).ok());
         used.extend(opened.filter_map(|snapshot| Some(snapshot.base().ok()??.digest)));
     }
-    for folder in list(&home.join(BASES_FOLDER))? {
-        let base = Snapshot::open(&folder.join(BASE_FILE));
-        let is_used = base.is_ok_and(|base| used.contains(&base.content_digest()));
-        if !is_used
-            && folder
-                .metadata()?
-                .modified()?
-                .elapsed()
-                .is_ok_and(|age| age > AT_WORK)
-        {
-            Point::BaseUnused.reached();
-            fs::remove_dir_all(&folder)?;
-            Point::BaseRemoved.reached();
-        } else {
-            commit::remove_stale(&folder)?;
-        }
-    }
-    Ok(())
+    Ok(used)
 }
 
 /// The folders `depth` levels below `folder`.
@@ -119,9 +159,6 @@ fn list(folder: &Path) -> io::Result<Vec<PathBuf>> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
-    use std::time::SystemTime;
-
     use thaw_snapshot::{CpuRecord, Metadata, PageSource, SectionKind, Writer};
 
     use super::*;
@@ -145,6 +182,23 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_base_that_is_removed_while_it_is_wanted_is_made_anew() {
+        let home = tempfile::tempdir().unwrap();
+        let file = home.path().join(BASES_FOLDER).join("b").join(BASE_FILE);
+        let code = file.with_file_name(CODE_FILE);
+        let base = BaseRequest { file, code };
+        drop(hold(&base).unwrap());
+        let folder = base.file.parent().unwrap().to_owned();
+        let removing = File::open(&folder).unwrap();
+        removing.lock().unwrap();
+        let waiting = std::thread::spawn(move || hold(&base).unwrap());
+        fs::remove_dir(&folder).unwrap();
+        drop(removing);
+        let _held = waiting.join().unwrap();
+        assert!(File::open(&folder).unwrap().try_lock().is_err());
+    }
+
     fn write(path: &Path, first: u8, base: Option<&Path>) {
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         let mut writer = Writer::new(File::create_new(path).unwrap());
@@ -159,14 +213,9 @@ mod tests {
     }
 
     #[test]
-    fn a_base_goes_when_nothing_differs_from_it_and_no_build_is_at_work() {
+    fn a_base_goes_when_nothing_differs_from_it_and_nobody_holds_it() {
         let home = tempfile::tempdir().unwrap();
         let base = |name: &str| home.path().join(BASES_FOLDER).join(name).join(BASE_FILE);
-        let age = |path: &Path| {
-            let long_ago = SystemTime::now() - 2 * AT_WORK;
-            let folder = File::open(path.parent().unwrap()).unwrap();
-            folder.set_modified(long_ago).unwrap();
-        };
         for (first, name) in (1..).zip(["deployed", "built", "unused", "new"]) {
             write(&base(name), first, None);
         }
@@ -177,9 +226,11 @@ mod tests {
         let cut_off = base("deployed").with_file_name(".base.thaw.thaw-tmp-1-1");
         fs::write(&cut_off, "").unwrap();
         let in_work = commit::PendingFile::create(&base("new")).unwrap();
-        for name in ["deployed", "built", "unused"] {
-            age(&base(name));
-        }
+        let new = BaseRequest {
+            file: base("new"),
+            code: base("new").with_file_name(CODE_FILE),
+        };
+        let held = [hold(&new).unwrap(), hold(&new).unwrap()];
         let left = || {
             let folders = list(&home.path().join(BASES_FOLDER)).unwrap();
             let mut names: Vec<_> = (folders
@@ -196,6 +247,9 @@ mod tests {
         fs::remove_file(&built).unwrap();
         remove_unused(home.path()).unwrap();
         assert_eq!(left(), ["deployed", "new"]);
+        drop(held);
+        remove_unused(home.path()).unwrap();
+        assert_eq!(left(), ["deployed"]);
         assert!(remove_unused(&home.path().join("absent")).is_ok());
     }
 }

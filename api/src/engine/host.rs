@@ -16,7 +16,7 @@ use thaw_runtime::{
 use thaw_snapshot::{Metadata, Snapshot};
 use tokio::sync::mpsc;
 
-use super::bases;
+use super::bases::{self, Held};
 use super::{
     Artifact, EPHEMERAL_MIB_DEFAULT, Engine, EngineError, EngineStep, FreezeJob, Sandboxes,
 };
@@ -88,23 +88,23 @@ impl HostEngine {
     }
 
     /// The snapshot of the runtime alone, over which a function's is a difference, with the disk that stands for its code.
-    async fn base_request(&self, request: &FreezeRequest) -> Result<BaseRequest, EngineError> {
+    async fn base_request(
+        &self,
+        request: &FreezeRequest,
+    ) -> Result<(BaseRequest, Held), EngineError> {
         let base = bases::request(&self.home, request);
-        let code = base.code.clone();
         self.blocking(move |images, _| {
+            let held = bases::hold(&base).map_err(image("the runtime's snapshot"))?;
+            let code = &base.code;
             if !code.is_file() {
-                if let Some(folder) = code.parent() {
-                    std::fs::create_dir_all(folder).map_err(image("the runtime's snapshot"))?;
-                }
                 let zip = no_code().map_err(image("the runtime's snapshot"))?;
                 images
-                    .code_image(&zip, &[], &code)
+                    .code_image(&zip, &[], code)
                     .map_err(image("the runtime's snapshot"))?;
             }
-            Ok(())
+            Ok((base, held))
         })
-        .await?;
-        Ok(base)
+        .await
     }
 
     /// Runs blocking work on the images.
@@ -154,7 +154,7 @@ impl Engine for HostEngine {
                 .await?;
             Point::ImageMade.reached();
             let mut request = request(job, base, &rootfs, code);
-            let base = self.base_request(&request).await?;
+            let (base, _held) = self.base_request(&request).await?;
             let base_file = base.file.clone();
             request.base = Some(base);
             let code = request.code.clone();

@@ -1,9 +1,16 @@
 //! Where records of asynchronous invocations go: another function of this gateway, or an HTTP URL.
+//!
+//! **Invariant:** no record leads to a link-local address or to a cloud's metadata, by whatever name: `no_record_is_sent_to_metadata`.
 
+use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
+use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use reqwest::redirect::Policy;
 use reqwest::{Client, Url};
+use thaw_runtime::is_metadata;
+use tokio::net::lookup_host;
 
 use super::Event;
 use super::outcome::Attempt;
@@ -33,6 +40,7 @@ pub enum Target {
 pub fn parse(app: &App, text: &str) -> Result<Target, String> {
     if text.starts_with("http://") || text.starts_with("https://") {
         return match Url::parse(text) {
+            Ok(url) if leads_to_metadata(&url) => Err(format!("{text} {METADATA}")),
             Ok(url) if url.has_host() => Ok(Target::Url(text.to_owned())),
             _ => Err(format!("{text} is no URL")),
         };
@@ -49,6 +57,34 @@ pub fn parse(app: &App, text: &str) -> Result<Target, String> {
         None => Err(format!(
             "{text} is neither the ARN of a function of this gateway nor an http:// or https:// URL"
         )),
+    }
+}
+
+/// What is wrong with such an address.
+const METADATA: &str =
+    "is at a link-local address or one of a cloud's metadata, to which no record is sent";
+
+/// Whether a URL names such an address itself; a name's are looked at when they are known.
+fn leads_to_metadata(url: &Url) -> bool {
+    let host = url.host_str().unwrap_or_default();
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    host.parse::<IpAddr>().is_ok_and(is_metadata)
+}
+
+/// This machine's resolver, without what no record may be sent to.
+struct Resolver;
+
+impl Resolve for Resolver {
+    fn resolve(&self, name: Name) -> Resolving {
+        Box::pin(async move {
+            let found = lookup_host((name.as_str(), 0)).await?;
+            let usable: Vec<_> = found.filter(|found| !is_metadata(found.ip())).collect();
+            if usable.is_empty() {
+                return Err(format!("{} {METADATA}", name.as_str()).into());
+            }
+            let usable: Addrs = Box::new(usable.into_iter());
+            Ok(usable)
+        })
     }
 }
 
@@ -69,6 +105,7 @@ impl Courier {
             // A POST that is sent elsewhere becomes a GET, which takes no record.
             let http = http.redirect(Policy::none()).timeout(DELIVERY_LIMIT);
             http.connect_timeout(CONNECT_LIMIT)
+                .dns_resolver(Arc::new(Resolver))
         })?;
         Ok(Self { trust, client })
     }
@@ -79,6 +116,9 @@ pub(super) async fn deliver(courier: &Courier, url: &str, event: &Event) -> Atte
     let Ok(address) = Url::parse(url) else {
         return Attempt::Unreachable(format!("{url} is no URL"));
     };
+    if leads_to_metadata(&address) {
+        return Attempt::Unreachable(format!("{url} {METADATA}"));
+    }
     let sent = courier
         .client
         .post(courier.trust.reach(address))
@@ -93,5 +133,34 @@ pub(super) async fn deliver(courier: &Courier, url: &str, event: &Event) -> Atte
             Some(why) => format!("no TLS with {url}: {why}"),
             None => chain(&error),
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn no_record_is_sent_to_metadata() {
+        for (url, expected) in [
+            ("http://169.254.169.254/latest", true),
+            // As the URL standard reads it: a number is an address.
+            ("http://2852039166/", true),
+            ("http://[fd00:ec2::254]/", true),
+            ("http://[::ffff:a9fe:a9fe]/", true),
+            ("http://127.0.0.1/", false),
+            ("http://metadata.example/", false),
+        ] {
+            assert_eq!(
+                leads_to_metadata(&Url::parse(url).unwrap()),
+                expected,
+                "{url}"
+            );
+        }
+        // As a name, an address is resolved to itself.
+        let resolved = |name: &str| Resolver.resolve(name.parse().unwrap());
+        let refused = resolved("169.254.169.254").await.err().unwrap();
+        assert!(refused.to_string().contains(METADATA), "{refused}");
+        assert!(resolved("localhost").await.is_ok());
     }
 }

@@ -18,6 +18,9 @@ use crate::record::VersionId;
 /// without a bound it would grow with every function that it comes through.
 const RECORD_BYTES_MAX: usize = EVENT_BYTES_MAX + PAYLOAD_BYTES_MAX + 64 * 1024;
 
+/// How often a function runs in one chain of records, Lambda's "approximately 16 times" (AWS Lambda Developer Guide, "Use Lambda recursive loop
+/// detection to prevent infinite loops").
+pub const LOOP_MAX: u32 = 16;
 /// Attempts after the first, unless configured.
 const RETRIES_MAX: u32 = 2;
 /// Oldest event, unless configured; and how long a record is tried to be delivered.
@@ -52,6 +55,8 @@ pub enum Attempt {
     TooOld,
     /// No concurrency at all is reserved for the function: no attempt will be any better.
     Barred,
+    /// It was not tried: records of the function have led back to it, again and again.
+    Loop,
     /// A record is where it should be.
     Delivered,
 }
@@ -70,6 +75,13 @@ pub enum Next {
 pub fn is_too_old(config: &EventConfig, age_ms: i64) -> bool {
     let limit = config.age_max_seconds.unwrap_or(AGE_SECONDS_MAX);
     age_ms > i64::from(limit) * 1000
+}
+
+/// Whether an event is one more of a loop of records.
+#[must_use]
+pub fn loops(event: &Event) -> bool {
+    let ran = event.lineage.get(&event.function).copied();
+    event.url.is_none() && ran.unwrap_or_default() >= LOOP_MAX
 }
 
 /// What follows now, when the event has this age in milliseconds.
@@ -104,6 +116,13 @@ pub fn decide(
             })
         }
         Attempt::TooOld => end(event, config, "EventAgeExceeded", arn, now, None),
+        Attempt::Loop => {
+            tracing::warn!(
+                event = %event.id, function = %event.function, runs = LOOP_MAX,
+                "a loop of destinations is ended: lead them elsewhere, or allow loops (PutFunctionRecursionConfig)"
+            );
+            end(event, config, "RecursiveLoop", arn, now, None)
+        }
         Attempt::Barred => end(event, config, "ZeroReservedConcurrency", arn, now, None),
         Attempt::Answered { version, result } => {
             let (document, failed) = match result {
@@ -201,6 +220,8 @@ fn end(
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
 
     const ARN: &str = "arn:aws:lambda:us-east-1:0:function:f:$LATEST";
@@ -216,6 +237,7 @@ mod tests {
             due_unix_ms: 1000,
             failures,
             deferrals: 3,
+            lineage: BTreeMap::new(),
             url: None,
             key: None,
             payload_bytes: 7,

@@ -1,5 +1,6 @@
 //! Invoke.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -160,6 +161,7 @@ fn event(found: &Found, id: String, payload: Bytes, trace_id: Option<String>) ->
         due_unix_ms: now,
         failures: 0,
         deferrals: 0,
+        lineage: BTreeMap::new(),
         url: None,
         payload_bytes: payload.len() as u64,
         payload,

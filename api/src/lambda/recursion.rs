@@ -1,5 +1,5 @@
-//! PutFunctionRecursionConfig and GetFunctionRecursionConfig: whether loops of a function by way of a queue, a topic or a bucket go
-//! on. There are none of these here, so that either choice is kept and changes nothing.
+//! PutFunctionRecursionConfig and GetFunctionRecursionConfig: whether loops of a function go on. Of those that Lambda ends there are
+//! here the ones by way of destinations ([`crate::events::outcome::loops`]); queues, topics and buckets are none of this gateway's.
 
 use std::sync::Arc;
 

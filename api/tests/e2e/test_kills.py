@@ -51,7 +51,7 @@ class Mortal(Gateway):
 
     def __init__(self, home):
         super().__init__(home)
-        self.trigger, self.vmm = self.home / "trigger", self.home / "thaw-vmm"
+        self.trigger, self.vmm, self.environment = self.home / "trigger", self.home / "thaw-vmm", {}
         shutil.copy(RELEASE / "thaw-bench", self.vmm)
         self.sink = Sink()
         # Of each function: the sizes that it may have, versions, and what its alias names.
@@ -61,7 +61,7 @@ class Mortal(Gateway):
         command = [GATEWAY, "--home", self.home, "--port", str(self.port), "--vmm", self.vmm]
         command += ["--agent", RELEASE / "guest/thaw-agent", "--trigger", self.trigger]
         with open(self.home / "log", "ab") as log:
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=log)
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=log, env=os.environ | self.environment)
 
     def start(self):
         self.launch()
@@ -93,12 +93,13 @@ class Mortal(Gateway):
                 pass
         return found
 
-    def create(self, name, **more):
+    def create(self, name, until_settled=True, **more):
         self.gone.discard(name)
         arguments = dict(FunctionName=name, Runtime="python3.11", Handler="app.handler", Role=ROLE, Timeout=30, Code=CODE)
         self.lambda_.create_function(**(arguments | more))
         self.functions[name] = {"memory": {128}, "versions": set(), "alias": None}
-        self.settled(name)
+        if until_settled:
+            self.settled(name)
 
     def settled(self, name, **which):
         def is_settled():
@@ -164,7 +165,6 @@ class Mortal(Gateway):
         for folder in (unused, left, build):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "file").write_text("left")
-        os.utime(unused, (1, 1))
         return [unused, left.parent, build]
 
     def check(self):

@@ -150,6 +150,46 @@ async fn a_function_that_fails_is_tried_three_times_and_a_url_told_once_it_liste
 }
 
 #[tokio::test]
+async fn a_loop_of_destinations_ends_and_is_told_unless_it_is_allowed() {
+    let server = Server::start().await;
+    let hook = Hook::start(0).await;
+    for name in ["f", "g"] {
+        server.post(FUNCTIONS, &good(name)).await;
+        server.deployed(name).await;
+    }
+    for (name, next) in [("f", "g"), ("g", "f")] {
+        let path = format!("/2019-09-25/functions/{name}/event-invoke-config");
+        let next = format!("{ARN}:{next}");
+        let config = json!({"DestinationConfig": {"OnSuccess": {"Destination": next}, "OnFailure": {"Destination": hook.url}}});
+        let body = config.to_string();
+        let configured = server.send("PUT", &path, &[], body.as_bytes()).await;
+        assert_eq!(configured.status, 200, "{}", configured.text());
+    }
+    assert_eq!(send(&server, "f", &json!("round")).await.status, 202);
+    server
+        .until(|_| !hook.bodies.lock().unwrap().is_empty())
+        .await;
+    let record = hook.bodies.lock().unwrap()[0].clone();
+    let context = &record["requestContext"];
+    assert_eq!(context["condition"], "RecursiveLoop");
+    assert_eq!(context["functionArn"], format!("{ARN}:f:$LATEST"));
+    assert_eq!(context["approximateInvokeCount"], 0);
+    let ran = || ["f", "g"].map(|name| server.machine.events_of(name).len());
+    assert_eq!(ran(), [16, 16]);
+
+    let allow = json!({"RecursiveLoop": "Allow"}).to_string();
+    for name in ["f", "g"] {
+        let path = format!("/2024-08-31/functions/{name}/recursion-config");
+        let allowed = server.send("PUT", &path, &[], allow.as_bytes()).await;
+        assert_eq!(allowed.status, 200);
+    }
+    send(&server, "f", &json!("round")).await;
+    server.until(|_| ran().iter().all(|runs| *runs > 40)).await;
+    assert_eq!(hook.bodies.lock().unwrap().len(), 1);
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn a_deleted_functions_events_go_with_it() {
     let server = Server::start().await;
     server.machine.hold_freezes();
@@ -250,6 +290,7 @@ async fn event_invoke_configs_are_put_merged_listed_and_deleted() {
         "arn:aws:sqs:us-east-1:000000000000:q",
         "http://",
         "https://",
+        "http://169.254.169.254/latest/api/token",
     ] {
         let config = json!({"DestinationConfig": {"OnFailure": {"Destination": nowhere}}});
         refused(

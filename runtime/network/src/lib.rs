@@ -9,11 +9,13 @@
 
 pub mod channel;
 mod client;
+mod metadata;
 mod name;
 mod policy;
 mod protocol;
 
 pub use client::{Egress, EgressError, EgressOptions, Slot};
+pub use metadata::{METADATA, is_metadata};
 pub use name::{DomainName, DomainPattern, NameError};
 pub use policy::{
     CONNECTIONS_DEFAULT, CONNECTIONS_MAX, PORTS_MAX, Policy, PolicyError, RULES_MAX, Rule,

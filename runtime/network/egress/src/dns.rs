@@ -94,13 +94,13 @@ pub async fn serve_connections(slot: Arc<Slot>, listener: TcpListener) {
                 continue;
             };
             lock(&slot.beginnings).spend(slot.machine.now(), 1);
-            let Ok(permit) = Arc::clone(&slot.connections).try_acquire_owned() else {
+            let Some(admitted) = slot.admit() else {
                 slot.denied(&"names", Reason::TooMany);
                 continue;
             };
             let slot = Arc::clone(&slot);
             tokio::spawn(async move {
-                let _permit = permit;
+                let _admitted = admitted;
                 tokio::select! {
                     biased;
                     () = slot.ended.cancelled() => {}

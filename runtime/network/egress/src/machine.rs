@@ -9,6 +9,8 @@ use std::time::{Duration, Instant, SystemTime};
 use hickory_resolver::TokioResolver;
 use tokio_rustls::rustls::RootCertStore;
 
+use crate::capacity::Capacity;
+
 /// How often addresses and files are looked at anew. Never while somebody waits: asking for addresses takes a lock of the kernel (rtnl) that those who make
 /// slots hold.
 const REFRESH: Duration = Duration::from_secs(5);
@@ -27,6 +29,8 @@ pub struct Machine {
     own: RwLock<Option<HashSet<Ipv4Addr>>>,
     resolver: RwLock<Option<Arc<Resolver>>>,
     roots: Arc<RootCertStore>,
+    /// Connections of all slots.
+    pub capacity: Capacity,
 }
 
 /// The machine's resolvers, as they were when its files had these dates.
@@ -59,6 +63,7 @@ impl Machine {
             own: RwLock::default(),
             resolver: RwLock::default(),
             roots: Arc::new(roots),
+            capacity: Capacity::of_this_process(),
         })
     }
 

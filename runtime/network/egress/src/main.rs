@@ -7,6 +7,7 @@
 
 mod answered;
 mod bucket;
+mod capacity;
 mod dns;
 mod hello;
 mod machine;

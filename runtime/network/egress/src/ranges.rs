@@ -3,7 +3,7 @@
 use std::net::Ipv4Addr;
 
 use ipnet::Ipv4Net;
-use thaw_network::{GATEWAY_ADDRESS, PREFIX_BITS};
+use thaw_network::{GATEWAY_ADDRESS, METADATA, PREFIX_BITS};
 
 /// What a policy can do with an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,16 +20,12 @@ const fn net(a: u8, b: u8, c: u8, d: u8, length: u8) -> Ipv4Net {
     Ipv4Net::new_assert(Ipv4Addr::new(a, b, c, d), length)
 }
 
-/// "This network", loopback, link-local (with the metadata address of most clouds), multicast, reserved and broadcast (RFC 6890, RFC 5771); Azure's
-/// and Alibaba's metadata addresses; a slot's own.
+/// "This network", loopback, multicast, reserved and broadcast (RFC 6890, RFC 5771); a slot's own. Metadata addresses besides.
 const BLOCKED: &[Ipv4Net] = &[
     net(0, 0, 0, 0, 8),
     net(127, 0, 0, 0, 8),
-    net(169, 254, 0, 0, 16),
     net(224, 0, 0, 0, 4),
     net(240, 0, 0, 0, 4),
-    net(168, 63, 129, 16, 32),
-    net(100, 100, 100, 200, 32),
     Ipv4Net::new_assert(GATEWAY_ADDRESS, PREFIX_BITS),
 ];
 
@@ -50,7 +46,7 @@ const PRIVATE: &[Ipv4Net] = &[
 /// What `address` is, without this machine's own addresses.
 pub fn class(address: Ipv4Addr) -> Class {
     let is_in = |nets: &[Ipv4Net]| nets.iter().any(|net| net.contains(&address));
-    if is_in(BLOCKED) {
+    if is_in(BLOCKED) || is_in(METADATA) {
         Class::Blocked
     } else if is_in(PRIVATE) {
         Class::Private

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use thaw_network::{DENIALS_MAX, Denial, DomainName, Policy, Reason, Report};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use crate::answered::Answered;
@@ -41,7 +41,8 @@ pub struct Slot {
     /// Ends every task of it.
     pub ended: CancellationToken,
     /// A permit for each connection.
-    pub connections: Arc<Semaphore>,
+    connections: Arc<Semaphore>,
+    connections_max: usize,
     /// A permit for each connection to a server that is being opened.
     pub openings: Semaphore,
     /// A permit for each name that is looked up.
@@ -93,6 +94,7 @@ impl Slot {
             trusts,
             ended: CancellationToken::new(),
             connections: Arc::new(Semaphore::new(connections_max)),
+            connections_max,
             openings: Semaphore::new(OPENINGS_MAX),
             lookups: Arc::new(Semaphore::new(LOOKUPS_MAX)),
             beginnings: Mutex::new(Bucket::new(BEGINNINGS.0, BEGINNINGS.1)),
@@ -126,6 +128,18 @@ impl Slot {
             lock(&self.answered).add(self.machine.now(), name, address, ttl);
         }
         tells
+    }
+
+    /// Lets a connection begin, if neither the policy nor what is left to all slots is against it; it counts until the guard goes.
+    pub fn admit(&self) -> Option<Admitted> {
+        let permit = Arc::clone(&self.connections).try_acquire_owned().ok()?;
+        let others = self.connections_max - self.connections.available_permits() - 1;
+        let others = u64::try_from(others).unwrap_or(u64::MAX);
+        let machine = Arc::clone(&self.machine);
+        machine.capacity.take(others).then_some(Admitted {
+            _permit: permit,
+            machine,
+        })
     }
 
     /// How long nothing may pass that way.
@@ -180,6 +194,19 @@ impl Slot {
             denied: counters.denied.load(Relaxed),
             denials: lock(&self.denials).iter().cloned().collect(),
         }
+    }
+}
+
+/// A connection that may be.
+#[derive(Debug)]
+pub struct Admitted {
+    _permit: OwnedSemaphorePermit,
+    machine: Arc<Machine>,
+}
+
+impl Drop for Admitted {
+    fn drop(&mut self) {
+        self.machine.capacity.give_back();
     }
 }
 

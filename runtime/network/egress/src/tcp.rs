@@ -53,7 +53,7 @@ fn begin(slot: &Arc<Slot>, stream: TcpStream) {
     let Ok(SocketAddr::V4(to)) = stream.local_addr() else {
         return;
     };
-    let Ok(permit) = Arc::clone(&slot.connections).try_acquire_owned() else {
+    let Some(admitted) = slot.admit() else {
         slot.denied(&to, Reason::TooMany);
         return reset(&stream);
     };
@@ -69,7 +69,7 @@ fn begin(slot: &Arc<Slot>, stream: TcpStream) {
             () = slot.ended.cancelled() => {}
             () = carry(&slot, stream, to, verdict) => {}
         }
-        drop(permit);
+        drop(admitted);
     });
 }
 
