@@ -74,8 +74,9 @@ pub async fn start_all(app: Arc<App>) {
         if record.serving.is_some() {
             app.tasks.spawn(reopen(Arc::clone(&app), Arc::clone(&live)));
         }
-        // What a client deployed since this gateway started has begun.
-        if record.is_deploying() && live.progress.is_empty() {
+        // What this machine failed at may go well now. What a client deployed since this gateway started has begun.
+        let is_wanted = record.is_deploying() || matches!(record.state, State::Failed(_));
+        if is_wanted && live.progress.is_empty() {
             begin(&app, &live);
         }
     }
