@@ -362,3 +362,138 @@ pub(crate) fn disk_of(folder: &Path) -> Option<String> {
     let numbers = fs::read_to_string(disk.join("dev")).ok()?;
     Some(numbers.trim().to_owned())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Child, Command};
+
+    use super::*;
+
+    const AMPLE: Limits = Limits {
+        memory_bytes: 1 << 30,
+        tasks: 64,
+        cpu_thousandths: 2000,
+        io_bytes_per_second: 1 << 30,
+    };
+
+    /// A tree of this test's own, with the limits that this machine and user have; removed in the end.
+    struct Own(Tree);
+
+    impl Own {
+        /// None for an ordinary user to whom no cgroup was given.
+        fn open(name: &str, folder: &Path) -> Option<Self> {
+            let base = format!("thaw-test-{name}");
+            let tree = Tree::open(&base, Some(std::process::id()), disk_of(folder));
+            match tree {
+                Err(CgroupError::Unavailable { .. }) if !rustix::process::geteuid().is_root() => {
+                    None
+                }
+                tree => Some(Self(tree.unwrap())),
+            }
+        }
+
+        /// Whether this can be limited here; what cannot be is told.
+        fn has(&self, controller: &str) -> bool {
+            let lacks = self.0.lacks();
+            let lacking = lacks.iter().find(|(what, _)| *what == controller);
+            lacking.inspect(|lacking| println!("not tested: {lacking:?}"));
+            lacking.is_none()
+        }
+
+        /// A shell that does this in a cgroup of its own; the folders of that.
+        fn run(&self, limits: &Limits, script: &str) -> (Child, Vec<PathBuf>) {
+            let folders = self.0.make("vm", limits).unwrap();
+            let entries = folders.iter().map(|folder| {
+                let procs = folder.join("cgroup.procs");
+                format!("echo $$ > {} && ", procs.display())
+            });
+            let script = entries.collect::<String>() + script;
+            let child = Command::new("sh").args(["-c", &script]).spawn().unwrap();
+            (child, folders)
+        }
+
+        fn end(mut child: Child, folders: &[PathBuf]) {
+            folders.iter().for_each(|folder| remove(folder).unwrap());
+            child.wait().unwrap();
+        }
+    }
+
+    impl Drop for Own {
+        fn drop(&mut self) {
+            self.0.sweep();
+            self.0.close();
+        }
+    }
+
+    /// Waits until a counter of one of the folders is above zero.
+    fn counts(folders: &[PathBuf], file: &str, counter: &str) {
+        let start = Instant::now();
+        let above_zero = |folder: &PathBuf| {
+            let text = fs::read_to_string(folder.join(file)).unwrap_or_default();
+            let mut values = text
+                .lines()
+                .filter_map(|line| line.strip_prefix(counter)?.trim().parse::<u64>().ok());
+            values.any(|value| value > 0)
+        };
+        while !folders.iter().any(above_zero) {
+            assert!(start.elapsed() < Duration::from_secs(60), "{counter} is 0");
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    #[test]
+    fn who_computes_more_than_the_limit_waits() {
+        let Some(own) = Own::open("cpu", Path::new("/")) else {
+            return;
+        };
+        let limits = Limits {
+            cpu_thousandths: 200,
+            ..AMPLE
+        };
+        if own.has("cpu") {
+            let (child, folders) = own.run(&limits, "while :; do :; done");
+            counts(&folders, "cpu.stat", "nr_throttled ");
+            Own::end(child, &folders);
+        }
+    }
+
+    #[test]
+    fn who_makes_more_processes_than_the_limit_gets_none() {
+        let Some(own) = Own::open("pids", Path::new("/")) else {
+            return;
+        };
+        let limits = Limits { tasks: 8, ..AMPLE };
+        if own.has("pids") {
+            let (child, folders) = own.run(&limits, "while sleep 60 & do :; done 2>/dev/null");
+            counts(&folders, "pids.events", "max ");
+            Own::end(child, &folders);
+        }
+    }
+
+    #[test]
+    fn who_reads_more_than_the_limit_waits() {
+        let folder = tempfile::tempdir().unwrap();
+        let Some(own) = Own::open("io", folder.path()) else {
+            return;
+        };
+        let limits = Limits {
+            io_bytes_per_second: 1 << 20,
+            ..AMPLE
+        };
+        if own.has("io") {
+            let file = folder.path().join("file");
+            fs::write(&file, vec![1; 3 << 20]).unwrap();
+            fs::File::open(&file).unwrap().sync_all().unwrap();
+            let read = format!(
+                "exec dd if={} of=/dev/null bs=64k iflag=direct status=none",
+                file.display()
+            );
+            let start = Instant::now();
+            let (mut child, folders) = own.run(&limits, &read);
+            assert!(child.wait().unwrap().success());
+            // A least time, which no speed of the machine makes shorter: three seconds, but for what passes at once.
+            assert!(start.elapsed() > Duration::from_millis(1500));
+            Own::end(child, &folders);
+        }
+    }
+}
