@@ -438,7 +438,7 @@ impl<W: AsyncWrite + Unpin, M: Machine> Driver<W, M> {
         }
         if configure.network {
             self.machine
-                .set_up_network()
+                .set_up_network(configure.authority.as_deref())
                 .map_err(DriverError::Network)?;
         }
         self.telemetry.starting(&configure);

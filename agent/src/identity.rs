@@ -71,7 +71,7 @@ pub trait Machine {
     ///
     /// # Errors
     /// There is no network device, or the kernel refused.
-    fn set_up_network(&mut self) -> Result<(), BootError>;
+    fn set_up_network(&mut self, authority: Option<&str>) -> Result<(), BootError>;
 }
 
 /// The virtual machine in which the agent is PID 1.
@@ -124,8 +124,8 @@ impl Machine for Guest {
         mounts::remount_code()
     }
 
-    fn set_up_network(&mut self) -> Result<(), BootError> {
-        network::set_up()
+    fn set_up_network(&mut self, authority: Option<&str>) -> Result<(), BootError> {
+        network::set_up(authority)
     }
 }
 

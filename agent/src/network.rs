@@ -4,12 +4,12 @@
 //! The gateway is entered as a neighbour, so that a clone's first packet waits for nobody. There is no IPv6: what is outside
 //! speaks none, and a router that announced itself would be an impostor.
 
-use std::fs;
-use std::io;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write as _};
 use std::path::Path;
 
 use thaw_agent_protocol::network::{
-    DNS_ADDRESS, GATEWAY_ADDRESS, GATEWAY_MAC, GUEST_ADDRESS, NETMASK,
+    AUTHORITIES_FILE, DNS_ADDRESS, GATEWAY_ADDRESS, GATEWAY_MAC, GUEST_ADDRESS, NETMASK,
 };
 
 use crate::boot::{BootError, step};
@@ -42,11 +42,11 @@ pub fn has_device(folder: &Path) -> Result<bool, BootError> {
     Ok(false)
 }
 
-/// Sets up the interface and the resolver. Only PID 1 of a guest may call it, once, after [`crate::boot::boot`].
+/// Sets up the interface and the resolver, and adds an authority to those that programs trust. Only PID 1 of a guest may call it, once, after [`crate::boot::boot`].
 ///
 /// # Errors
 /// There is no interface, or a step that the kernel refused.
-pub fn set_up() -> Result<(), BootError> {
+pub fn set_up(authority: Option<&str>) -> Result<(), BootError> {
     match fs::write(NO_IPV6, "1") {
         // A kernel without IPv6.
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -59,7 +59,22 @@ pub fn set_up() -> Result<(), BootError> {
     step("entering the gateway beside", INTERFACE, neighbour)?;
     let route = interface::add_default_route(GATEWAY_ADDRESS);
     step("routing everything to", INTERFACE, route)?;
-    write_resolver(Path::new(RESOLVER))
+    write_resolver(Path::new(RESOLVER))?;
+    match authority {
+        Some(certificate) => trust(Path::new(AUTHORITIES_FILE), certificate),
+        None => Ok(()),
+    }
+}
+
+/// Behind those that are there; an image without any gets the file.
+fn trust(file: &Path, certificate: &str) -> Result<(), BootError> {
+    if let Some(folder) = file.parent() {
+        step("making", folder, fs::create_dir_all(folder))?;
+    }
+    let opened = OpenOptions::new().append(true).create(true).open(file);
+    let mut bundle = step("opening", file, opened)?;
+    let text = format!("\n{}\n", certificate.trim_end());
+    step("writing", file, bundle.write_all(text.as_bytes()))
 }
 
 /// An image's own file may be a link to what another init would have written: it is replaced.
@@ -110,5 +125,14 @@ mod tests {
         );
         assert!(fs::read_to_string(&target).unwrap().contains("8.8.8.8"));
         write_resolver(&file).unwrap();
+    }
+
+    #[test]
+    fn an_authority_comes_behind_those_that_are_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("certs/all.crt");
+        trust(&file, "-one-\n").unwrap();
+        trust(&file, "-two-").unwrap();
+        assert_eq!(fs::read_to_string(&file).unwrap(), "\n-one-\n\n-two-\n");
     }
 }

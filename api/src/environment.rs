@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use thaw_runtime::AUTHORITIES_FILE;
+
 use crate::clock;
 use crate::record::{Settings, VersionId};
 
@@ -33,6 +35,14 @@ const MIB_PER_VCPU: u32 = 1769;
 
 /// Most virtual CPUs of a guest.
 const VCPUS_MAX: u32 = 4;
+
+/// Where Python's clients, AWS's, those of OpenSSL and Node.js look for authorities: the last for more than their own.
+const AUTHORITIES: [&str; 4] = [
+    "AWS_CA_BUNDLE",
+    "NODE_EXTRA_CA_CERTS",
+    "REQUESTS_CA_BUNDLE",
+    "SSL_CERT_FILE",
+];
 
 /// Where X-Ray's daemon would be: datagrams to it go nowhere, as no daemon runs in a guest.
 const XRAY_HOST: &str = "127.0.0.1";
@@ -133,6 +143,17 @@ pub fn variables(
         );
     }
     // These a client may set itself.
+    let has_secrets = settings
+        .network
+        .as_ref()
+        .is_some_and(|policy| !policy.secrets.is_empty());
+    if has_secrets {
+        // Clients that bring authorities of their own know nothing of the one by which secrets are put in.
+        for key in AUTHORITIES {
+            let file = AUTHORITIES_FILE.to_owned();
+            variables.entry(key.to_owned()).or_insert(file);
+        }
+    }
     let xray = format!("{XRAY_HOST}:{XRAY_PORT}");
     let defaults = [
         ("LANG", "en_US.UTF-8"),
@@ -177,6 +198,15 @@ mod tests {
         assert_eq!(variables["AWS_EXECUTION_ENV"], "AWS_Lambda_python3.11");
         assert!(!variables.contains_key("AWS_LAMBDA_RUNTIME_API"));
         assert!(!variables.contains_key("AWS_LAMBDA_MAX_CONCURRENCY"));
+        assert!(!variables.contains_key("SSL_CERT_FILE"));
+        let secret = serde_json::json!({"host": "a.b", "header": "x", "value": "v"});
+        let policy = serde_json::json!({ "secrets": [secret] });
+        settings.network = Some(serde_json::from_value(policy).unwrap());
+        let own = BTreeMap::from([("AWS_CA_BUNDLE".to_owned(), "/var/task/mine".to_owned())]);
+        settings.environment = Some(own);
+        let variables = super::variables("f", VersionId::Latest, "eu-west-1", &settings);
+        assert_eq!(variables["SSL_CERT_FILE"], AUTHORITIES_FILE);
+        assert_eq!(variables["AWS_CA_BUNDLE"], "/var/task/mine");
         settings.runtime = "provided.al2023".to_owned();
         settings.snap_start = true;
         let variables = super::variables("f", VersionId::Number(2), "eu-west-1", &settings);

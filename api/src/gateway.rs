@@ -265,6 +265,7 @@ impl Gateway {
             egress: config.egress.clone().map(|program| EgressOptions {
                 program,
                 ready: slots_ready(config.budget),
+                authority: None,
             }),
             memory_budget_mib: Some(config.budget.memory_mib),
             vcpu_budget: Some(config.budget.vcpus),

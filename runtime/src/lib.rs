@@ -45,6 +45,7 @@ pub use points::arm;
 pub use pool::{Learn, OpenPoolError, Pool, PoolSpec, PoolStats};
 pub use schedule::{Recycle, Start};
 pub use service::{Runtime, RuntimeConfig, RuntimeStats, StartError};
+pub use thaw_agent_protocol::network::AUTHORITIES_FILE;
 pub use thaw_agent_protocol::{Configure, RuntimeExit, RuntimeExitCause};
 pub use thaw_jail::{Jailer, JailerError, Owner, Reach, become_root_of_own_namespace};
 pub use thaw_network::{EgressOptions, Policy as NetworkPolicy, is_metadata};

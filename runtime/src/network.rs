@@ -5,12 +5,17 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use thaw_network::{Egress, EgressError, EgressOptions, Policy, Slot};
+use thaw_network::{Authority, Egress, EgressError, EgressOptions, Policy, Slot};
+
+use thaw_snapshot::Key;
 
 use crate::HostError;
 
 /// Why there is no network.
 const NONE_HERE: &str = "no program that makes networks was named";
+
+/// Of the home's key, another for this use.
+const AUTHORITY: &str = "thaw 2026-11-29 authority of the network's secrets";
 
 /// Where slots come from.
 #[derive(Debug)]
@@ -34,11 +39,27 @@ pub(crate) struct Socket {
 }
 
 impl Networks {
-    pub(crate) fn new(options: Option<EgressOptions>) -> Self {
+    pub(crate) fn new(options: Option<EgressOptions>, key: &Key) -> Self {
+        let authority = Authority::of(&key.derive(AUTHORITY))
+            .inspect_err(|error| tracing::error!(%error, "no authority for secrets over TLS"));
+        let authority = authority.ok().map(Arc::new);
+        let options = options.map(|options| EgressOptions {
+            authority,
+            ..options
+        });
         Self {
             options,
             current: tokio::sync::Mutex::new(None),
         }
+    }
+
+    /// The authority that a guest under `policy` is to trust, PEM.
+    pub(crate) fn authority(&self, policy: &Policy) -> Option<String> {
+        let options = self.options.as_ref()?;
+        let authority = options.authority.as_ref();
+        authority
+            .filter(|_| !policy.secrets.is_empty())
+            .map(|it| it.pem())
     }
 
     /// A fresh slot, within `limit`. One that is ready costs a message and no call that configures a network.

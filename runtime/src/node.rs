@@ -127,7 +127,7 @@ impl Node {
         let alarm = watch::Sender::new(None);
         let times = alarm.subscribe();
         let node = Arc::new(Self {
-            networks: Arc::new(Networks::new(config.egress.clone())),
+            networks: Arc::new(Networks::new(config.egress.clone(), &key)),
             config,
             key,
             spawner,

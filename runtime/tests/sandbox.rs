@@ -98,6 +98,7 @@ fn request(handler: &str, output: PathBuf) -> FreezeRequest {
             hostname: "thaw".into(),
             account_id: None,
             network: false,
+            authority: None,
         },
         network: None,
         metadata: Metadata::default(),

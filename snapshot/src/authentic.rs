@@ -36,6 +36,12 @@ impl Key {
         Self(blake3::derive_key(CONTEXT, secret))
     }
 
+    /// Another secret of the same home's, for what `context` names, and for that alone (BLAKE3's key derivation: a constant, globally unique text).
+    #[must_use]
+    pub fn derive(&self, context: &str) -> [u8; 32] {
+        blake3::derive_key(context, &self.0)
+    }
+
     fn tag(&self, digest: Digest) -> blake3::Hash {
         blake3::keyed_hash(&self.0, &digest.0)
     }

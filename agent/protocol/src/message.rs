@@ -30,6 +30,9 @@ pub struct Configure {
     /// Set up `eth0` as [`crate::network`] says, before anything of the function runs. The VM must have a network device.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub network: bool,
+    /// A certificate (PEM) that the function's programs are to trust: it is added to [`crate::network::AUTHORITIES_FILE`]. With a network alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub authority: Option<String>,
 }
 
 /// Makes a clone unique. Always the first message after a restore; no request runs before it is carried out. A guest
@@ -525,6 +528,7 @@ mod tests {
             hostname: "sandbox".into(),
             account_id: Some("000000000000".into()),
             network: true,
+            authority: Some("-----BEGIN CERTIFICATE-----".into()),
         }));
         round_trip(HostMessage::Thaw(Thaw {
             unix_time_ns: 5,

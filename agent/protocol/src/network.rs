@@ -23,6 +23,9 @@ pub const MTU: u16 = 1500;
 /// Bytes of `struct virtio_net_hdr_v1` (virtio 1.2, 5.1.6) before each frame, on the tap as in the guest's queues.
 pub const VNET_HEADER_BYTES: usize = 12;
 
+/// What the guest's programs trust. An authority of [`crate::Configure`] is added to it.
+pub const AUTHORITIES_FILE: &str = "/etc/ssl/certs/ca-certificates.crt";
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -109,6 +109,7 @@ fn from_host(dice: &mut Dice) -> HostMessage {
             hostname: text(dice),
             account_id: maybe(dice),
             network: *dice.pick(&[false, true]),
+            authority: None,
         }),
         1 => HostMessage::Thaw(Thaw {
             unix_time_ns: dice.edge(64),

@@ -62,7 +62,7 @@ impl Machine for Recorder {
         Ok(())
     }
 
-    fn set_up_network(&mut self) -> Result<(), BootError> {
+    fn set_up_network(&mut self, _: Option<&str>) -> Result<(), BootError> {
         if self.task_root.join(NO_NETWORK).exists() {
             return Err(BootError {
                 act: "giving its address to",
@@ -201,6 +201,7 @@ impl Sandbox {
                 hostname: "snapshot".into(),
                 account_id: Some("123456789012".into()),
                 network: false,
+                authority: None,
             }),
         );
     }

@@ -329,6 +329,7 @@ fn request(job: FreezeJob, base: Base, rootfs: &RuntimeImage, code: PathBuf) -> 
             hostname: HOSTNAME.to_owned(),
             account_id: job.account_id,
             network: job.network.is_some(),
+            authority: None,
         },
         network: job.network,
         metadata: Metadata {

@@ -14,6 +14,7 @@ use thiserror::Error;
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::authority::Authority;
 use crate::channel::{self, Incoming, Sender};
 use crate::policy::{Policy, PolicyError};
 use crate::protocol::{FromEgress, Reply, Report, Request, SlotId, Status, ToEgress};
@@ -40,6 +41,9 @@ pub enum EgressError {
     /// The policy is over a limit.
     #[error("the network policy is refused")]
     Policy(#[from] PolicyError),
+    /// No certificate for the hosts of its secrets can be made.
+    #[error("no certificate can be made for the hosts of the policy's secrets")]
+    Certificate(#[source] rcgen::Error),
     /// It answered that it cannot.
     #[error("thaw-egress failed: {0}")]
     Refused(String),
@@ -61,6 +65,8 @@ pub struct EgressOptions {
     pub program: PathBuf,
     /// Slots that are kept ready, at most 1024.
     pub ready: usize,
+    /// What guests trust that ask a secret's host over TLS; without one they ask over plain HTTP alone.
+    pub authority: Option<Arc<Authority>>,
 }
 
 /// The process that owns all slots. Clones speak to the same one; it ends, and every slot with it, when the last clone and the last [`Slot`] are gone.
@@ -69,6 +75,7 @@ pub struct Egress {
     asks: mpsc::UnboundedSender<Ask>,
     ended: watch::Receiver<Option<String>>,
     pid: u32,
+    authority: Option<Arc<Authority>>,
 }
 
 /// A request, and who waits for its reply. Nobody: a slot that was dropped.
@@ -146,7 +153,12 @@ impl Egress {
             .map_err(failed)?;
         let (asks, queue) = mpsc::unbounded_channel();
         tokio::spawn(converse(sender, incoming, queue, asks.downgrade()));
-        let egress = Self { asks, ended, pid };
+        let egress = Self {
+            asks,
+            ended,
+            pid,
+            authority: options.authority.clone(),
+        };
         egress.status().await?;
         Ok(egress)
     }
@@ -167,7 +179,17 @@ impl Egress {
         limit: Duration,
     ) -> Result<(Slot, OwnedFd), EgressError> {
         policy.check()?;
-        match self.ask(Request::Take(policy.clone()), limit).await? {
+        let identity = match &self.authority {
+            Some(authority) => authority
+                .identity(policy)
+                .map_err(EgressError::Certificate)?,
+            None => None,
+        };
+        let take = Request::Take {
+            policy: policy.clone(),
+            identity: identity.as_deref().cloned(),
+        };
+        match self.ask(take, limit).await? {
             Answer::Slot(slot, tap) => Ok((slot, tap)),
             Answer::Other(_) => Err(EgressError::Protocol),
         }

@@ -1,12 +1,13 @@
 //! The network of sandboxes, as its users see it: what a guest may reach ([`Policy`]), and slots to be had from the process that owns them ([`Egress`]).
 //!
-//! Owns: policies and their validation, the protocol with `thaw-egress`, its client. Must not know: packets, names' addresses, namespaces,
+//! Owns: policies and their validation, the protocol with `thaw-egress`, its client, the authority of certificates for secrets' hosts. Must not know: packets, names' addresses, namespaces,
 //! TLS; whatever a guest sends is parsed in that process alone. Start at [`Egress::start`].
 //!
 //! A *slot* is a network namespace with one tap and no way out. All that a guest sends ends in it: TCP at a relay, names at a resolver, the rest
 //! nowhere. So the addresses below are equal in every slot, and nothing of them exists outside.
 #![forbid(unsafe_code)]
 
+mod authority;
 pub mod channel;
 mod client;
 mod metadata;
@@ -14,6 +15,7 @@ mod name;
 mod policy;
 mod protocol;
 
+pub use authority::{Authority, Identity};
 pub use client::{Egress, EgressError, EgressOptions, Slot};
 pub use metadata::{METADATA, is_metadata};
 pub use name::{DomainName, DomainPattern, NameError};

@@ -4,6 +4,7 @@
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
+use crate::authority::Identity;
 use crate::policy::Policy;
 
 /// Most denials that a [`Report`] tells, the newest.
@@ -27,7 +28,12 @@ pub struct ToEgress {
 #[serde(rename_all = "snake_case")]
 pub enum Request {
     /// A slot under this policy: one that is ready, else the next that is made.
-    Take(Policy),
+    Take {
+        /// What the guest may reach.
+        policy: Policy,
+        /// By which the relay is the host of each secret, for the guest.
+        identity: Option<Identity>,
+    },
     /// The guest of this slot is gone: end its connections, destroy it.
     GiveBack(SlotId),
     /// What has happened in a slot.
@@ -126,6 +132,8 @@ pub enum Reason {
     TooMany,
     /// Allowed, but the server could not be reached.
     Unreachable,
+    /// The guest does not take the certificate that the relay has for a secret's host.
+    Untrusted,
 }
 
 impl fmt::Display for Reason {
@@ -139,6 +147,9 @@ impl fmt::Display for Reason {
             Self::NoName => "the name that is asked for cannot be seen",
             Self::TooMany => "too many at once",
             Self::Unreachable => "the server cannot be reached",
+            Self::Untrusted => {
+                "the client does not take the relay's certificate, or no HTTP/1.1: the file that SSL_CERT_FILE names has its authority"
+            }
         })
     }
 }

@@ -231,7 +231,9 @@ impl Freeze<'_> {
         }
         let init_limit =
             Duration::from_millis(request.configure.init_limit_ms).saturating_add(INIT_MARGIN);
-        let configure = std::mem::take(&mut request.configure);
+        let mut configure = std::mem::take(&mut request.configure);
+        let policy = request.network.as_ref().filter(|_| configure.network);
+        configure.authority = policy.and_then(|policy| self.node.networks.authority(policy));
         self.vm
             .channel
             .queue(HostMessage::Configure(configure))

@@ -72,7 +72,9 @@ mod tests {
                 }
             }
         }
-        assert!(slots.iter().all(|has| (14..=16).contains(has)), "{slots:?}");
+        // It has its part again, nobody more than half, and there is some for the next.
+        assert!(slots.iter().all(|has| (10..=30).contains(has)), "{slots:?}");
+        assert!(capacity.take(0));
         assert!(Capacity::of(1_048_576).most > 500_000);
         assert_eq!(
             Capacity::of(u64::MAX).most,

@@ -20,10 +20,10 @@ pub struct Hello {
 impl Hello {
     /// The next bytes; the name when it is known.
     pub fn push(&mut self, mut bytes: &[u8]) -> Result<Option<DomainName>, NoName> {
-        if self.bytes.len() + bytes.len() > HELLO_BYTES_MAX {
+        self.bytes.extend_from_slice(bytes);
+        if self.bytes.len() > HELLO_BYTES_MAX {
             return Err(NoName);
         }
-        self.bytes.extend_from_slice(bytes);
         while !bytes.is_empty() {
             self.acceptor.read_tls(&mut bytes).map_err(|_| NoName)?;
             match self.acceptor.accept() {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use thaw_network::channel::{Incoming, Sender, halves};
-use thaw_network::{FromEgress, Policy, Reply, Request, SlotId, Status, ToEgress};
+use thaw_network::{FromEgress, Identity, Policy, Reply, Request, SlotId, Status, ToEgress};
 use tokio::time::{Instant, sleep_until};
 
 use crate::machine::Machine;
@@ -32,6 +32,9 @@ struct Blank {
     datagrams: UdpSocket,
 }
 
+/// What a slot is taken for.
+type Terms = (Policy, Option<Identity>);
+
 struct Relay {
     machine: Arc<Machine>,
     gateway: Sender,
@@ -43,7 +46,7 @@ struct Relay {
     /// None is made before.
     pause: Option<Instant>,
     ready: VecDeque<Blank>,
-    waiting: VecDeque<(u64, Policy)>,
+    waiting: VecDeque<(u64, Terms)>,
     taken: HashMap<SlotId, (Arc<Slot>, OwnedFd)>,
     /// Taps that are used up.
     closer: mpsc::Sender<OwnedFd>,
@@ -131,7 +134,7 @@ impl Relay {
                 self.made += 1;
                 self.failure = None;
                 match self.waiting.pop_front() {
-                    Some((id, policy)) => self.give(id, policy, blank).await,
+                    Some((id, terms)) => self.give(id, terms, blank).await,
                     None => {
                         self.ready.push_back(blank);
                         Ok(())
@@ -155,14 +158,14 @@ impl Relay {
     async fn asked(&mut self, id: u64, request: Request) -> anyhow::Result<()> {
         let no_slot = |slot: SlotId| Reply::Failed(format!("slot {} is not taken", slot.0));
         let reply = match request {
-            Request::Take(policy) => match (policy.check(), self.ready.pop_front()) {
+            Request::Take { policy, identity } => match (policy.check(), self.ready.pop_front()) {
                 (Err(error), blank) => {
                     self.ready.extend(blank);
                     Reply::Failed(error.to_string())
                 }
-                (Ok(()), Some(blank)) => return self.give(id, policy, blank).await,
+                (Ok(()), Some(blank)) => return self.give(id, (policy, identity), blank).await,
                 (Ok(()), None) if self.waiting.len() < WAITING_MAX => {
-                    self.waiting.push_back((id, policy));
+                    self.waiting.push_back((id, (policy, identity)));
                     return Ok(());
                 }
                 (Ok(()), None) => Reply::Failed(format!("{WAITING_MAX} requests wait for a slot")),
@@ -191,8 +194,9 @@ impl Relay {
         self.reply(id, reply).await
     }
 
-    async fn give(&mut self, id: u64, policy: Policy, blank: Blank) -> anyhow::Result<()> {
-        let slot = match Slot::new(Arc::clone(&self.machine), policy) {
+    async fn give(&mut self, id: u64, terms: Terms, blank: Blank) -> anyhow::Result<()> {
+        let (policy, identity) = terms;
+        let slot = match Slot::new(Arc::clone(&self.machine), policy, identity.as_ref()) {
             Ok(slot) => Arc::new(slot),
             Err(error) => {
                 self.ready.push_front(blank);

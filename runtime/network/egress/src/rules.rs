@@ -16,18 +16,18 @@ const HTTPS: u16 = 443;
 pub enum Verdict {
     /// It goes to its address, whatever it says.
     Direct,
-    /// It goes there if its ClientHello asks for one of these names.
-    Tls(Vec<DomainName>),
+    /// Its ClientHello is looked at. What asks for a name with secrets ends here, and each request is looked at.
+    Tls(Web),
     /// It is HTTP, and each request is looked at.
     Web(Web),
     /// It is refused.
     Denied(Reason),
 }
 
-/// What requests of an HTTP connection may ask for.
+/// What a connection that is looked at may ask for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Web {
-    /// Names whose requests go on as they are.
+    /// Names for which it goes on as it is.
     pub names: Vec<DomainName>,
     /// So do all others: the address itself is allowed.
     pub open: bool,
@@ -87,19 +87,25 @@ impl Rules {
         };
         let secret: Vec<_> = names
             .iter()
-            .filter(|name| port == HTTP && self.has_secret(name))
+            .filter(|name| matches!(port, HTTP | HTTPS) && self.has_secret(name))
             .cloned()
             .collect();
         let names: Vec<_> = names.iter().filter(by_name).cloned().collect();
         match port {
-            HTTP if !secret.is_empty() || (!open && !names.is_empty()) => Verdict::Web(Web {
-                names,
-                open,
-                secret,
-            }),
+            HTTP | HTTPS if !secret.is_empty() || (!open && !names.is_empty()) => {
+                let web = Web {
+                    names,
+                    open,
+                    secret,
+                };
+                if port == HTTP {
+                    Verdict::Web(web)
+                } else {
+                    Verdict::Tls(web)
+                }
+            }
             _ if open => Verdict::Direct,
             _ if names.is_empty() => Verdict::Denied(Reason::NotAllowed),
-            HTTPS => Verdict::Tls(names),
             _ => Verdict::Direct,
         }
     }
@@ -250,7 +256,11 @@ mod tests {
         let names = [name("a.b"), name("other.org")];
         assert_eq!(
             rules.decide(to("1.1.1.1:443"), &names, false),
-            Verdict::Tls(vec![name("a.b")])
+            Verdict::Tls(Web {
+                names: vec![name("a.b")],
+                open: false,
+                secret: vec![]
+            })
         );
         assert_eq!(
             rules.decide(to("1.1.1.1:80"), &names, false),
@@ -272,23 +282,26 @@ mod tests {
     }
 
     #[test]
-    fn a_secret_opens_its_host_on_port_80_alone() {
+    fn a_secret_opens_its_host_for_http_alone() {
         let host = name("api.b");
         let one = rules(&[], &["api.b"]);
         assert!(one.permits_name(&host));
-        let web = |open| {
-            Verdict::Web(Web {
-                names: vec![],
-                open,
-                secret: vec![name("api.b")],
-            })
+        let web = |open| Web {
+            names: vec![],
+            open,
+            secret: vec![name("api.b")],
         };
+        let (plain, tls) = (
+            |open| Verdict::Web(web(open)),
+            |open| Verdict::Tls(web(open)),
+        );
         let names = std::slice::from_ref(&host);
-        assert_eq!(one.decide(to("1.1.1.1:80"), names, false), web(false));
-        assert_eq!(one.decide(to("1.1.1.1:443"), names, false), DENIED);
+        assert_eq!(one.decide(to("1.1.1.1:80"), names, false), plain(false));
+        assert_eq!(one.decide(to("1.1.1.1:443"), names, false), tls(false));
+        assert_eq!(one.decide(to("1.1.1.1:8080"), names, false), DENIED);
         assert_eq!(one.decide(to("1.1.1.1:80"), &[], false), DENIED);
         let open = rules(&[rule("internet", &[])], &["api.b"]);
-        assert_eq!(open.decide(to("1.1.1.1:80"), names, false), web(true));
+        assert_eq!(open.decide(to("1.1.1.1:80"), names, false), plain(true));
         assert_eq!(open.decide(to("1.1.1.1:80"), &[], false), Verdict::Direct);
     }
 

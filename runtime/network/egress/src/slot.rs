@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use thaw_network::{DENIALS_MAX, Denial, DomainName, Policy, Reason, Report};
+use thaw_network::{DENIALS_MAX, Denial, DomainName, Identity, Policy, Reason, Report};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
@@ -81,13 +81,17 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Slot {
-    /// A slot under a checked policy.
-    pub fn new(machine: Arc<Machine>, policy: Policy) -> Result<Self, TrustError> {
+    /// A slot under a checked policy; with an identity, its secrets' hosts can be asked over TLS.
+    pub fn new(
+        machine: Arc<Machine>,
+        policy: Policy,
+        identity: Option<&Identity>,
+    ) -> Result<Self, TrustError> {
         let bandwidth = policy.bandwidth_bytes_per_second.map(|rate| {
             let rate = rate.get();
             [(); 2].map(|()| Mutex::new(Bucket::new(rate, (rate / BURST_PART).max(BURST_MIN))))
         });
-        let trusts = Trusts::new(&policy, &machine)?;
+        let trusts = Trusts::new(&policy, &machine, identity)?;
         let connections_max = usize::try_from(policy.connections_max).unwrap_or(usize::MAX >> 4);
         Ok(Self {
             rules: Rules::new(policy),

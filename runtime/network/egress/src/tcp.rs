@@ -10,7 +10,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::time::{sleep, timeout};
 
-use crate::hello::Hello;
+use crate::hello::{Hello, NoName};
 use crate::meter::Metered;
 use crate::rules::Verdict;
 use crate::slot::{Slot, lock};
@@ -84,11 +84,15 @@ async fn carry(slot: &Arc<Slot>, stream: TcpStream, to: SocketAddrV4, verdict: V
     let mut guest = Metered::new(stream, Arc::clone(slot));
     let first = match verdict {
         Verdict::Direct => Vec::new(),
-        Verdict::Tls(names) => {
+        Verdict::Tls(web) => {
             let wanted = match timeout(HELLO_LIMIT, read_hello(&mut guest)).await {
-                Ok(Some((name, bytes))) if names.contains(&name) => Ok(bytes),
-                Ok(Some((name, _))) => Err((name.to_string(), Reason::OtherName)),
-                Ok(None) | Err(_) => Err((to.to_string(), Reason::NoName)),
+                Ok((Some(name), bytes)) if web.secret.contains(&name) => {
+                    return web::serve_tls(slot, guest, bytes, to, name).await;
+                }
+                Ok((Some(name), bytes)) if web.open || web.names.contains(&name) => Ok(bytes),
+                Ok((None, bytes)) if web.open => Ok(bytes),
+                Ok((Some(name), _)) => Err((name.to_string(), Reason::OtherName)),
+                Ok((None, _)) | Err(_) => Err((to.to_string(), Reason::NoName)),
             };
             match wanted {
                 Ok(bytes) => bytes,
@@ -122,16 +126,16 @@ async fn carry(slot: &Arc<Slot>, stream: TcpStream, to: SocketAddrV4, verdict: V
     }
 }
 
-async fn read_hello(guest: &mut Metered) -> Option<(DomainName, Vec<u8>)> {
+/// The name that a ClientHello asks for, if there is one to be seen, and what was read to see it.
+async fn read_hello(guest: &mut Metered) -> (Option<DomainName>, Vec<u8>) {
     let mut hello = Hello::default();
     let mut chunk = [0; 2048];
     loop {
-        let count = guest.read(&mut chunk).await.ok()?;
-        if count == 0 {
-            return None;
-        }
-        if let Some(name) = hello.push(&chunk[..count]).ok()? {
-            return Some((name, hello.into_bytes()));
+        let count = guest.read(&mut chunk).await.unwrap_or_default();
+        match hello.push(&chunk[..count]) {
+            Ok(None) if count > 0 => {}
+            Ok(name) => return (name, hello.into_bytes()),
+            Err(NoName) => return (None, hello.into_bytes()),
         }
     }
 }

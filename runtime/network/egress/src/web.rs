@@ -1,4 +1,5 @@
-//! HTTP connections of a guest that are looked at: each request goes where its host may, and gets the secrets of its host on the way.
+//! HTTP connections of a guest that are looked at, plain and, to hosts with secrets, within TLS that ends here: each request goes where its host may, and
+//! gets the secrets of its host on the way.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -14,19 +15,19 @@ use hyper::header::{HOST, HeaderMap, HeaderName, HeaderValue};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode, Uri};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use thaw_network::{DomainName, Policy, Reason};
+use thaw_network::{DomainName, Identity, Policy, Reason};
 use thiserror::Error;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
 use tokio::sync::Mutex;
 use tokio::time::timeout;
-use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::pem::PemObject as _;
-use tokio_rustls::rustls::pki_types::{CertificateDer, ServerName};
-use tokio_rustls::rustls::{self, ClientConfig, RootCertStore};
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use tokio_rustls::rustls::{self, ClientConfig, RootCertStore, ServerConfig};
+use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use crate::machine::Machine;
-use crate::meter::Metered;
+use crate::meter::{Metered, Pulse};
 use crate::rules::Web;
 use crate::slot::Slot;
 use crate::tcp;
@@ -39,6 +40,8 @@ const HEAD_LIMIT: Duration = Duration::from_secs(60);
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(15);
 /// Where secrets are told.
 const HTTPS: u16 = 443;
+/// What a guest may speak within TLS (RFC 7301).
+const PROTOCOL: &[u8] = b"http/1.1";
 /// Headers of one connection, which do not go on (RFC 9110, 7.6.1), and one that is answered here.
 const HOP: &[&str] = &[
     "connection",
@@ -61,24 +64,35 @@ pub enum TrustError {
     /// No certificate in it that can be used.
     #[error("the ca of the secret for {0} holds no certificate (PEM)")]
     Ca(DomainName),
+    /// The gateway's certificate for the secrets' hosts.
+    #[error("the certificate for the secrets' hosts cannot be used")]
+    Identity(#[from] rustls::pki_types::pem::Error),
     /// The library's own.
     #[error("cannot prepare TLS")]
     Tls(#[from] rustls::Error),
 }
 
-/// By which authorities the servers are checked that secrets are told to.
-pub struct Trusts(BTreeMap<DomainName, Arc<ClientConfig>>);
+/// By which authorities the servers are checked that secrets are told to, and what this process is for guests that ask those.
+pub struct Trusts {
+    servers: BTreeMap<DomainName, Arc<ClientConfig>>,
+    guests: Option<Arc<ServerConfig>>,
+}
 
 impl std::fmt::Debug for Trusts {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_set().entries(self.0.keys()).finish()
+        f.debug_set().entries(self.servers.keys()).finish()
     }
 }
 
 impl Trusts {
     /// Of a policy's secrets.
-    pub fn new(policy: &Policy, machine: &Machine) -> Result<Self, TrustError> {
-        let mut trusts = BTreeMap::new();
+    pub fn new(
+        policy: &Policy,
+        machine: &Machine,
+        identity: Option<&Identity>,
+    ) -> Result<Self, TrustError> {
+        let provider = Arc::new(ring::default_provider());
+        let mut servers = BTreeMap::new();
         for secret in &policy.secrets {
             let roots = match &secret.ca {
                 None => machine.roots(),
@@ -94,13 +108,26 @@ impl Trusts {
                     Arc::new(roots)
                 }
             };
-            let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            let config = ClientConfig::builder_with_provider(Arc::clone(&provider))
                 .with_safe_default_protocol_versions()?
                 .with_root_certificates(roots)
                 .with_no_client_auth();
-            trusts.insert(secret.host.clone(), Arc::new(config));
+            servers.insert(secret.host.clone(), Arc::new(config));
         }
-        Ok(Self(trusts))
+        let guests = match identity {
+            None => None,
+            Some(identity) => {
+                let certificate = CertificateDer::from_pem_slice(identity.certificate.as_bytes())?;
+                let key = PrivateKeyDer::from_pem_slice(identity.key.as_bytes())?;
+                let mut config = ServerConfig::builder_with_provider(provider)
+                    .with_safe_default_protocol_versions()?
+                    .with_no_client_auth()
+                    .with_single_cert(vec![certificate], key)?;
+                config.alpn_protocols = vec![PROTOCOL.to_vec()];
+                Some(Arc::new(config))
+            }
+        };
+        Ok(Self { servers, guests })
     }
 }
 
@@ -135,8 +162,41 @@ const UNREACHABLE: Refused = Refused {
 
 /// Carries the requests of a connection until it ends.
 pub async fn serve(slot: &Arc<Slot>, guest: Metered, to: SocketAddrV4, web: Web) {
-    let _open = slot.let_out();
     let pulse = guest.pulse();
+    serve_requests(slot, (guest, pulse), to, web).await;
+}
+
+/// Carries the requests of a TLS connection to a host with secrets, whose ClientHello was read, until it ends: for the guest, this is the host.
+pub async fn serve_tls(
+    slot: &Arc<Slot>,
+    guest: Metered,
+    hello: Vec<u8>,
+    to: SocketAddrV4,
+    host: DomainName,
+) {
+    let Some(config) = slot.trusts.guests.clone() else {
+        return slot.denied(&to, Reason::NotAllowed);
+    };
+    let pulse = guest.pulse();
+    let (reader, writer) = tokio::io::split(guest);
+    let guest = tokio::io::join(std::io::Cursor::new(hello).chain(reader), writer);
+    let shaking = TlsAcceptor::from(config).accept(guest);
+    let Ok(Ok(guest)) = timeout(HANDSHAKE_LIMIT, shaking).await else {
+        return slot.denied(&format!("https://{host}"), Reason::Untrusted);
+    };
+    let web = Web {
+        names: Vec::new(),
+        open: false,
+        secret: vec![host],
+    };
+    serve_requests(slot, (guest, pulse), to, web).await;
+}
+
+async fn serve_requests<S>(slot: &Arc<Slot>, (guest, pulse): (S, Pulse), to: SocketAddrV4, web: Web)
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let _open = slot.let_out();
     let exchange = Arc::new(Exchange {
         slot: Arc::clone(slot),
         to,
@@ -173,7 +233,8 @@ pub async fn serve(slot: &Arc<Slot>, guest: Metered, to: SocketAddrV4, web: Web)
 
 impl Exchange {
     async fn carry(&self, request: Request<Incoming>) -> Result<Response<Body>, Refused> {
-        let host = host(&request).inspect_err(|_| self.slot.denied(&self.to, Reason::NoName))?;
+        let host = host(&request, self.to.port())
+            .inspect_err(|_| self.slot.denied(&self.to, Reason::NoName))?;
         let whom = match host {
             Some(host) if self.web.secret.contains(&host) => Whom::Secret(host),
             Some(host) if self.web.open || self.web.names.contains(&host) => Whom::Plain,
@@ -247,7 +308,7 @@ impl Exchange {
                 let to = SocketAddrV4::new(*self.to.ip(), HTTPS);
                 let stream = tcp::open(&self.slot, to).await.map_err(|_| UNREACHABLE)?;
                 let shaken = async {
-                    let config = self.slot.trusts.0.get(name)?;
+                    let config = self.slot.trusts.servers.get(name)?;
                     let server = ServerName::try_from(name.to_string()).ok()?;
                     let connecting = TlsConnector::from(Arc::clone(config)).connect(server, stream);
                     timeout(HANDSHAKE_LIMIT, connecting).await.ok()?.ok()
@@ -285,8 +346,8 @@ impl Exchange {
     }
 }
 
-/// The host that a request is for, on port 80; none if it is no name. A request that says it twice, and not the same, is refused.
-fn host<T>(request: &Request<T>) -> Result<Option<DomainName>, Refused> {
+/// The host that a request is for, on this port; none if it is no name. A request that says it twice, and not the same, is refused.
+fn host<T>(request: &Request<T>, port: u16) -> Result<Option<DomainName>, Refused> {
     let bad = || Refused {
         status: StatusCode::BAD_REQUEST,
         why: "the request names no host, or several\n",
@@ -301,7 +362,8 @@ fn host<T>(request: &Request<T>) -> Result<Option<DomainName>, Refused> {
     {
         return Err(bad());
     }
-    Ok(DomainName::parse(host.strip_suffix(":80").unwrap_or(host)).ok())
+    let name = host.strip_suffix(&format!(":{port}")).unwrap_or(host);
+    Ok(DomainName::parse(name).ok())
 }
 
 /// Takes the headers away that are a connection's own, and those that `Connection` names.
@@ -336,7 +398,7 @@ mod tests {
     }
 
     fn named(uri: &str, hosts: &[&str]) -> Option<Option<String>> {
-        let found = host(&request(uri, hosts)).ok()?;
+        let found = host(&request(uri, hosts), 80).ok()?;
         Some(found.map(String::from))
     }
 
@@ -383,7 +445,7 @@ mod tests {
             if let Ok(value) = HeaderValue::from_bytes(&bytes) {
                 let mut request = request("/", &[]);
                 request.headers_mut().insert(HOST, value);
-                let _ = host(&request);
+                let _ = host(&request, 443);
             }
         }
     }

@@ -387,9 +387,45 @@ fn a_secret_reaches_its_server_over_tls_and_never_the_guest() {
             .get(SERVER, &get("shared.example.org"))
             .starts_with("HTTP/1.1 403")
     );
-    assert!(guest.is_refused(SERVER, 443));
+    assert!(guest.is_refused(SERVER, 443), "no TLS");
     assert!(!guest.has_seen(b"0f4c") && guest.has_seen(b"served /page"));
     assert_eq!(machine.report(&slot).connections, 3);
+
+    // The same over TLS, which ends in the relay for who trusts its authority, and for the host alone.
+    let (slot, mut guest) = machine.guest(&policy(&machine.ca));
+    guest.resolve("api.example.com.").unwrap();
+    let api = (SERVER, "api.example.com");
+    let page = get("api.example.com");
+    let answer = guest.get_tls(api, &page, &machine.authority, "http/1.1");
+    let answer = answer.unwrap();
+    assert!(
+        answer.starts_with("HTTP/1.1 200") && answer.ends_with("served /page"),
+        "{answer}"
+    );
+    assert_eq!(machine.asked.lock().unwrap().len(), 3);
+    assert_eq!(machine.asked.lock().unwrap()[2].authorization, [SECRET]);
+    let other = get("shared.example.org");
+    let answer = guest.get_tls(api, &other, &machine.authority, "http/1.1");
+    assert!(answer.unwrap().starts_with("HTTP/1.1 403"));
+    let shared = (SERVER, "shared.example.org");
+    let refused = guest.get_tls(shared, &other, &machine.authority, "http/1.1");
+    assert_eq!(refused, Err("reset".to_owned()));
+    let untrusting = guest.get_tls(api, &page, &machine.ca, "http/1.1");
+    assert!(untrusting.unwrap_err().contains("UnknownIssuer"));
+    let newer = guest.get_tls(api, &page, &machine.authority, "h2");
+    assert!(newer.unwrap_err().contains("NoApplicationProtocol"));
+    assert!(!guest.has_seen(b"0f4c"));
+    let denials = [
+        denial("shared.example.org", Reason::OtherName),
+        denial("https://api.example.com", Reason::Untrusted),
+    ];
+    let began = Instant::now();
+    while !denials
+        .iter()
+        .all(|one| machine.report(&slot).denials.contains(one))
+    {
+        assert!(began.elapsed() < LIMIT, "{:?}", machine.report(&slot));
+    }
 
     // An authority that the server's certificate is not of: nothing is told.
     let stranger = rcgen::generate_simple_self_signed(vec!["api.example.com".to_owned()]).unwrap();
@@ -400,7 +436,7 @@ fn a_secret_reaches_its_server_over_tls_and_never_the_guest() {
             .get(SERVER, &get("api.example.com"))
             .starts_with("HTTP/1.1 502")
     );
-    assert_eq!(machine.asked.lock().unwrap().len(), 2);
+    assert_eq!(machine.asked.lock().unwrap().len(), 3);
     assert_eq!(
         machine.report(&slot).denials,
         [denial("https://api.example.com", Reason::Unreachable)]

@@ -1,8 +1,10 @@
 //! A guest: a TCP/IP stack in user space (smoltcp) on the descriptor of a tap, as a virtio-net device would be.
 
 use std::collections::{BTreeSet, VecDeque};
+use std::io::{Read as _, Write as _};
 use std::net::Ipv4Addr;
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::Arc;
 use std::time::Instant as Clock;
 
 use hickory_proto::op::{Message, Query, ResponseCode};
@@ -17,6 +19,11 @@ use smoltcp::wire::{EthernetAddress, IpCidr};
 use thaw_network::{
     GATEWAY_ADDRESS, GATEWAY_MAC, GUEST_ADDRESS, GUEST_MAC, PREFIX_BITS, VNET_HEADER_BYTES,
 };
+
+use tokio_rustls::rustls::crypto::ring;
+use tokio_rustls::rustls::pki_types::pem::PemObject as _;
+use tokio_rustls::rustls::pki_types::{CertificateDer, ServerName};
+use tokio_rustls::rustls::{ClientConfig, ClientConnection, RootCertStore};
 
 use super::world::LIMIT;
 
@@ -248,6 +255,59 @@ impl Guest {
     pub fn get(&mut self, to: Ipv4Addr, head: &str) -> String {
         let (bytes, _) = self.ask(to, 80, head.as_bytes(), usize::MAX);
         String::from_utf8(bytes).unwrap()
+    }
+
+    /// A GET over TLS by a client that trusts this authority (PEM) and speaks that protocol; what came, or why nothing did.
+    pub fn get_tls(
+        &mut self,
+        (to, name): (Ipv4Addr, &'static str),
+        head: &str,
+        authority: &str,
+        protocol: &str,
+    ) -> Result<String, String> {
+        let mut roots = RootCertStore::empty();
+        let certificate = CertificateDer::from_pem_slice(authority.as_bytes()).unwrap();
+        roots.add(certificate).unwrap();
+        let mut config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        config.alpn_protocols = vec![protocol.into()];
+        let server = ServerName::try_from(name).unwrap();
+        let mut client = ClientConnection::new(Arc::new(config), server).unwrap();
+        client.writer().write_all(head.as_bytes()).unwrap();
+        let handle = self.begin(to, 443);
+        let mut said = Vec::new();
+        let ended = self.until("a TLS connection", |sockets| {
+            let socket = sockets.get_mut::<tcp::Socket<'_>>(handle);
+            while socket.can_recv() {
+                let taken = socket.recv(|part| (client.read_tls(&mut &*part).unwrap(), ()));
+                taken.unwrap();
+                let state = client.process_new_packets();
+                // An alert for the server, too.
+                let mut alert = Vec::new();
+                if let Err(error) = state {
+                    let _ = client.write_tls(&mut alert);
+                    let _ = socket.send_slice(&alert);
+                    return Some(Err(error.to_string()));
+                }
+                // All that is there, whether the server has ended or not.
+                let _ = client.reader().read_to_end(&mut said);
+            }
+            while socket.may_send() && client.wants_write() {
+                let mut bytes = Vec::new();
+                client.write_tls(&mut bytes).unwrap();
+                assert_eq!(socket.send_slice(&bytes), Ok(bytes.len()));
+            }
+            match socket.state() {
+                tcp::State::Closed => Some(Err("reset".to_owned())),
+                tcp::State::CloseWait | tcp::State::TimeWait => Some(Ok(())),
+                _ => None,
+            }
+        });
+        self.abort(handle);
+        ended.map(|()| String::from_utf8(said).unwrap())
     }
 
     /// Addresses of a name, from the slot's resolver.

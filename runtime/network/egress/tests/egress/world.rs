@@ -15,7 +15,7 @@ use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
 use nix::sched::{CloneFlags, unshare};
-use thaw_network::{Egress, EgressOptions, Policy, Report, Slot};
+use thaw_network::{Authority, Egress, EgressOptions, Policy, Report, Slot};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UdpSocket};
 use tokio_rustls::TlsAcceptor;
@@ -96,6 +96,8 @@ pub struct Machine {
     pub asked: Arc<Mutex<Vec<Asked>>>,
     /// The authority that the world's certificates are of.
     pub ca: String,
+    /// The one that guests with secrets trust.
+    pub authority: String,
     _files: tempfile::TempDir,
 }
 
@@ -119,13 +121,19 @@ impl Machine {
             run("mount", &format!("--bind {} /etc/{name}", file.display()));
         }
         let tokio = tokio::runtime::Runtime::new().unwrap();
-        let options = EgressOptions { program, ready };
+        let authority = Arc::new(Authority::of(&[7; 32]).unwrap());
+        let options = EgressOptions {
+            program,
+            ready,
+            authority: Some(Arc::clone(&authority)),
+        };
         let egress = tokio.block_on(Egress::start(&options)).unwrap();
         Self {
             tokio,
             egress,
             asked,
             ca,
+            authority: authority.pem(),
             _files: files,
         }
     }
