@@ -26,7 +26,7 @@ pub struct NetworkTable {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SecretTable {
-    /// The function asks it by `http://`; it is asked by `https://`.
+    /// The function asks it by `https://` or `http://`; it is asked by `https://`.
     pub host: String,
     /// Name of the header.
     pub header: String,

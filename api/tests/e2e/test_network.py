@@ -123,3 +123,28 @@ def test_a_function_reaches_what_its_project_allows_and_nothing_else(gateway, ne
 
 def ask_interfaces(gateway, name):
     return json.loads(gateway.cli("invoke", name, "-d", '{"interfaces": true}').stdout)
+
+
+TRUSTING = """
+import ssl
+
+def handler(event, context):
+    found = ssl.create_default_context().get_ca_certs()
+    return [value for certificate in found for part in certificate["subject"] for name, value in part if name == "commonName"]
+"""
+
+
+def test_a_function_with_a_secret_trusts_who_puts_it_in_and_others_do_not(gateway, tmp_path):
+    secret = '[[network.secrets]]\nhost = "api.example.com"\nheader = "Authorization"\nenvironment = "THAW_TEST_TOKEN"\n'
+    trusted = {}
+    with contextlib.ExitStack() as stack:
+        for name, network in (("trusting", secret), ("others", '[network]\nallow = ["internet"]\n')):
+            root = tmp_path / name
+            root.mkdir()
+            (root / "app.py").write_text(TRUSTING)
+            (root / "thaw.toml").write_text(f'name = "{name}"\ntimeout = 60\n{network}')
+            stack.callback(lambda name=name: gateway.cli("rm", name))
+            assert "is frozen" in gateway.cli("deploy", root, env=os.environ | {"THAW_TEST_TOKEN": "Bearer hush"}).stdout
+            trusted[name] = set(json.loads(gateway.cli("invoke", name, "-d", "{}").stdout))
+    assert trusted["trusting"] - trusted["others"] == {"Thaw egress"}
+    assert len(trusted["others"]) > 50
