@@ -46,10 +46,13 @@ impl fmt::Debug for Identity {
     }
 }
 
+/// When it was made, and what.
+type Kept = (SystemTime, Arc<Identity>);
+
 /// See the module.
 pub struct Authority {
     issuer: CertifiedIssuer<'static, KeyPair>,
-    kept: Mutex<HashMap<Vec<String>, (SystemTime, Arc<Identity>)>>,
+    kept: Mutex<HashMap<Vec<String>, Kept>>,
 }
 
 impl fmt::Debug for Authority {
