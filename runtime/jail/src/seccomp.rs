@@ -45,6 +45,14 @@ pub enum Only {
     },
     /// With one of these values of an argument, of which 32 bits are looked at.
     Values(u8, &'static [u32]),
+    /// ioctl(2), with one of these requests of a driver: `_IOC` has its letter in bits 8 to 15 and the request's number below. Looked at in
+    /// their order.
+    Requests {
+        /// The driver's letter.
+        driver: u8,
+        /// Numbers of requests.
+        numbers: &'static [u8],
+    },
 }
 
 impl Only {
@@ -66,16 +74,6 @@ impl Only {
         mask: NAMESPACES | libc::CLONE_THREAD.unsigned_abs(),
         value: libc::CLONE_THREAD.unsigned_abs(),
     };
-
-    /// ioctl(2) whose request is of this driver: bits 8 to 15, as `_IOC` lays it out.
-    #[must_use]
-    pub const fn driver(kind: u8) -> Self {
-        Self::Bits {
-            argument: 1,
-            mask: 0xff00,
-            value: (kind as u32) << 8,
-        }
-    }
 }
 
 /// Flags of clone(2) that make a namespace.
@@ -167,6 +165,12 @@ fn compiled(tables: &[&[Rule]]) -> Result<BpfProgram, Box<dyn std::error::Error 
             Only::Values(argument, values) => {
                 for value in values {
                     alternatives.push(when(argument, SeccompCmpOp::Eq, u64::from(*value))?);
+                }
+            }
+            Only::Requests { driver, numbers } => {
+                for number in numbers {
+                    let request = u64::from(u16::from_be_bytes([driver, *number]));
+                    alternatives.push(when(1, SeccompCmpOp::MaskedEq(0xffff), request)?);
                 }
             }
         }
@@ -297,7 +301,11 @@ mod tests {
 
     #[test]
     fn tables_are_joined_and_a_call_that_one_allows_whole_is_allowed_whole() {
-        let some = [only(libc::SYS_ioctl, Only::driver(0xae), "kvm")];
+        let run = Only::Requests {
+            driver: 0xae,
+            numbers: &[0x80],
+        };
+        let some = [only(libc::SYS_ioctl, run, "kvm")];
         let whole = [any(libc::SYS_ioctl, "everything")];
         let joined = Filter::compile(&[&some, &whole]).expect("a filter");
         let alone = Filter::compile(&[&whole]).expect("a filter");

@@ -8,10 +8,18 @@ use std::sync::OnceLock;
 
 use thaw_jail::seccomp::{self, Filter, Only, Rule, SeccompError, any, only};
 
-/// `KVMIO`, the letter of KVM's ioctls (include/uapi/linux/kvm.h).
-const KVM: Only = Only::driver(0xae);
-/// `UFFDIO`, that of userfaultfd's (include/uapi/linux/userfaultfd.h).
-const USERFAULTFD: Only = Only::driver(0xaa);
+/// Requests of KVM, whose letter is `KVMIO` (include/uapi/linux/kvm.h).
+const fn kvm(numbers: &'static [u8]) -> Only {
+    let driver = 0xae;
+    Only::Requests { driver, numbers }
+}
+/// Requests of userfaultfd (include/uapi/linux/userfaultfd.h).
+const fn userfaultfd(numbers: &'static [u8]) -> Only {
+    let driver = 0xaa;
+    Only::Requests { driver, numbers }
+}
+const KVM_RUN: u8 = 0x80;
+const KVM_GET_REGS: u8 = 0x81;
 /// `FIONBIO` (include/uapi/asm-generic/ioctls.h) and `FICLONE` (include/uapi/linux/fs.h).
 const OF_FILES: Only = Only::Values(1, &[0x5421, 0x4004_9409]);
 const F_DUPFD_CLOEXEC: u32 = libc::F_DUPFD_CLOEXEC.unsigned_abs();
@@ -140,11 +148,65 @@ const CONTROL: &[Rule] = &[
     any(libc::SYS_eventfd2, "doorbells and interrupts"),
     any(libc::SYS_epoll_create1, "the device thread's watch"),
     any(libc::SYS_epoll_ctl, "an agent's channel that is watched"),
-    only(libc::SYS_ioctl, KVM, "the virtual machine"),
+    // The first of all, as alternatives are looked at in their order.
+    only(libc::SYS_ioctl, kvm(&[KVM_RUN]), "the guest, in its thread"),
     only(
         libc::SYS_ioctl,
-        USERFAULTFD,
-        "memory that is served as it is touched",
+        kvm(&[0x01, 0x02, 0x03, 0x04, 0x05]),
+        "a machine; MSRs, capabilities, pages and CPUID of this host: CREATE_VM, GET_MSR_INDEX_LIST, CHECK_EXTENSION, \
+         GET_VCPU_MMAP_SIZE, GET_SUPPORTED_CPUID",
+    ),
+    only(
+        libc::SYS_ioctl,
+        kvm(&[0x41, 0x42, 0x46, 0x47, 0xa3]),
+        "its processors and memory: CREATE_VCPU, GET_DIRTY_LOG, SET_USER_MEMORY_REGION, SET_TSS_ADDR, ENABLE_CAP",
+    ),
+    only(
+        libc::SYS_ioctl,
+        kvm(&[0x60, 0x62, 0x63, 0x76, 0x79, 0x7b, 0x7c]),
+        "its chips, wires and clock: CREATE_IRQCHIP, GET_IRQCHIP, SET_IRQCHIP, IRQFD, IOEVENTFD, SET_CLOCK, GET_CLOCK",
+    ),
+    only(
+        libc::SYS_ioctl,
+        kvm(&[
+            KVM_GET_REGS,
+            0x82,
+            0x83,
+            0x84,
+            0x88,
+            0x89,
+            0x8e,
+            0x8f,
+            0x90,
+            0x91,
+            0x98,
+            0x99,
+            0x9f,
+            0xa0,
+            0xa1,
+            0xa2,
+            0xa3,
+            0xa4,
+            0xa5,
+            0xa6,
+            0xa7,
+            0xad,
+            0xcf,
+            0xe1,
+            0xe2,
+        ]),
+        "a processor's state: GET_ and SET_ of REGS, SREGS, MSRS, LAPIC, CPUID2, MP_STATE, VCPU_EVENTS, DEBUGREGS, TSC_KHZ, XSAVE, XCRS, \
+         DEVICE_ATTR (its TSC's offset); KVMCLOCK_CTRL, GET_XSAVE2",
+    ),
+    only(
+        libc::SYS_ioctl,
+        kvm(&[0xd5]),
+        "pages mapped before the guest touches them: PRE_FAULT_MEMORY",
+    ),
+    only(
+        libc::SYS_ioctl,
+        userfaultfd(&[0x00, 0x01]),
+        "memory that is served as it is touched: REGISTER, UNREGISTER",
     ),
     only(
         libc::SYS_ioctl,
@@ -180,7 +242,14 @@ const CONTROL: &[Rule] = &[
 ];
 
 /// A virtual processor.
-const VCPU: &[Rule] = &[only(libc::SYS_ioctl, KVM, "KVM_RUN")];
+const VCPU: &[Rule] = &[
+    only(libc::SYS_ioctl, kvm(&[KVM_RUN]), "the guest"),
+    only(
+        libc::SYS_ioctl,
+        kvm(&[KVM_GET_REGS]),
+        "where a guest was that ended by a triple fault",
+    ),
+];
 
 /// The thread of all devices.
 const DEVICES: &[Rule] = &[
@@ -213,7 +282,11 @@ const DEVICES: &[Rule] = &[
 const FETCHING: &[Rule] = &[
     any(libc::SYS_poll, "page faults of the guest"),
     any(libc::SYS_ppoll, "the same"),
-    only(libc::SYS_ioctl, USERFAULTFD, "pages into guest memory"),
+    only(
+        libc::SYS_ioctl,
+        userfaultfd(&[0x03, 0x04, 0x06, 0x02, 0x01]),
+        "pages into guest memory: COPY, ZEROPAGE, WRITEPROTECT, WAKE; UNREGISTER",
+    ),
     any(libc::SYS_pread64, "a snapshot's pages"),
     any(libc::SYS_mincore, "which pages are there already"),
     any(libc::SYS_fstat, "lengths of chunks"),
@@ -352,6 +425,14 @@ mod tests {
             }
             "to write" => drop(OpenOptions::new().write(true).open("/dev/null")),
             "to make" => drop(File::create("/dev/null")),
+            "devices of KVM" => {
+                // SAFETY: a number that is no descriptor; KVM_CREATE_DEVICE.
+                unsafe { libc::ioctl(-1, 0xc00c_aee0) };
+            }
+            "a processor's run" => {
+                // SAFETY: a number that is no descriptor; KVM_RUN.
+                unsafe { libc::ioctl(-1, 0xae80) };
+            }
             "another's flags" => {
                 // SAFETY: a number, and no memory.
                 unsafe { libc::fcntl(0, libc::F_SETFL, libc::O_DIRECT) };
@@ -370,6 +451,8 @@ mod tests {
         let forbidden = Some(seccomp::VIOLATION_EXIT_CODE);
         for (name, expected) in [
             ("what is allowed", Some(0)),
+            ("a processor's run", Some(0)),
+            ("devices of KVM", forbidden),
             ("a process", forbidden),
             ("a namespace", forbidden),
             ("to write", forbidden),
@@ -386,14 +469,17 @@ mod tests {
     }
 
     #[test]
-    fn vcpus_reach_nothing_but_kvm() {
+    fn vcpus_reach_nothing_but_kvm_run() {
         let opens = [libc::SYS_openat, libc::SYS_pread64, libc::SYS_sendmsg];
-        assert!(
-            EVERY
-                .iter()
-                .chain(VCPU)
-                .all(|rule| !opens.contains(&rule.call))
-        );
+        for rule in EVERY.iter().chain(VCPU) {
+            assert!(!opens.contains(&rule.call));
+            let run = [&[KVM_RUN][..], &[KVM_GET_REGS]];
+            let is_ioctl = rule.call == libc::SYS_ioctl;
+            assert!(
+                !is_ioctl
+                    || matches!(rule.only, Only::Requests { driver: 0xae, numbers } if run.contains(&numbers))
+            );
+        }
         Filter::compile(&[EVERY, VCPU]).expect("a filter");
         Filter::compile(&TABLES).expect("a filter");
     }
