@@ -1,7 +1,7 @@
 //! The guest's end of a connection: what passes is counted, waits for the slot's bandwidth, and shows that the connection is alive.
 
 use std::future::Future as _;
-use std::io;
+use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -124,12 +124,32 @@ impl AsyncWrite for Metered {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
+        self.poll_write_vectored(context, &[IoSlice::new(bytes)])
+    }
+
+    /// All at once, as TLS says its last words: what has to be said and why it ends are several pieces.
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        pieces: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         ready!(this.poll_free(Way::In, context));
-        let part = &bytes[..bytes.len().min(CHUNK_BYTES)];
-        let count = ready!(Pin::new(&mut this.stream).poll_write(context, part))?;
+        let mut left = CHUNK_BYTES;
+        let parts = pieces.iter().map(|piece| {
+            let part = &piece[..piece.len().min(left)];
+            left -= part.len();
+            IoSlice::new(part)
+        });
+        let parts: Vec<_> = parts.collect();
+        let written = Pin::new(&mut this.stream).poll_write_vectored(context, &parts);
+        let count = ready!(written)?;
         this.passed(Way::In, count);
         Poll::Ready(Ok(count))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
     }
 
     fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
