@@ -228,6 +228,10 @@ impl Life {
         if matches!(self.phase, Phase::Ended) {
             return Vec::new();
         }
+        if self.restore_error.is_some() {
+            // Having told why its hooks failed, it ends: the invocation on its way is to hear that, not of the end.
+            return vec![Effect::Kill];
+        }
         let request_id = self.request_id().map(str::to_owned);
         self.phase = Phase::Ended;
         let mut effects = vec![

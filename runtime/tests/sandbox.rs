@@ -224,7 +224,7 @@ fn monitors() -> Vec<Pid> {
     .collect()
 }
 
-async fn eventually(what: &str, is_so: impl Fn() -> bool) {
+async fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
     let began = Instant::now();
     while !is_so() {
         assert!(began.elapsed() < AMPLE, "never: {what}");

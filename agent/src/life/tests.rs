@@ -122,6 +122,23 @@ fn an_invocation_after_the_end_is_left_to_the_exit_report() {
 }
 
 #[test]
+fn a_runtime_that_has_told_why_its_hooks_failed_may_end_before_the_invocation_comes() {
+    let mut life = configured();
+    life.call(Call::RestoreNext);
+    life.host(Generation(1), thaw()).unwrap();
+    let told = life.call(Call::RestoreError(InitError::default()));
+    assert_eq!(told, [Effect::Answer(Answer::Accepted)]);
+    let ended = life.runtime_ended(RuntimeExitCause::Code(1), false);
+    assert_eq!(ended, [Effect::Kill]);
+    let effects = life.host(Generation(1), invoke("a")).unwrap();
+    assert!(
+        matches!(&effects[..], [Effect::Send(AgentMessage::RestoreError(error)), ..] if error.request_id == "a"),
+        "{effects:?}"
+    );
+    assert_eq!(life.runtime_ended(RuntimeExitCause::Code(1), false), []);
+}
+
+#[test]
 fn the_exit_after_an_init_error_is_not_reported_again() {
     let mut life = configured();
     life.call(Call::InitError(InitError::default()));

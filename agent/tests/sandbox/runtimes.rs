@@ -274,8 +274,9 @@ def handler(event, context):
             assert_eq!(sandbox.message(), AgentMessage::Restoring);
         }
         sandbox.invoke(1, "r1", b"{}");
-        let AgentMessage::RestoreError(error) = sandbox.message() else {
-            panic!("no error: {}", sandbox.log_text());
+        let message = sandbox.message();
+        let AgentMessage::RestoreError(error) = message else {
+            panic!("{message:?}: {}", sandbox.log_text());
         };
         assert_eq!(error.request_id, "r1");
         let error_type = error.error_type.as_deref();

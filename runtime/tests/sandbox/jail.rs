@@ -37,11 +37,12 @@ async fn every_monitor_is_in_a_jail_of_its_own_and_leaves_nothing() {
         let path = format!("/proc/{}/status", pid.as_raw_nonzero());
         std::fs::read_to_string(path).is_ok_and(|text| text.contains("\nSeccomp:\t2\n"))
     };
+    let mut pids = Vec::new();
     eventually("every monitor has its filter", || {
-        monitors().iter().all(is_filtered)
+        pids = monitors();
+        pids.iter().all(is_filtered)
     })
     .await;
-    let pids = monitors();
     assert!(pids.len() >= 2, "{pids:?}");
     let mut users = HashSet::new();
     let mut cgroups = Vec::new();
