@@ -1,6 +1,7 @@
 """A gateway is killed at each of its fault points (thaw-runtime's src/points.rs) and started again: the real gateway, database, files
 and runtime; only monitors are played, by the bench's that answers at once. And what else ends well: no descriptors, no disk."""
 
+import contextlib
 import http.client
 import http.server
 import json
@@ -313,6 +314,52 @@ def test_a_gateway_without_descriptors_serves_who_is_connected_and_recovers(mort
             return False
 
     until(answers, "it recovers")
+
+
+@contextlib.contextmanager
+def limit_of_processes(process):
+    """A function that sets how many processes and threads a process and its children may be, by a cgroup of their own."""
+    hierarchy = pathlib.Path("/sys/fs/cgroup")
+    version_one = (hierarchy / "pids").is_dir()
+    folder = hierarchy / ("pids" if version_one else ".") / f"thaw-test-{process}"
+    root = [] if os.geteuid() == 0 else ["sudo"]
+
+    def write(file, value):
+        subprocess.run([*root, "tee", file], input=str(value), text=True, stdout=subprocess.DEVNULL, check=True)
+
+    if not version_one:
+        write(hierarchy / "cgroup.subtree_control", "+pids")
+    subprocess.run([*root, "mkdir", folder], check=True)
+    try:
+        write(folder / "cgroup.procs", process)
+        yield lambda most: write(folder / "pids.max", most)
+    finally:
+        write(folder / "pids.max", "max")
+
+        def is_gone():
+            for pid in (folder / "cgroup.procs").read_text().split():
+                subprocess.run([*root, "tee", folder.parent / "cgroup.procs"], input=pid, text=True, capture_output=True)
+            return subprocess.run([*root, "rmdir", folder], capture_output=True).returncode == 0
+
+        until(is_gone, f"nothing is left in {folder}")
+
+
+def test_a_gateway_that_may_make_no_process_answers_and_recovers(mortal):
+    connected = http.client.HTTPConnection("127.0.0.1", mortal.port, timeout=60)
+    assert invoke_over(connected, "kept") == (200, EVENT)
+    with limit_of_processes(mortal.process.pid) as limit:
+        assert invoke_over(connected, "kept") == (200, EVENT)
+        limit(1)
+        for monitor in mortal.monitors():
+            os.kill(monitor, signal.SIGKILL)
+        answers = [invoke_over(connected, "kept") for _ in range(10)]  # none but new monitors can
+        assert any(status != 200 for status, _ in answers), answers
+        for status, body in answers:
+            assert (status, body) == (200, EVENT) or (status in (429, 500, 502, 503) and json.loads(body)), (status, body)
+        assert not mortal.is_dead()
+        assert mortal.get("/healthz")[0] == 200
+        limit("max")
+        until(lambda: invoke_over(connected, "kept") == (200, EVENT), "it recovers")
 
 
 def test_a_full_disk_refuses_what_it_cannot_keep_and_loses_nothing(home, tmp_path):
