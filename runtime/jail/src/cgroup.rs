@@ -441,33 +441,33 @@ mod tests {
         }
     }
 
-    #[test]
-    fn who_computes_more_than_the_limit_waits() {
-        let Some(own) = Own::open("cpu", Path::new("/")) else {
+    /// Whether the kernel counts in `file` of a cgroup what it did to hold back who does this under these limits.
+    fn holds_back(controller: &str, limits: &Limits, script: &str, (file, counter): (&str, &str)) {
+        let Some(own) = Own::open(controller, Path::new("/")) else {
             return;
         };
-        let limits = Limits {
-            cpu_thousandths: 200,
-            ..AMPLE
-        };
-        if own.has("cpu") {
-            let (child, folders) = own.run(&limits, "while :; do :; done");
-            counts(&folders, "cpu.stat", "nr_throttled ");
+        if own.has(controller) {
+            let (child, folders) = own.run(limits, script);
+            counts(&folders, file, counter);
             Own::end(child, &folders);
         }
     }
 
     #[test]
-    fn who_makes_more_processes_than_the_limit_gets_none() {
-        let Some(own) = Own::open("pids", Path::new("/")) else {
-            return;
+    fn who_computes_more_than_the_limit_waits() {
+        let limits = Limits {
+            cpu_thousandths: 200,
+            ..AMPLE
         };
+        let throttled = ("cpu.stat", "nr_throttled ");
+        holds_back("cpu", &limits, "while :; do :; done", throttled);
+    }
+
+    #[test]
+    fn who_makes_more_processes_than_the_limit_gets_none() {
         let limits = Limits { tasks: 8, ..AMPLE };
-        if own.has("pids") {
-            let (child, folders) = own.run(&limits, "while sleep 60 & do :; done 2>/dev/null");
-            counts(&folders, "pids.events", "max ");
-            Own::end(child, &folders);
-        }
+        let forks = "while sleep 60 & do :; done 2>/dev/null";
+        holds_back("pids", &limits, forks, ("pids.events", "max "));
     }
 
     #[test]
